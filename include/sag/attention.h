@@ -1,0 +1,125 @@
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "sag/export.h"
+#include "sag/pass.h"
+
+namespace sag {
+
+/// Names one self-attention of a UNet: ComfyUI's key, a dotted module path, or an ordinal.
+class SAG_API AttentionSite {
+ public:
+  /// ComfyUI's key: block "input", "middle" or "output", the block's number, and the index of the
+  /// transformer block inside it. {"middle", 0, 0} has the name "middle.0.0".
+  AttentionSite(std::string block, std::int64_t number, std::int64_t transformer_index = 0);
+  /// Any name a UNet knows: "middle.0.0", "mid_block.attentions.0.transformer_blocks.0.attn1", or "#6",
+  /// the attention that runs seventh. Throws ValueError when empty.
+  explicit AttentionSite(std::string name);
+
+  const std::string& name() const { return name_; }
+  bool operator==(const AttentionSite&) const = default;
+
+ private:
+  std::string name_;
+};
+
+/// One call of scaled dot-product attention, with SDPA's own arguments.
+struct AttentionCall {
+  torch::Tensor q, k, v;  ///< [rows, heads, tokens, head_dim] (or heads folded into rows: Pass::select)
+  std::optional<torch::Tensor> attn_mask;
+  double dropout_p = 0.0;
+  bool is_causal = false;
+  std::optional<double> scale;  ///< nothing: 1 / sqrt(head_dim)
+  bool enable_gqa = false;
+};
+
+/// Continues with the next hook of the site, and at the end with SDPA.
+using NextAttention = std::function<torch::Tensor(const AttentionCall&)>;
+
+/// Replaces the attention of a site. Returns the attention's output, [rows, heads, tokens, head_dim]:
+/// `next(call)` to leave it as it is, `call.v` to perturb it, and so on. The pass tells which rows are
+/// which. A hook must not keep tensors beyond the call unless it copies them. It may throw: the exception
+/// reaches whoever evaluates the model, with its own type, and the model works afterwards.
+using AttentionHook =
+    std::function<torch::Tensor(const AttentionCall&, const Pass&, const NextAttention& next)>;
+
+struct AttentionHookOptions {
+  /// Whether the hook runs at this sigma. Asked once before the pass, never inside it. Empty: always.
+  std::function<bool(double sigma)> active;
+  /// True if the hook may run inside a captured CUDA graph: it launches the same device work for the same
+  /// shapes and pass layout, and keeps what it computes with StepContext::record. Host code of such a
+  /// hook runs when a graph is captured, not when it is replayed.
+  bool capturable = false;
+};
+
+/// A hook in its place.
+struct InstalledHook {
+  std::string site;  ///< the UNet's own name of the site
+  AttentionHook hook;
+  AttentionHookOptions options;
+};
+
+/// Returns the hooks that are active at `sigma`, in their order.
+SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks, double sigma);
+
+/// While it lives, calls of `sag::attention` on this thread, and on threads that the UNet forks, run the
+/// hooks of their site: installed first is outermost. Scopes nest; the innermost counts.
+/// Without a scope `sag::attention` is plain SDPA.
+class SAG_API AttentionScope {
+ public:
+  /// `hooks` must be active (see `active_hooks`); `pass.step` must not be null.
+  AttentionScope(std::vector<InstalledHook> hooks, Pass pass);
+  ~AttentionScope();
+  AttentionScope(const AttentionScope&) = delete;
+  AttentionScope& operator=(const AttentionScope&) = delete;
+
+  /// Rethrows what a hook threw inside the UNet. A hook's exception cannot travel through an interpreter
+  /// without losing its type, so the op keeps it and runs plain attention: whoever owns the scope calls
+  /// this after the UNet returned.
+  void rethrow_if_failed() const;
+
+  /// Returns the sites that have a hook in the innermost scope of this thread, in the order in which they
+  /// were hooked. A UNet that rewrites its graph looks here.
+  static std::vector<std::string> hooked_sites();
+
+ private:
+  struct State;
+  struct Guard;
+  std::shared_ptr<State> state_;
+  std::unique_ptr<Guard> guard_;
+  friend SAG_API torch::Tensor run_attention(const AttentionCall&, std::string_view, bool);
+};
+
+struct AttentionOptions {
+  /// The name of this attention, as `UNet::attention_sites` lists it.
+  std::string_view site;
+  std::optional<torch::Tensor> attn_mask = {};
+  double dropout_p = 0.0;
+  bool is_causal = false;
+  std::optional<double> scale = {};
+  bool enable_gqa = false;
+};
+
+/// Scaled dot-product attention that can be hooked. A UNet written in C++ calls it in place of
+/// `at::scaled_dot_product_attention`; without a scope it is that function, to the bit.
+/// q: [rows, heads, tokens, head_dim]; k, v: [rows, heads, key tokens, head_dim].
+/// TorchScript and AOTInductor models reach the same code as the op `sag::attention`.
+SAG_API torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                const AttentionOptions& options);
+
+/// Makes sure that the op `sag::attention` is registered. Called by everything that loads models; a
+/// program that links the static library and loads models itself calls it once.
+SAG_API void ensure_ops_registered();
+
+}  // namespace sag

@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "sag/export.h"
+
+namespace sag {
+
+class StepContext;
+
+/// Which prompt a row of a UNet batch stands for.
+enum class Branch { cond, uncond };
+
+/// Who asked for rows of a UNet batch: the main pass, or one guidance for an evaluation of its own.
+/// Copies are equal; every named owner is unequal to every other, also to one of the same name.
+class SAG_API Owner {
+ public:
+  /// The main pass.
+  Owner() = default;
+  /// A new guidance; `name` is what reports call it.
+  explicit Owner(std::string name);
+
+  static const Owner main;
+
+  const std::string& name() const;
+  bool operator==(const Owner&) const = default;
+
+ private:
+  std::shared_ptr<const std::string> name_;
+};
+
+/// A rectangle of a latent, in latent cells.
+struct Area {
+  std::int64_t height = 0, width = 0, y = 0, x = 0;
+  bool operator==(const Area&) const = default;
+};
+
+/// Rows of a UNet batch that belong together: one conditioning of one branch, asked for by one owner,
+/// one row per image.
+struct SAG_API RowGroup {
+  std::int64_t begin = 0, count = 0;
+  Branch branch = Branch::cond;
+  /// Which of several positives or negatives.
+  std::int64_t entry = 0;
+  Owner owner;
+  /// The part of the latent that the rows show; nothing: all of it.
+  std::optional<Area> area;
+  /// How much the rows count in the branch's prediction, [1 or count, 1, h, w] over the area.
+  /// Undefined: everywhere the same.
+  torch::Tensor weight;
+
+  /// Returns these rows of `t`, a view: t[begin : begin + count].
+  torch::Tensor of(const torch::Tensor& t) const;
+};
+
+/// One call of the UNet, as hooks see it: what its rows stand for. A hook asks the pass instead of
+/// guessing the order of a batch (ComfyUI: `cond_or_uncond`).
+struct SAG_API Pass {
+  double sigma = 0;
+  /// Index of the sampler step that this evaluation belongs to (see `CfgGuider`).
+  std::int64_t step_index = 0;
+  /// Size of the UNet's input in this pass: the latent's, or an area's.
+  std::int64_t height = 0, width = 0;
+  /// In row order, without gaps.
+  std::vector<RowGroup> groups;
+  /// Where hooks leave what a guidance reads after the evaluation; never null while a hook runs.
+  StepContext* step = nullptr;
+
+  /// Number of rows of the UNet batch.
+  std::int64_t size() const;
+  /// Returns the groups of a branch that `owner` asked for.
+  std::vector<RowGroup> rows(Branch branch, const Owner& owner = Owner::main) const;
+  /// Returns the group's rows of q, k or v as [count, heads, tokens, head_dim], a view. UNets lay heads
+  /// out in three ways, and all are taken: [rows, heads, tokens, head_dim],
+  /// [rows * heads, tokens, head_dim] and [rows * heads, 1, tokens, head_dim].
+  /// Throws ValueError when the first dimension is no multiple of the pass's rows.
+  torch::Tensor select(const RowGroup& group, const torch::Tensor& t) const;
+};
+
+}  // namespace sag

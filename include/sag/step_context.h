@@ -1,0 +1,71 @@
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "sag/export.h"
+#include "sag/pass.h"
+
+namespace sag {
+
+/// What one guidance did in one evaluation of the model.
+struct GuidanceNote {
+  std::string name;
+  bool guided = false;
+  /// Why it did not guide; empty when it did.
+  std::string reason;
+  /// Share of the latent that was masked, [images] fp32 on the latent's device; undefined if not guided.
+  /// Kept as a tensor so that nothing waits for the device inside a step.
+  torch::Tensor masked;
+};
+
+/// What belongs to one evaluation of the denoiser: hooks write to it while the UNet runs, guidances read
+/// it afterwards, and it dies with the evaluation. That is why no attention map can go stale, leak into
+/// a clone or be shared between threads.
+class SAG_API StepContext {
+ public:
+  /// `height` and `width` are the latent's.
+  StepContext(double sigma, std::int64_t step_index, std::int64_t height, std::int64_t width);
+
+  double sigma() const { return sigma_; }
+  std::int64_t step_index() const { return step_index_; }
+  std::int64_t height() const { return height_; }
+  std::int64_t width() const { return width_; }
+
+  /// A map recorded for some rows: [rows.count, tokens] fp32.
+  struct Record {
+    RowGroup rows;
+    torch::Tensor map;
+  };
+
+  /// Keeps `map` for the guidance `owner`. Safe from several threads. Recording an area or entry twice
+  /// (a UNet that runs the site twice) keeps the later one.
+  void record(const Owner& owner, const RowGroup& rows, torch::Tensor map);
+  /// Returns what was recorded for `owner`, in order of entry.
+  std::vector<Record> records(const Owner& owner) const;
+
+  /// Notes that `owner` guided; `masked` is described at `GuidanceNote::masked`.
+  void guided(const Owner& owner, torch::Tensor masked = {});
+  /// Notes that `owner` could not or need not guide, and why. The first reason of an evaluation stays.
+  void skipped(const Owner& owner, std::string reason);
+  /// Returns the reason noted for `owner`, or an empty text.
+  std::string skip_reason(const Owner& owner) const;
+  /// Returns one note per guidance, in the order in which they were made.
+  std::vector<GuidanceNote> notes() const;
+
+ private:
+  GuidanceNote& note(const Owner& owner);
+
+  double sigma_;
+  std::int64_t step_index_, height_, width_;
+  mutable std::mutex mutex_;
+  std::vector<std::pair<Owner, Record>> records_;
+  std::vector<std::pair<Owner, GuidanceNote>> notes_;
+};
+
+}  // namespace sag
