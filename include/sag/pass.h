@@ -42,9 +42,11 @@ struct Area {
 };
 
 /// Rows of a UNet batch that belong together: one conditioning of one branch, asked for by one owner,
-/// one row per image.
+/// one row per image. A row limit can split a group over several UNet calls.
 struct SAG_API RowGroup {
   std::int64_t begin = 0, count = 0;
+  /// The image that the first row shows; row `begin + i` shows image `image + i`.
+  std::int64_t image = 0;
   Branch branch = Branch::cond;
   /// Which of several positives or negatives.
   std::int64_t entry = 0;

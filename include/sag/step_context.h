@@ -19,9 +19,9 @@ struct GuidanceNote {
   bool guided = false;
   /// Why it did not guide; empty when it did.
   std::string reason;
-  /// Share of the latent that was masked, [images] fp32 on the latent's device; undefined if not guided.
-  /// Kept as a tensor so that nothing waits for the device inside a step.
-  torch::Tensor masked;
+  /// Where the guidance changed the picture, [images, 1, height, width] bool on the latent's device;
+  /// undefined if it has no such mask. A tensor, so that nothing waits for the device inside a step.
+  torch::Tensor mask;
 };
 
 /// What belongs to one evaluation of the denoiser: hooks write to it while the UNet runs, guidances read
@@ -43,14 +43,14 @@ class SAG_API StepContext {
     torch::Tensor map;
   };
 
-  /// Keeps `map` for the guidance `owner`. Safe from several threads. Recording an area or entry twice
-  /// (a UNet that runs the site twice) keeps the later one.
+  /// Keeps `map` for the guidance `owner`. Safe from several threads. Recording the same rows again keeps
+  /// the later map.
   void record(const Owner& owner, const RowGroup& rows, torch::Tensor map);
-  /// Returns what was recorded for `owner`, in order of entry.
+  /// Returns what was recorded for `owner`, in the order of recording.
   std::vector<Record> records(const Owner& owner) const;
 
-  /// Notes that `owner` guided; `masked` is described at `GuidanceNote::masked`.
-  void guided(const Owner& owner, torch::Tensor masked = {});
+  /// Notes that `owner` guided; `mask` is described at `GuidanceNote::mask`.
+  void guided(const Owner& owner, torch::Tensor mask = {});
   /// Notes that `owner` could not or need not guide, and why. The first reason of an evaluation stays.
   void skipped(const Owner& owner, std::string reason);
   /// Returns the reason noted for `owner`, or an empty text.

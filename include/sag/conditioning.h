@@ -1,0 +1,45 @@
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <optional>
+#include <string>
+
+#include <torch/types.h>
+
+#include "sag/export.h"
+#include "sag/pass.h"
+
+namespace sag {
+
+/// What a prompt gives to the UNet, and where, how much and when it counts (ComfyUI: a `cond` entry).
+/// Tensors with a first dimension of 1 are repeated for every image of a batch.
+struct Conditioning {
+  /// Text for cross-attention, [1 or images, tokens, width]. Undefined for UNets that take none.
+  torch::Tensor context;
+  /// Vector of the whole picture (SDXL: pooled text and sizes), [1 or images, features].
+  torch::Tensor y;
+  /// Further inputs of the UNet by the name of its argument, each [1 or images, …].
+  std::map<std::string, torch::Tensor> extra;
+
+  /// Weight against other conditionings of the same branch.
+  double strength = 1.0;
+  /// The part of the latent it is evaluated on; nothing: all of it. Clipped to the latent.
+  std::optional<Area> area;
+  /// Weight per latent cell, [height, width] or [1 or images, height, width] of the latent, 0 … 1.
+  torch::Tensor mask;
+  /// Active while sigma_end <= sigma <= sigma_start.
+  double sigma_start = std::numeric_limits<double>::infinity(), sigma_end = 0.0;
+};
+
+/// Returns whether the conditioning counts at `sigma`. ComfyUI: `get_area_and_mult`.
+SAG_API bool is_active(const Conditioning& cond, double sigma);
+
+/// Throws ValueError, IndexError or TypeError, naming `caller`, unless the conditioning fits a latent of
+/// `images` × `height` × `width`: dimensions and first sizes of its tensors, floating dtypes, a mask of
+/// the latent's size, an area that touches the latent, a finite strength, sigma_end <= sigma_start.
+SAG_API void check_conditioning(const Conditioning& cond, std::int64_t images, std::int64_t height,
+                                std::int64_t width, const char* caller);
+
+}  // namespace sag

@@ -1,0 +1,123 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "sag/attention.h"
+#include "sag/denoiser.h"
+#include "sag/export.h"
+#include "sag/pass.h"
+#include "sag/step_context.h"
+
+namespace sag {
+
+/// What guidances keep from step to step within one run (one `CfgGuider`). Keyed by step, not by
+/// evaluation: Heun and others evaluate a step twice.
+class SAG_API RunContext {
+ public:
+  /// Keeps `value` for the guidance `owner`, made in step `step_index`. The two latest steps stay.
+  void keep(const Owner& owner, std::int64_t step_index, torch::Tensor value);
+  /// Returns the value of the latest step before `step_index`; undefined if there is none.
+  torch::Tensor latest_before(const Owner& owner, std::int64_t step_index) const;
+
+ private:
+  struct Kept {
+    Owner owner;
+    std::int64_t step_index;
+    torch::Tensor value;
+  };
+  std::vector<Kept> kept_;
+};
+
+/// The predictions that go into the CFG formula, [images, channels, height, width] each.
+/// An undefined tensor was not evaluated: no such conditioning, none active, or not needed.
+struct CfgArgs {
+  torch::Tensor cond_denoised, uncond_denoised;
+  double cond_scale = 1.0;
+  torch::Tensor x;
+  double sigma = 0.0;
+  StepContext& step;
+};
+
+/// The two predictions, as a pre-CFG function hands them on.
+struct CfgPredictions {
+  torch::Tensor cond_denoised, uncond_denoised;
+};
+using PreCfgFunction = std::function<CfgPredictions(const CfgArgs&)>;
+
+/// Returns the denoised latent in place of uncond + (cond − uncond)·cond_scale. Called only with both
+/// predictions. (ComfyUI's returns x − denoised; this one returns denoised.)
+using CfgFunction = std::function<torch::Tensor(const CfgArgs&)>;
+
+/// What a post-CFG function gets. The predictions are those that entered the CFG formula.
+struct PostCfgArgs {
+  /// The CFG result, or what the previous post-CFG function made of it.
+  torch::Tensor denoised;
+  torch::Tensor cond_denoised, uncond_denoised;  ///< undefined: not evaluated
+  double cond_scale = 1.0;
+  torch::Tensor x;
+  double sigma = 0.0;
+  const ModelSampling& model_sampling;
+  StepContext& step;
+  RunContext& run;
+  /// Evaluates a branch once more, at another x of the same shape, in a pass whose rows belong to `owner`.
+  /// Returns the branch's denoised prediction.
+  std::function<torch::Tensor(const torch::Tensor& x, Branch branch, const Owner& owner)> predict;
+};
+using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;
+
+struct PostCfgOptions {
+  /// Whether the function needs `uncond_denoised` at this sigma, also where cond_scale 1 does not.
+  /// Empty: never. (ComfyUI: `disable_cfg1_optimization`, which cannot be switched off again.)
+  std::function<bool(double sigma)> needs_uncond;
+};
+
+/// A post-CFG function in its place.
+struct InstalledPostCfg {
+  PostCfgFunction function;
+  PostCfgOptions options;
+};
+
+/// A model and what has been patched onto it. Copies share the weights and own their patches: patching
+/// one never shows in another. A patched model is read-only while it is used, so one may serve several
+/// threads. ComfyUI: `ModelPatcher`.
+class SAG_API ModelPatcher {
+ public:
+  ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling);
+
+  /// Returns a copy with its own patches.
+  ModelPatcher clone() const { return *this; }
+
+  /// Appends `hook` to the chain of a self-attention; the first installed is outermost.
+  /// Throws ValueError, with the list of sites, when the UNet has no such site. ComfyUI:
+  /// `set_model_attn1_replace`, which holds one hook a site.
+  ModelPatcher& set_attn1_replace(AttentionHook hook, const AttentionSite& site,
+                                  AttentionHookOptions options = {});
+  /// Appends a function that sees and may change both predictions before CFG.
+  ModelPatcher& set_pre_cfg_function(PreCfgFunction function);
+  /// Sets the CFG formula; the last one set counts.
+  ModelPatcher& set_cfg_function(CfgFunction function);
+  /// Appends a function that sees and may change the CFG result.
+  ModelPatcher& set_post_cfg_function(PostCfgFunction function, PostCfgOptions options = {});
+
+  const Denoiser& denoiser() const { return denoiser_; }
+  const UNet& unet() const { return denoiser_.unet(); }
+  const ModelSampling& model_sampling() const { return denoiser_.model_sampling(); }
+  const std::vector<InstalledHook>& attention_hooks() const { return hooks_; }
+  const std::vector<PreCfgFunction>& pre_cfg_functions() const { return pre_cfg_; }
+  const CfgFunction& cfg_function() const { return cfg_; }
+  const std::vector<InstalledPostCfg>& post_cfg_functions() const { return post_cfg_; }
+
+ private:
+  Denoiser denoiser_;
+  std::vector<InstalledHook> hooks_;
+  std::vector<PreCfgFunction> pre_cfg_;
+  CfgFunction cfg_;
+  std::vector<InstalledPostCfg> post_cfg_;
+};
+
+}  // namespace sag

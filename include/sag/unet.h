@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "sag/attention.h"
+#include "sag/export.h"
+
+namespace sag {
+
+/// The arguments of one UNet call, rows first.
+struct UNetInput {
+  torch::Tensor x;          ///< [rows, channels, height, width], scaled for the network, the UNet's dtype
+  torch::Tensor timesteps;  ///< [rows] fp32
+  torch::Tensor context;    ///< [rows, tokens, width], or undefined
+  torch::Tensor y;          ///< [rows, features], or undefined
+  std::map<std::string, torch::Tensor> extra;  ///< by argument name, each [rows, …]
+};
+
+/// One attention of a UNet that can be hooked.
+struct AttentionSiteInfo {
+  /// ComfyUI's name where it is known ("middle.0.0"), else the path.
+  std::string name;
+  /// Dotted module path; empty if there is none (frozen files, UNets in C++).
+  std::string path;
+  /// Place in the order of execution, counting self- and cross-attention from 0; -1: unknown.
+  std::int64_t ordinal = -1;
+};
+
+/// A noise-predicting network. One object may be used from several threads.
+class SAG_API UNet {
+ public:
+  virtual ~UNet();
+  /// Returns the raw network output, [rows, channels, height, width].
+  virtual torch::Tensor forward(const UNetInput& input) const = 0;
+  /// Returns the self-attentions that hooks can be set on, in order of execution.
+  virtual std::vector<AttentionSiteInfo> attention_sites() const = 0;
+  /// Where the weights live and inputs are expected.
+  virtual torch::Device device() const = 0;
+  /// The dtype of x, context, y and floating extra inputs.
+  virtual torch::ScalarType dtype() const = 0;
+};
+
+/// Returns the UNet's own name of a site, which may be given by name, path or "#ordinal".
+/// Throws ValueError, with the list of sites, when there is no such site or more than one.
+SAG_API std::string resolve_attention_site(const UNet& unet, const AttentionSite& site);
+
+}  // namespace sag
