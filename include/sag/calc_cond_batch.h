@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "sag/conditioning.h"
+#include "sag/export.h"
+#include "sag/model_patcher.h"
+#include "sag/pass.h"
+#include "sag/step_context.h"
+
+namespace sag {
+
+/// One prediction to make: a branch's conditionings at one x.
+struct CondRequest {
+  Branch branch = Branch::cond;
+  Owner owner;
+  torch::Tensor x;  ///< [images, channels, height, width]
+  std::vector<Conditioning> conds;
+};
+
+struct CalcCondBatchOptions {
+  /// At most so many rows in one UNet call; 0: no limit. The limit changes memory and speed, never the
+  /// result (but for the rounding of another batch size).
+  std::int64_t max_rows = 0;
+};
+
+/// What `calc_cond_batch` did.
+struct CondBatch {
+  /// One denoised latent per request, fp32; undefined where no conditioning is active at sigma.
+  std::vector<torch::Tensor> denoised;
+  std::int64_t unet_calls = 0, unet_rows = 0;
+};
+
+/// Evaluates several predictions in as few UNet calls as fit together (same size, same tensors but for
+/// the number of tokens, which is evened out by repeating them), under the model's attention hooks.
+/// Conditionings of one request are averaged per latent cell by strength and mask; inside an area with a
+/// feathered edge of up to 8 cells. Rows keep the order of requests, conditionings and images.
+///
+/// Throws ValueError or TypeError when a conditioning does not fit x; rethrows what a hook threw.
+/// ComfyUI: `calc_cond_batch`, `get_area_and_mult`.
+SAG_API CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests,
+                                  double sigma, StepContext& step,
+                                  const CalcCondBatchOptions& options = {});
+
+}  // namespace sag

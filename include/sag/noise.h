@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+
+#include <torch/types.h>
+
+#include "sag/export.h"
+
+namespace sag {
+
+/// Returns unit Gaussian noise for a sampler's step from sigma to sigma_next, the shape of the latent.
+using NoiseSampler = std::function<torch::Tensor(double sigma, double sigma_next)>;
+
+/// Unit Gaussian noise that depends on seeds alone: drawn on the CPU in fp32, one generator per image, so
+/// it is the same on every device, and an image does not depend on the rest of its batch.
+class SAG_API SeededNoise {
+ public:
+  /// One seed per image.
+  explicit SeededNoise(std::span<const std::uint64_t> seeds);
+  ~SeededNoise();
+  SeededNoise(SeededNoise&&) noexcept;
+  SeededNoise& operator=(SeededNoise&&) noexcept;
+
+  /// Draws the next noise, [seeds, image_shape…] fp32 on `device`. The first draw is the start noise,
+  /// later ones are unrelated to it.
+  torch::Tensor draw(torch::IntArrayRef image_shape, torch::Device device);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// Returns a sampler's noise that goes on drawing from `noise`, for latents of the shape, dtype and device
+/// of x. `noise` is shared, not copied.
+SAG_API NoiseSampler seeded_noise_sampler(std::shared_ptr<SeededNoise> noise, const torch::Tensor& x);
+
+}  // namespace sag

@@ -1,0 +1,30 @@
+#pragma once
+
+/// Everything in the library.
+
+// Tensors: for callers with their own UNet and sampler.
+#include "sag/attention_map.h"
+#include "sag/blur.h"
+#include "sag/self_attention_guidance.h"
+#include "sag/token_grid.h"
+
+// Patches: for callers with a UNet and a sampler loop.
+#include "sag/attention.h"
+#include "sag/calc_cond_batch.h"
+#include "sag/cfg_guider.h"
+#include "sag/conditioning.h"
+#include "sag/denoiser.h"
+#include "sag/model_patcher.h"
+#include "sag/model_sampling.h"
+#include "sag/pass.h"
+#include "sag/step_context.h"
+#include "sag/unet.h"
+
+// Files: for callers with a model file.
+#include "sag/inpaint.h"
+#include "sag/noise.h"
+#include "sag/samplers.h"
+#include "sag/schedules.h"
+#include "sag/torchscript_unet.h"
+
+#include "sag/version.h"
