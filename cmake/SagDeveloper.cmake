@@ -1,0 +1,49 @@
+# What only a developer of sag sees: strict warnings on our own targets, and ccache.
+
+function(sag_developer_warnings target)
+  if(SAG_WARNINGS_AS_ERRORS)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Werror>)
+  endif()
+endfunction()
+
+# A precompiled header that ccache accepts (its manual, "Precompiled headers").
+function(sag_precompile_headers target)
+  target_precompile_headers(${target} PRIVATE ${ARGN})
+  sag_use_precompiled_flags(${target})
+endfunction()
+
+function(sag_reuse_precompiled_headers target from)
+  target_precompile_headers(${target} REUSE_FROM ${from})
+  sag_use_precompiled_flags(${target})
+endfunction()
+
+function(sag_use_precompiled_flags target)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    target_compile_options(${target} PRIVATE -fpch-preprocess)
+  endif()
+endfunction()
+
+if(PROJECT_IS_TOP_LEVEL AND NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
+  find_program(SAG_CCACHE ccache)
+  mark_as_advanced(SAG_CCACHE)
+  if(SAG_CCACHE)
+    set(CMAKE_CXX_COMPILER_LAUNCHER
+      "${CMAKE_COMMAND};-E;env;CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_ctime,include_file_mtime;${SAG_CCACHE}")
+    set(CMAKE_CUDA_COMPILER_LAUNCHER "${CMAKE_CXX_COMPILER_LAUNCHER}")
+  endif()
+endif()
+
+# While the library is being written: drops the files of a list that do not exist yet, and says so.
+function(sag_written_sources list)
+  set(written)
+  foreach(file IN LISTS ${list})
+    cmake_path(ABSOLUTE_PATH file BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" OUTPUT_VARIABLE path)
+    if(EXISTS "${path}")
+      list(APPEND written "${file}")
+    else()
+      message(STATUS "not written yet: ${file}")
+    endif()
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${path}")
+  endforeach()
+  set(${list} "${written}" PARENT_SCOPE)
+endfunction()

@@ -1,0 +1,32 @@
+include(GoogleTest)
+
+# sag_add_test(<name> SOURCES <file>... [INTERNAL <file>...] [LABELS <label>...] [TIMEOUT <seconds>])
+#
+# One executable for a room's test files; every TEST becomes a ctest test. INTERNAL lists library sources whose
+# functions are not exported: they are compiled into the executable too.
+function(sag_add_test name)
+  cmake_parse_arguments(PARSE_ARGV 1 ARG "" "TIMEOUT" "SOURCES;INTERNAL;LABELS")
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  sag_written_sources(ARG_SOURCES)
+  sag_written_sources(ARG_INTERNAL)
+  if(NOT ARG_SOURCES)
+    return()
+  endif()
+  add_executable(${name} ${ARG_SOURCES} ${ARG_INTERNAL})
+  target_link_libraries(${name} PRIVATE sag_test_support)
+  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src")
+  sag_developer_warnings(${name})
+  sag_use_fmt(${name})
+  sag_reuse_precompiled_headers(${name} sag_test_support)
+  if(ARG_INTERNAL)
+    # Only the tests share the precompiled header: the library's own files must name what they include.
+    set_source_files_properties(${ARG_INTERNAL} PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
+  endif()
+  # Listed when ctest starts, not when the executable is built, so that the test preset's environment applies.
+  gtest_discover_tests(${name}
+    DISCOVERY_MODE PRE_TEST
+    DISCOVERY_TIMEOUT 120
+    PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+endfunction()
