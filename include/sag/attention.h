@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -15,7 +14,13 @@
 #include "sag/export.h"
 #include "sag/pass.h"
 
+namespace c10 {
+class DebugInfoGuard;
+}
+
 namespace sag {
+
+struct AttentionScopeState;
 
 /// Names one self-attention of a UNet: ComfyUI's key, a dotted module path, or an ordinal.
 class SAG_API AttentionSite {
@@ -36,11 +41,11 @@ class SAG_API AttentionSite {
 
 /// One call of scaled dot-product attention, with SDPA's own arguments.
 struct AttentionCall {
-  torch::Tensor q, k, v;  ///< [rows, heads, tokens, head_dim] (or heads folded into rows: Pass::select)
-  std::optional<torch::Tensor> attn_mask;
+  torch::Tensor q = {}, k = {}, v = {};  ///< [rows, heads, tokens, head_dim] (or heads folded into rows: Pass::select)
+  std::optional<torch::Tensor> attn_mask = {};
   double dropout_p = 0.0;
   bool is_causal = false;
-  std::optional<double> scale;  ///< nothing: 1 / sqrt(head_dim)
+  std::optional<double> scale = {};  ///< nothing: 1 / sqrt(head_dim)
   bool enable_gqa = false;
 };
 
@@ -56,7 +61,7 @@ using AttentionHook =
 
 struct AttentionHookOptions {
   /// Whether the hook runs at this sigma. Asked once before the pass, never inside it. Empty: always.
-  std::function<bool(double sigma)> active;
+  std::function<bool(double sigma)> active = {};
   /// True if the hook may run inside a captured CUDA graph: it launches the same device work for the same
   /// shapes and pass layout, and keeps what it computes with StepContext::record. Host code of such a
   /// hook runs when a graph is captured, not when it is replayed.
@@ -94,16 +99,13 @@ class SAG_API AttentionScope {
   static std::vector<std::string> hooked_sites();
 
  private:
-  struct State;
-  struct Guard;
-  std::shared_ptr<State> state_;
-  std::unique_ptr<Guard> guard_;
-  friend SAG_API torch::Tensor run_attention(const AttentionCall&, std::string_view, bool);
+  std::shared_ptr<AttentionScopeState> state_;
+  std::unique_ptr<c10::DebugInfoGuard> guard_;
 };
 
 struct AttentionOptions {
   /// The name of this attention, as `UNet::attention_sites` lists it.
-  std::string_view site;
+  std::string_view site = {};
   std::optional<torch::Tensor> attn_mask = {};
   double dropout_p = 0.0;
   bool is_causal = false;

@@ -17,9 +17,9 @@ namespace sag {
 /// One prediction to make: a branch's conditionings at one x.
 struct CondRequest {
   Branch branch = Branch::cond;
-  Owner owner;
-  torch::Tensor x;  ///< [images, channels, height, width]
-  std::vector<Conditioning> conds;
+  Owner owner = {};
+  torch::Tensor x = {};  ///< [images, channels, height, width]
+  std::vector<Conditioning> conds = {};
 };
 
 struct CalcCondBatchOptions {

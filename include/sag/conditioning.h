@@ -17,18 +17,18 @@ namespace sag {
 /// Tensors with a first dimension of 1 are repeated for every image of a batch.
 struct Conditioning {
   /// Text for cross-attention, [1 or images, tokens, width]. Undefined for UNets that take none.
-  torch::Tensor context;
+  torch::Tensor context = {};
   /// Vector of the whole picture (SDXL: pooled text and sizes), [1 or images, features].
-  torch::Tensor y;
+  torch::Tensor y = {};
   /// Further inputs of the UNet by the name of its argument, each [1 or images, …].
-  std::map<std::string, torch::Tensor> extra;
+  std::map<std::string, torch::Tensor> extra = {};
 
   /// Weight against other conditionings of the same branch.
   double strength = 1.0;
   /// The part of the latent it is evaluated on; nothing: all of it. Clipped to the latent.
-  std::optional<Area> area;
+  std::optional<Area> area = {};
   /// Weight per latent cell, [height, width] or [1 or images, height, width] of the latent, 0 … 1.
-  torch::Tensor mask;
+  torch::Tensor mask = {};
   /// Active while sigma_end <= sigma <= sigma_start.
   double sigma_start = std::numeric_limits<double>::infinity(), sigma_end = 0.0;
 };

@@ -73,7 +73,7 @@ using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;
 struct PostCfgOptions {
   /// Whether the function needs `uncond_denoised` at this sigma, also where cond_scale 1 does not.
   /// Empty: never. (ComfyUI: `disable_cfg1_optimization`, which cannot be switched off again.)
-  std::function<bool(double sigma)> needs_uncond;
+  std::function<bool(double sigma)> needs_uncond = {};
 };
 
 /// A post-CFG function in its place.

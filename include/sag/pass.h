@@ -50,12 +50,12 @@ struct SAG_API RowGroup {
   Branch branch = Branch::cond;
   /// Which of several positives or negatives.
   std::int64_t entry = 0;
-  Owner owner;
+  Owner owner = {};
   /// The part of the latent that the rows show; nothing: all of it.
-  std::optional<Area> area;
+  std::optional<Area> area = {};
   /// How much the rows count in the branch's prediction, [1 or count, 1, h, w] over the area.
   /// Undefined: everywhere the same.
-  torch::Tensor weight;
+  torch::Tensor weight = {};
 
   /// Returns these rows of `t`, a view: t[begin : begin + count].
   torch::Tensor of(const torch::Tensor& t) const;
@@ -70,7 +70,7 @@ struct SAG_API Pass {
   /// Size of the UNet's input in this pass: the latent's, or an area's.
   std::int64_t height = 0, width = 0;
   /// In row order, without gaps.
-  std::vector<RowGroup> groups;
+  std::vector<RowGroup> groups = {};
   /// Where hooks leave what a guidance reads after the evaluation; never null while a hook runs.
   StepContext* step = nullptr;
 

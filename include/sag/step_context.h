@@ -15,13 +15,13 @@ namespace sag {
 
 /// What one guidance did in one evaluation of the model.
 struct GuidanceNote {
-  std::string name;
+  std::string name = {};
   bool guided = false;
   /// Why it did not guide; empty when it did.
-  std::string reason;
+  std::string reason = {};
   /// Where the guidance changed the picture, [images, 1, height, width] bool on the latent's device;
   /// undefined if it has no such mask. A tensor, so that nothing waits for the device inside a step.
-  torch::Tensor mask;
+  torch::Tensor mask = {};
 };
 
 /// What belongs to one evaluation of the denoiser: hooks write to it while the UNet runs, guidances read

@@ -14,19 +14,19 @@ namespace sag {
 
 /// The arguments of one UNet call, rows first.
 struct UNetInput {
-  torch::Tensor x;          ///< [rows, channels, height, width], scaled for the network, the UNet's dtype
-  torch::Tensor timesteps;  ///< [rows] fp32
-  torch::Tensor context;    ///< [rows, tokens, width], or undefined
-  torch::Tensor y;          ///< [rows, features], or undefined
-  std::map<std::string, torch::Tensor> extra;  ///< by argument name, each [rows, …]
+  torch::Tensor x = {};          ///< [rows, channels, height, width], scaled for the network, the UNet's dtype
+  torch::Tensor timesteps = {};  ///< [rows] fp32
+  torch::Tensor context = {};    ///< [rows, tokens, width], or undefined
+  torch::Tensor y = {};          ///< [rows, features], or undefined
+  std::map<std::string, torch::Tensor> extra = {};  ///< by argument name, each [rows, …]
 };
 
 /// One attention of a UNet that can be hooked.
 struct AttentionSiteInfo {
   /// ComfyUI's name where it is known ("middle.0.0"), else the path.
-  std::string name;
+  std::string name = {};
   /// Dotted module path; empty if there is none (frozen files, UNets in C++).
-  std::string path;
+  std::string path = {};
   /// Place in the order of execution, counting self- and cross-attention from 0; -1: unknown.
   std::int64_t ordinal = -1;
 };
@@ -45,7 +45,8 @@ class SAG_API UNet {
   virtual torch::ScalarType dtype() const = 0;
 };
 
-/// Returns the UNet's own name of a site, which may be given by name, path or "#ordinal".
+/// Returns the UNet's own name of a site, which may be given by name, path or "#ordinal": what
+/// `InstalledHook::site` holds. It is the name, or the path where several sites share the name.
 /// Throws ValueError, with the list of sites, when there is no such site or more than one.
 SAG_API std::string resolve_attention_site(const UNet& unet, const AttentionSite& site);
 

@@ -1,0 +1,52 @@
+#include <optional>
+#include <string_view>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "attention_scope_state.h"
+
+namespace sag {
+namespace {
+
+torch::Tensor attention_op(const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value,
+                           const std::optional<torch::Tensor>& attn_mask, double dropout_p, bool is_causal,
+                           std::optional<double> scale, bool enable_gqa, std::string_view site) {
+  const AttentionCall call{query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa};
+  auto* scope = current_attention_scope();
+  // Contiguous, as the Meta kernel promises to graph compilers.
+  if (!scope || scope->error()) return plain_attention(call).contiguous();
+  try {
+    return run_hooks(*scope, site, call).contiguous();
+  } catch (...) {
+    // An interpreter would turn it into a runtime_error: whoever owns the scope rethrows it.
+    scope->fail(std::current_exception());
+    return plain_attention(call).contiguous();
+  }
+}
+
+torch::Tensor attention_meta(const torch::Tensor& query, const torch::Tensor& /*key*/,
+                             const torch::Tensor& value, const std::optional<torch::Tensor>& /*attn_mask*/,
+                             double /*dropout_p*/, bool /*is_causal*/, std::optional<double> /*scale*/,
+                             bool /*enable_gqa*/, std::string_view /*site*/) {
+  auto sizes = query.sym_sizes().vec();
+  sizes.back() = value.sym_size(-1);
+  return at::empty_symint(sizes, query.options());
+}
+
+}  // namespace
+
+void ensure_ops_registered() {}  // lives here: who calls it links the registration below
+
+}  // namespace sag
+
+// CompositeExplicitAutograd, because exporters take Implicit ops apart and would lose the call.
+// CONSERVATIVE, because hooks have effects that the graph does not show.
+TORCH_LIBRARY(sag, m) {
+  m.def(torch::schema(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+      "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, str site=\"\") -> Tensor",
+      c10::AliasAnalysisKind::CONSERVATIVE));
+}
+TORCH_LIBRARY_IMPL(sag, CompositeExplicitAutograd, m) { m.impl("attention", sag::attention_op); }
+TORCH_LIBRARY_IMPL(sag, Meta, m) { m.impl("attention", sag::attention_meta); }

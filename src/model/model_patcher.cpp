@@ -1,0 +1,49 @@
+#include "sag/model_patcher.h"
+
+#include <utility>
+
+namespace sag {
+
+void RunContext::keep(const Owner& owner, std::int64_t step_index, torch::Tensor value) {
+  // Every evaluation of a step replaces the step's value; of the steps before, one is enough.
+  std::erase_if(kept_, [&](const Kept& kept) {
+    return kept.owner == owner && (kept.step_index >= step_index || kept.step_index < step_index - 1);
+  });
+  kept_.push_back({owner, step_index, std::move(value)});
+}
+
+torch::Tensor RunContext::latest_before(const Owner& owner, std::int64_t step_index) const {
+  for (auto kept = kept_.rbegin(); kept != kept_.rend(); ++kept)
+    if (kept->owner == owner && kept->step_index < step_index) return kept->value;
+  return {};
+}
+
+ModelPatcher::ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling)
+    : denoiser_(std::move(unet), std::move(sampling)) {}
+
+ModelPatcher& ModelPatcher::set_attn1_replace(AttentionHook hook, const AttentionSite& site,
+                                              AttentionHookOptions options) {
+  TORCH_CHECK_VALUE(hook, "[ModelPatcher::set_attn1_replace] hook must not be empty.");
+  hooks_.push_back({resolve_attention_site(unet(), site), std::move(hook), std::move(options)});
+  return *this;
+}
+
+ModelPatcher& ModelPatcher::set_pre_cfg_function(PreCfgFunction function) {
+  TORCH_CHECK_VALUE(function, "[ModelPatcher::set_pre_cfg_function] function must not be empty.");
+  pre_cfg_.push_back(std::move(function));
+  return *this;
+}
+
+ModelPatcher& ModelPatcher::set_cfg_function(CfgFunction function) {
+  TORCH_CHECK_VALUE(function, "[ModelPatcher::set_cfg_function] function must not be empty.");
+  cfg_ = std::move(function);
+  return *this;
+}
+
+ModelPatcher& ModelPatcher::set_post_cfg_function(PostCfgFunction function, PostCfgOptions options) {
+  TORCH_CHECK_VALUE(function, "[ModelPatcher::set_post_cfg_function] function must not be empty.");
+  post_cfg_.push_back({std::move(function), std::move(options)});
+  return *this;
+}
+
+}  // namespace sag
