@@ -90,6 +90,7 @@ class SAG_API ModelSampling {
 
   Prediction prediction_;
   std::vector<double> sigmas_;
+  std::vector<float> log_sigmas_;  // of the sigmas before they were rounded to fp32
   double sigma_data_ = 1.0;
   FlowSamplingOptions flow_;
 };

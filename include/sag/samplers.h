@@ -29,18 +29,21 @@ struct SamplerProgress {
 struct SamplerOptions {
   /// Called once a step. Returning false ends the run: the sampler returns `denoised` of that step.
   std::function<bool(const SamplerProgress&)> callback = {};
-  /// Fresh noise for samplers that add some. Empty: drawn per image from seeds 0, 1, 2, …
+  /// Fresh noise for samplers that add some. Empty: the second and later draws of `SeededNoise` with seeds
+  /// 0, 1, 2, …
   NoiseSampler noise_sampler = {};
   /// Share of fresh noise in ancestral samplers, 0 … 1.
   double eta = 1.0;
   /// Factor on fresh noise.
   double s_noise = 1.0;
-  /// True for flow models (x = (1 − σ)·x0 + σ·n), whose ancestral steps re-noise differently.
+  /// True for flow models (x = (1 − σ)·x0 + σ·n), whose ancestral steps re-noise differently. `sample` sets
+  /// it from the model.
   bool flow = false;
 };
 
 /// A sampler: takes x, noisy at sigmas[0], to sigmas.back(). x: [images, channels, height, width].
 /// The model is asked for predictions at the sigmas, which must fall strictly (the last may be 0).
+/// Half precision x is promoted to fp32, which the model then gets and the sampler returns.
 /// All throw ValueError or TypeError on other arguments; what the model throws passes through.
 using Sampler = torch::Tensor (*)(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas, const SamplerOptions& options);
