@@ -8,11 +8,11 @@
 
 namespace sag {
 
-/// Returns x blurred by a Gaussian: kernel_size taps, weights exp(−½ (t / sigma)²) normalised in fp32,
+/// Returns x blurred by a Gaussian: kernel_size taps, weights exp(−½ (t / sigma)²) normalised,
 /// separable, every channel for itself, edges reflected (the edge cell not repeated).
 ///
 /// x: [B, C, H, W], floating; the result has its dtype (half precision is summed in fp32).
-/// kernel_size: odd, or 0 for as many taps as sigma needs (radius ⌈3·sigma⌉). A radius is clamped to
+/// kernel_size: odd, or 0 for as many taps as sigma needs (radius ⌈3·sigma⌉). The radius is clamped to
 /// side − 1 along each side, which reflection needs. sigma in cells, >= 0; 0 returns x.
 /// Note that 9 taps hold a sigma of up to about 1.5: 2 acts as 1.85, 10 as 2.55.
 ///

@@ -19,7 +19,7 @@ struct EvaluationReport {
   double sigma = 0;
   std::int64_t step_index = 0;
   std::int64_t unet_calls = 0, unet_rows = 0;
-  std::vector<GuidanceNote> guidances;  ///< one per guidance, in their order
+  std::vector<GuidanceNote> guidances = {};  ///< one per guidance, in their order
 };
 
 /// What a guider did so far.

@@ -1,0 +1,259 @@
+#include "sag/calc_cond_batch.h"
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <utility>
+
+#include <ATen/ATen.h>
+
+#include "sag/attention.h"
+
+namespace sag {
+namespace {
+
+/// A conditioning of a request, on some of its images: what one group of rows is made from.
+struct Item {
+  std::size_t request = 0;
+  const Conditioning* cond = nullptr;
+  RowGroup rows;     // all but `begin`
+  torch::Tensor x;   // the rows' noisy latent, cropped to the area
+};
+
+Area clipped(const Area& area, std::int64_t height, std::int64_t width) {
+  return {std::min(area.height, height - area.y), std::min(area.width, width - area.x), area.y, area.x};
+}
+
+torch::Tensor crop(const torch::Tensor& t, const std::optional<Area>& area) {
+  return area ? t.narrow(-2, area->y, area->height).narrow(-1, area->x, area->width) : t;
+}
+
+torch::Tensor images_of(const torch::Tensor& t, std::int64_t image, std::int64_t count) {
+  return t.defined() && t.size(0) > 1 ? t.narrow(0, image, count) : t;
+}
+
+// Fades the weight in over up to 8 cells from each edge of the area that lies inside the latent.
+void feather(torch::Tensor& weight, const Area& area, std::int64_t height, std::int64_t width) {
+  const auto fade = [&](std::int64_t dim, std::int64_t side, bool at_begin, bool at_end) {
+    const auto reach = std::min<std::int64_t>(8, side / 4);
+    for (std::int64_t t = 0; t < reach; ++t) {
+      const auto factor = static_cast<double>(t + 1) / static_cast<double>(reach);
+      if (at_begin) weight.narrow(dim, t, 1).mul_(factor);
+      if (at_end) weight.narrow(dim, side - 1 - t, 1).mul_(factor);
+    }
+  };
+  fade(2, area.height, area.y > 0, area.y + area.height < height);
+  fade(3, area.width, area.x > 0, area.x + area.width < width);
+}
+
+// Returns how much each cell of the prediction counts, [1 or images, 1, h, w]; undefined: 1 everywhere.
+torch::Tensor weight_of(const Conditioning& cond, const std::optional<Area>& area, const torch::Tensor& x) {
+  const auto height = x.size(2), width = x.size(3);
+  if (!cond.mask.defined() && !area && cond.strength == 1) return {};
+  const auto options = x.options().dtype(torch::kFloat);
+  if (cond.mask.defined()) {
+    const auto mask = cond.mask.dim() == 2 ? cond.mask.unsqueeze(0) : cond.mask;
+    return crop(mask.unsqueeze(1).to(options), area) * cond.strength;
+  }
+  auto weight = torch::full({1, 1, area ? area->height : height, area ? area->width : width}, cond.strength,
+                            options);
+  if (area) feather(weight, *area, height, width);
+  return weight;
+}
+
+std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma, std::int64_t max_rows) {
+  std::vector<Item> items;
+  for (std::size_t r = 0; r < requests.size(); ++r) {
+    const auto& request = requests[r];
+    const auto& x = request.x;
+    const auto images = x.size(0), height = x.size(2), width = x.size(3);
+    const auto rows_at_once = max_rows > 0 ? std::min(max_rows, images) : images;
+    for (std::size_t entry = 0; entry < request.conds.size(); ++entry) {
+      const auto& cond = request.conds[entry];
+      check_conditioning(cond, images, height, width, "calc_cond_batch");
+      if (!is_active(cond, sigma)) continue;
+      const auto area = cond.area ? std::optional(clipped(*cond.area, height, width)) : std::nullopt;
+      const auto weight = weight_of(cond, area, x);
+      for (std::int64_t image = 0; image < images; image += rows_at_once) {
+        const auto count = std::min(rows_at_once, images - image);
+        items.push_back({.request = r,
+                         .cond = &cond,
+                         .rows = {.count = count,
+                                  .image = image,
+                                  .branch = request.branch,
+                                  .entry = static_cast<std::int64_t>(entry),
+                                  .owner = request.owner,
+                                  .area = area,
+                                  .weight = images_of(weight, image, count)},
+                         .x = crop(x.narrow(0, image, count), area)});
+      }
+    }
+  }
+  return items;
+}
+
+bool same_tail(const torch::Tensor& a, const torch::Tensor& b) {
+  if (a.defined() != b.defined()) return false;
+  return !a.defined() || a.sizes().slice(1) == b.sizes().slice(1);
+}
+
+// Repeating tokens leaves cross-attention as it is, so contexts may differ in length; but not by so much
+// that the repetition costs more than another call (ComfyUI: `CONDCrossAttn.can_concat`).
+bool contexts_fit(const torch::Tensor& a, const torch::Tensor& b) {
+  if (!a.defined() || !b.defined()) return a.defined() == b.defined();
+  const auto common = std::lcm(a.size(1), b.size(1));
+  return a.size(2) == b.size(2) && common / std::min(a.size(1), b.size(1)) <= 4;
+}
+
+bool fits_together(const Item& a, const Item& b) {
+  const auto same_extra = [](const auto& p, const auto& q) {
+    return p.first == q.first && same_tail(p.second, q.second);
+  };
+  return a.x.sizes().slice(1) == b.x.sizes().slice(1) && contexts_fit(a.cond->context, b.cond->context) &&
+         same_tail(a.cond->y, b.cond->y) &&
+         std::equal(a.cond->extra.begin(), a.cond->extra.end(), b.cond->extra.begin(), b.cond->extra.end(),
+                    same_extra);
+}
+
+// Takes the first item and all later ones that fit into one UNet call with it.
+std::vector<Item> take_batch(std::vector<Item>& items, std::int64_t max_rows) {
+  std::vector<Item> batch;
+  std::int64_t rows = 0;
+  const auto fits = [&](const Item& item) {
+    return batch.empty() || ((max_rows == 0 || rows + item.rows.count <= max_rows) &&
+                             std::all_of(batch.begin(), batch.end(), [&](const Item& other) {
+                               return fits_together(other, item);
+                             }));
+  };
+  std::vector<Item> rest;
+  for (auto& item : items) {
+    if (fits(item)) {
+      rows += item.rows.count;
+      batch.push_back(std::move(item));
+    } else {
+      rest.push_back(std::move(item));
+    }
+  }
+  items = std::move(rest);
+  return batch;
+}
+
+// Joins one tensor of every item of a batch, repeated to the item's rows.
+template <class Get>
+torch::Tensor join(const std::vector<Item>& batch, Get get) {
+  std::vector<torch::Tensor> parts;
+  for (const auto& item : batch) {
+    const auto part = images_of(get(item), item.rows.image, item.rows.count);
+    if (!part.defined()) return {};
+    auto sizes = part.sizes().vec();
+    sizes[0] = item.rows.count;
+    parts.push_back(part.expand(sizes));
+  }
+  return at::cat(parts);
+}
+
+Conditioning joined_conditioning(const std::vector<Item>& batch) {
+  std::int64_t tokens = 1;
+  for (const auto& item : batch)
+    if (item.cond->context.defined()) tokens = std::lcm(tokens, item.cond->context.size(1));
+
+  Conditioning joined;
+  joined.context = join(batch, [&](const Item& item) {
+    const auto& context = item.cond->context;
+    return context.defined() ? context.repeat({1, tokens / context.size(1), 1}) : context;
+  });
+  joined.y = join(batch, [](const Item& item) { return item.cond->y; });
+  for (const auto& [name, tensor] : batch.front().cond->extra)
+    joined.extra[name] = join(batch, [&name](const Item& item) { return item.cond->extra.at(name); });
+  return joined;
+}
+
+Pass pass_of(std::vector<Item>& batch, double sigma, StepContext& step) {
+  Pass pass{.sigma = sigma,
+            .step_index = step.step_index(),
+            .height = batch.front().x.size(2),
+            .width = batch.front().x.size(3),
+            .step = &step};
+  for (auto& item : batch) {
+    item.rows.begin = pass.size();
+    pass.groups.push_back(item.rows);
+  }
+  return pass;
+}
+
+torch::Tensor evaluate(const ModelPatcher& model, const std::vector<Item>& batch, const Pass& pass,
+                       double sigma) {
+  std::vector<torch::Tensor> x;
+  for (const auto& item : batch) x.push_back(item.x);
+  const AttentionScope scope(active_hooks(model.attention_hooks(), sigma), pass);
+  try {
+    const auto denoised = model.denoiser()(at::cat(x), sigma, joined_conditioning(batch));
+    scope.rethrow_if_failed();
+    return denoised;
+  } catch (...) {
+    scope.rethrow_if_failed();  // what a hook threw is the cause of what the UNet threw
+    throw;
+  }
+}
+
+/// A request's prediction in the making: the weighted sum of its parts, and what they weigh together
+/// (undefined: 1 everywhere, which is the case of one conditioning on the whole latent).
+struct Sum {
+  torch::Tensor value, weight;
+};
+
+void add(Sum& sum, const Item& item, const torch::Tensor& denoised, const torch::Tensor& x) {
+  const auto& rows = item.rows;
+  if (!sum.value.defined() && !rows.weight.defined() && !rows.area && rows.count == x.size(0)) {
+    sum.value = denoised;
+    return;
+  }
+  if (!sum.weight.defined()) {
+    const std::vector<std::int64_t> cells = {x.size(0), 1, x.size(2), x.size(3)};
+    sum.weight = sum.value.defined() ? at::ones(cells, denoised.options()) : at::zeros(cells, denoised.options());
+    sum.value = sum.value.defined() ? sum.value.clone() : at::zeros(x.sizes(), denoised.options());
+  }
+  const auto part = [&](const torch::Tensor& t) { return crop(t.narrow(0, rows.image, rows.count), rows.area); };
+  part(sum.value).add_(rows.weight.defined() ? denoised * rows.weight : denoised);
+  part(sum.weight).add_(rows.weight.defined() ? rows.weight : at::ones({1}, denoised.options()));
+}
+
+// A cell that no conditioning covers is 0, as in the reference.
+torch::Tensor average(const Sum& sum) {
+  if (!sum.weight.defined()) return sum.value;
+  return at::where(sum.weight != 0, sum.value / sum.weight, 0.0);
+}
+
+void check_requests(std::span<const CondRequest> requests, const CalcCondBatchOptions& options) {
+  TORCH_CHECK_VALUE(options.max_rows >= 0, "[calc_cond_batch] max_rows must be at least 0, got ",
+                    options.max_rows, ".");
+  for (const auto& request : requests) {
+    TORCH_CHECK_VALUE(request.x.defined() && request.x.dim() == 4 && request.x.numel() > 0,
+                      "[calc_cond_batch] x must have shape [images, channels, height, width], none of them 0, "
+                      "got ",
+                      request.x.defined() ? c10::str(request.x.sizes()) : "an undefined tensor", ".");
+  }
+}
+
+}  // namespace
+
+CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests, double sigma,
+                          StepContext& step, const CalcCondBatchOptions& options) {
+  check_requests(requests, options);
+  const torch::NoGradGuard no_grad;
+  CondBatch result;
+  std::vector<Sum> sums(requests.size());
+  for (auto items = items_of(requests, sigma, options.max_rows); !items.empty();) {
+    auto batch = take_batch(items, options.max_rows);
+    const auto pass = pass_of(batch, sigma, step);
+    const auto denoised = evaluate(model, batch, pass, sigma);
+    for (const auto& item : batch)
+      add(sums[item.request], item, item.rows.of(denoised), requests[item.request].x);
+    result.unet_calls += 1;
+    result.unet_rows += pass.size();
+  }
+  for (const auto& sum : sums) result.denoised.push_back(average(sum));
+  return result;
+}
+
+}  // namespace sag

@@ -1,0 +1,165 @@
+#include "sag/self_attention_guidance.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include <ATen/ATen.h>
+
+#include "sag/attention_map.h"
+#include "sag/blur.h"
+
+namespace sag {
+namespace {
+
+// ComfyUI: `SelfAttentionGuidance.patch`; below this the blur would be most of the picture.
+bool too_small(const torch::Tensor& x) { return std::min(x.size(2), x.size(3)) <= 4; }
+
+void check_step(const torch::Tensor& denoised, const torch::Tensor& x, const torch::Tensor& uncond_denoised,
+                const SelfAttentionGuidanceStep& step) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0,
+                    "[self_attention_guidance] x must have shape [B, C, H, W], none of them 0, got ", x.sizes(),
+                    ".");
+  TORCH_CHECK_VALUE(denoised.sizes() == x.sizes() && uncond_denoised.sizes() == x.sizes(),
+                    "[self_attention_guidance] denoised and uncond_denoised must have the shape of x, ",
+                    x.sizes(), ", got ", denoised.sizes(), " and ", uncond_denoised.sizes(), ".");
+  TORCH_CHECK_VALUE(std::isfinite(step.scale) && std::isfinite(step.renoise_scale),
+                    "[self_attention_guidance] scale and renoise_scale must be finite, got ", step.scale,
+                    " and ", step.renoise_scale, ".");
+}
+
+}  // namespace
+
+torch::Tensor self_attention_guidance(
+    const torch::Tensor& denoised, const torch::Tensor& x, const torch::Tensor& uncond_denoised,
+    const torch::Tensor& attn_map,
+    const std::function<torch::Tensor(const torch::Tensor& x_again)>& predict_uncond,
+    const SelfAttentionGuidanceStep& step) {
+  check_step(denoised, x, uncond_denoised, step);
+  if (step.scale == 0 || step.blur_sigma == 0 || too_small(x)) return denoised;
+  const auto degraded = create_blur_map(uncond_denoised, attn_map,
+                                        {.blur_sigma = step.blur_sigma,
+                                         .threshold = step.threshold,
+                                         .kernel_size = step.kernel_size});
+  const auto x_again = x + step.renoise_scale * (degraded - uncond_denoised);
+  return denoised + step.scale * (degraded - predict_uncond(x_again));
+}
+
+namespace {
+
+void check_options(const SelfAttentionGuidanceOptions& options) {
+  constexpr auto* where = "[apply_self_attention_guidance] ";
+  TORCH_CHECK_VALUE(std::isfinite(options.scale), where, "scale must be finite, got ", options.scale, ".");
+  TORCH_CHECK_VALUE(std::isfinite(options.blur_sigma) && options.blur_sigma >= 0, where,
+                    "blur_sigma must be finite and at least 0, got ", options.blur_sigma, ".");
+  TORCH_CHECK_VALUE(std::isfinite(options.threshold), where, "threshold must be finite, got ",
+                    options.threshold, ".");
+  TORCH_CHECK_VALUE(options.kernel_size == 0 || (options.kernel_size > 0 && options.kernel_size % 2 == 1), where,
+                    "kernel_size must be odd, or 0 for as wide as blur_sigma needs, got ", options.kernel_size,
+                    ".");
+  TORCH_CHECK_VALUE(options.sigma_end <= options.sigma_start, where,
+                    "sigma_end must be at most sigma_start, got ", options.sigma_end, " and ",
+                    options.sigma_start, ".");
+}
+
+// Turns a window in percent into one in sigma.
+SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options, const ModelSampling& sampling) {
+  for (const auto& percent : {options.start_percent, options.end_percent})
+    TORCH_CHECK_VALUE(!percent || (*percent >= 0 && *percent <= 1),
+                      "[apply_self_attention_guidance] start_percent and end_percent must be in [0, 1], got ",
+                      *percent, ".");
+  if (options.start_percent) options.sigma_start = sampling.percent_to_sigma(*options.start_percent);
+  if (options.end_percent) options.sigma_end = sampling.percent_to_sigma(*options.end_percent);
+  return options;
+}
+
+// Returns why SAG has nothing to do at `sigma`, or nothing.
+const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigma) {
+  if (options.scale == 0) return "scale is 0";
+  if (options.blur_sigma == 0) return "blur_sigma is 0";
+  if (sigma > options.sigma_start || sigma < options.sigma_end) return "sigma is outside the window";
+  return nullptr;
+}
+
+void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass) {
+  if (call.attn_mask || call.is_causal) {
+    pass.step->skipped(owner, "the attention of the site is masked");
+    return;
+  }
+  for (const auto& rows : pass.rows(Branch::uncond)) {
+    const auto q = pass.select(rows, call.q), k = pass.select(rows, call.k);
+    if (q.size(2) != k.size(2)) {
+      pass.step->skipped(owner, "the attention of the site is no self-attention");
+      return;
+    }
+    pass.step->record(owner, rows, attention_map(q, k, call.scale));
+  }
+}
+
+// Brings every recorded map to its place in the latent and averages them per cell, with the weights that
+// their predictions had. Cells that none covers stay 0.
+torch::Tensor combine_maps(const std::vector<StepContext::Record>& records, const torch::Tensor& x) {
+  const auto& first = records.front();
+  if (records.size() == 1 && !first.rows.area) return upsample_attention_map(first.map, x.size(2), x.size(3));
+
+  const auto options = first.map.options();
+  auto sum = at::zeros({x.size(0), 1, x.size(2), x.size(3)}, options), weights = at::zeros_like(sum);
+  for (const auto& [rows, map] : records) {
+    const auto area = rows.area.value_or(Area{x.size(2), x.size(3), 0, 0});
+    const auto part = [&, &rows = rows](const torch::Tensor& t) {
+      return t.narrow(0, rows.image, rows.count).narrow(2, area.y, area.height).narrow(3, area.x, area.width);
+    };
+    const auto weight = rows.weight.defined() ? rows.weight.to(options) : at::ones({1}, options);
+    part(sum).add_(upsample_attention_map(map, area.height, area.width) * weight);
+    part(weights).add_(weight);
+  }
+  return at::where(weights != 0, sum / weights, 0.0);
+}
+
+torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& options, const PostCfgArgs& args) {
+  const auto skip = [&](const char* reason) {
+    args.step.skipped(owner, reason);
+    return args.denoised;
+  };
+  if (const auto* reason = idle_reason(options, args.sigma)) return skip(reason);
+  if (!args.uncond_denoised.defined()) return skip("there is no unconditional prediction at this sigma");
+  if (too_small(args.x)) return skip("a side of the latent is 4 or less");
+  const auto records = args.step.records(owner);
+  if (records.empty()) return skip("the attention of the site did not run");
+
+  const auto map = combine_maps(records, args.x);
+  args.step.guided(owner, map > options.threshold);
+  return self_attention_guidance(
+      args.denoised, args.x, args.uncond_denoised, map,
+      [&](const torch::Tensor& x_again) { return args.predict(x_again, Branch::uncond, owner); },
+      {.scale = options.scale,
+       .blur_sigma = options.blur_sigma,
+       .threshold = options.threshold,
+       .kernel_size = options.kernel_size,
+       .renoise_scale = args.model_sampling.renoise_scale(args.sigma)});
+}
+
+}  // namespace
+
+ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
+                                           const SelfAttentionGuidanceOptions& given) {
+  const auto options = with_sigmas(given, model.model_sampling());
+  check_options(options);
+  const Owner owner("self_attention_guidance");  // tells this SAG's records and rows from all others
+  const auto active = [options](double sigma) { return !idle_reason(options, sigma); };
+
+  auto patched = model.clone();
+  patched.set_attn1_replace(
+      [owner](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
+        record_map(owner, call, pass);
+        return next(call);
+      },
+      options.site, {.active = active, .capturable = true});
+  patched.set_post_cfg_function(
+      [owner, options](const PostCfgArgs& args) { return guide(owner, options, args); },
+      {.needs_uncond = active});
+  return patched;
+}
+
+}  // namespace sag
