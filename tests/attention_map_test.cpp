@@ -1,0 +1,85 @@
+#include "sag/attention_map.h"
+
+#include "support/device.h"
+#include "support/reference.h"
+#include "support/toy_unet.h"
+
+namespace sag {
+namespace {
+
+using test::fill;
+using test::max_diff;
+
+class AttentionMap : public test::BackendTest {};
+
+// Golden toy.json, T2 (ComfyUI 0.3.64). Sums over keys instead of queries would all be 1.
+TEST_P(AttentionMap, SumsOverQueriesLikeTheReference) {
+  const auto q = test::split_heads(fill({2, 6, 8}, .5, .1, 2), 2).to(device());
+  const auto k = test::split_heads(fill({2, 6, 8}, .3, .4, 2), 2).to(device());
+  const auto expected = torch::tensor({{1.136692, .892459, .520658, 1.367039, 1.189422, .893730},
+                                       {.538254, 1.097633, 1.330495, 1.405875, 1.023347, .604396}});
+  EXPECT_LT(max_diff(attention_map(q, k), expected), 2e-5);
+}
+
+TEST_P(AttentionMap, MatchesTheNaiveFormAtAnySize) {
+  torch::manual_seed(0);
+  const std::vector<std::vector<std::int64_t>> shapes = {
+      {1, 1, 1, 8}, {2, 3, 7, 5}, {3, 8, 64, 40}, {1, 5, 331, 32}, {2, 4, 1024, 16}, {1, 2, 4099, 8}};
+  for (const auto& shape : shapes) {
+    const auto q = torch::randn(shape, device()), k = torch::randn(shape, device());
+    const auto map = attention_map(q, k, 0.3);
+    EXPECT_EQ(map.scalar_type(), torch::kFloat);
+    EXPECT_EQ(map.sizes().vec(), (std::vector<std::int64_t>{shape[0], shape[2]}));
+    EXPECT_LT(max_diff(map, test::reference_attention_map(q, k, 0.3)), 2e-5) << shape;
+    EXPECT_LT(max_diff(map.mean(1), torch::ones({shape[0]})), 1e-5) << "the average is 1 at " << shape;
+  }
+}
+
+// Half-precision inputs are exact in fp32, and so are the sums: what differs is fp32 rounding.
+TEST_P(AttentionMap, KeepsFp32ForHalfPrecisionInputs) {
+  torch::manual_seed(1);
+  for (const auto dtype : {torch::kHalf, torch::kBFloat16}) {
+    const auto q = torch::randn({2, 4, 100, 32}, device()).to(dtype), k = torch::randn({2, 4, 100, 32}, device()).to(dtype);
+    const auto map = attention_map(q, k);
+    EXPECT_EQ(map.scalar_type(), torch::kFloat);
+    EXPECT_LT(max_diff(map, test::reference_attention_map(q, k, 1 / std::sqrt(32.0))), 2e-5) << dtype;
+  }
+}
+
+TEST_P(AttentionMap, DoesNotOverflowInHalfPrecision) {
+  const auto q = torch::full({1, 1, 8, 64}, 100.0, device()).to(torch::kHalf);  // q·k = 640000 > 65504
+  const auto map = attention_map(q, q);
+  EXPECT_LT(max_diff(map, torch::ones({1, 8})), 1e-5);
+}
+
+TEST_P(AttentionMap, TakesStridedViewsAndSharedKeyHeads) {
+  torch::manual_seed(2);
+  const auto q = torch::randn({2, 30, 8, 16}, device()).transpose(1, 2);  // as UNets hand it on
+  const auto k = torch::randn({2, 30, 2, 16}, device()).transpose(1, 2);
+  const auto expanded = k.repeat_interleave(4, 1);
+  EXPECT_LT(max_diff(attention_map(q, k), test::reference_attention_map(q, expanded, 0.25)), 2e-5);
+}
+
+TEST_P(AttentionMap, IsTheSameInEveryRun) {
+  torch::manual_seed(3);
+  const auto q = torch::randn({2, 8, 700, 40}, device()), k = torch::randn({2, 8, 700, 40}, device());
+  const auto first = attention_map(q, k);
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(torch::equal(attention_map(q, k), first));
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, AttentionMap, test::backends(), test::backend_name);
+
+TEST(AttentionMapArguments, AreChecked) {
+  const auto q = torch::zeros({2, 4, 6, 8});
+  EXPECT_THROW(attention_map(torch::zeros({2, 6, 8}), q), c10::ValueError);
+  EXPECT_THROW(attention_map(q, torch::zeros({2, 4, 6, 9})), c10::ValueError);
+  EXPECT_THROW(attention_map(q, torch::zeros({1, 4, 6, 8})), c10::ValueError);
+  EXPECT_THROW(attention_map(q, torch::zeros({2, 3, 6, 8})), c10::ValueError);
+  EXPECT_THROW(attention_map(q, torch::zeros({2, 4, 0, 8})), c10::ValueError);
+  EXPECT_THROW(attention_map(q, q.to(torch::kHalf)), c10::TypeError);
+  EXPECT_THROW(attention_map(q.to(torch::kInt), q.to(torch::kInt)), c10::TypeError);
+  EXPECT_THROW(attention_map(q, q, NAN), c10::ValueError);
+}
+
+}  // namespace
+}  // namespace sag
