@@ -2,13 +2,14 @@ include(GoogleTest)
 
 # sag_add_test(<name> SOURCES <file>... [INTERNAL <file>...] [LABELS <label>...] [TIMEOUT <seconds>])
 #
-# One executable for a room's test files; every TEST becomes a ctest test. INTERNAL lists library sources whose
-# functions are not exported: they are compiled into the executable too.
+# One executable for a room's test files; every TEST becomes a ctest test. INTERNAL lists files of src/ whose
+# functions the library does not export: they are compiled into the executable too.
 function(sag_add_test name)
   cmake_parse_arguments(PARSE_ARGV 1 ARG "" "TIMEOUT" "SOURCES;INTERNAL;LABELS")
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
+  list(TRANSFORM ARG_INTERNAL PREPEND "${PROJECT_SOURCE_DIR}/src/")
   sag_written_sources(ARG_SOURCES)
   sag_written_sources(ARG_INTERNAL)
   if(NOT ARG_SOURCES)

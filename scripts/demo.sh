@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up everything sag needs, builds the sag-sample command and draws demo.png with it: no argument needed.
+# A CPU is enough; a GPU is used when there is one.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+
+# A handful of prompts, then unconditional pictures (the empty prompt), where guidance shows most; each without and with.
+draw_sheet() {
+  "$sag_build_dir/examples/sag-sample" --model "$sag_root/models/emoji" --compare --out "$1" \
+    --prompt "red heart" \
+    --prompt "cat face" \
+    --prompt "rainbow" \
+    --prompt "mushroom" \
+    --prompt "" \
+    --prompt "" \
+    --prompt "" \
+    --prompt ""
+}
+
+sheet=$sag_root/demo.png
+sag_bootstrap
+sag_build sag-sample
+say "drawing $sheet"
+draw_sheet "$sheet" || die "sag-sample failed; its message is above"
+say "done: $sheet"
