@@ -23,6 +23,14 @@ function(sag_use_precompiled_flags target)
   endif()
 endfunction()
 
+# Finds what the tests or the examples need, or says how to get it and which option does without.
+function(sag_find_dependency package target debian_packages option)
+  find_package(${package} QUIET)
+  if(NOT TARGET ${target})
+    message(FATAL_ERROR "${option} needs ${target}: install it (Debian and Ubuntu: ${debian_packages}) or pass -D${option}=OFF.")
+  endif()
+endfunction()
+
 if(PROJECT_IS_TOP_LEVEL AND NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
   find_program(SAG_CCACHE ccache)
   mark_as_advanced(SAG_CCACHE)

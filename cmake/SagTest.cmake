@@ -1,11 +1,11 @@
 include(GoogleTest)
 
-# sag_add_test(<name> SOURCES <file>... [INTERNAL <file>...] [LABELS <label>...] [TIMEOUT <seconds>])
+# sag_add_test(<name> SOURCES <file>... [INTERNAL <file>...] [LINK <target>...] [LABELS <label>...] [TIMEOUT <seconds>])
 #
 # One executable for a room's test files; every TEST becomes a ctest test. INTERNAL lists files of src/ whose
 # functions the library does not export: they are compiled into the executable too.
 function(sag_add_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 ARG "" "TIMEOUT" "SOURCES;INTERNAL;LABELS")
+  cmake_parse_arguments(PARSE_ARGV 1 ARG "" "TIMEOUT" "SOURCES;INTERNAL;LINK;LABELS")
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
@@ -16,7 +16,7 @@ function(sag_add_test name)
     return()
   endif()
   add_executable(${name} ${ARG_SOURCES} ${ARG_INTERNAL})
-  target_link_libraries(${name} PRIVATE sag_test_support)
+  target_link_libraries(${name} PRIVATE sag_test_support ${ARG_LINK})
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src")
   sag_developer_warnings(${name})
   sag_use_fmt(${name})

@@ -62,7 +62,7 @@ sag_system_packages() {
   say "installing system packages: $list"
   "${sudo[@]}" apt-get update -qq || die "apt-get update failed; is there a network? Missing packages: $list"
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
-    >/dev/null || die "apt-get could not install: $list"
+    >/dev/null || die "apt-get could not install (is there a network?): $list"
   missing=()
   sag_look_for_packages
   ((${#missing[@]} == 0)) || die "still missing after apt-get install: ${missing[*]}"
@@ -241,7 +241,7 @@ sag_find_nvcc() {
 # The downloaded LibTorch needs its own major version; a user's own we cannot know, so any will be tried.
 sag_nvcc_fits() {
   [[ -x $1 && -e $(dirname "$1")/../include/cuda_runtime.h ]] || return 1
-  [[ -n $sag_own_torch ]] || "$1" --version | grep -q "release ${sag_cuda_version%%.*}\."
+  [[ -n $sag_own_torch ]] || "$1" --version 2>/dev/null | grep -q "release ${sag_cuda_version%%.*}\."
 }
 
 # A toolkit out of PyPI's compiler packages, completed with what torch's own packages bring: runtime and headers.

@@ -2,6 +2,8 @@
 #
 #   cmake -DSOURCE=<dir> -DBUILD=<dir> -DINITIAL_CACHE=<file> [-DOPTIONS=-DA=B,-DC=D] [-DRUN=<program>|-DPREFIX=<dir>] -P run.cmake
 
+cmake_minimum_required(VERSION 3.25)
+
 function(step)
   list(JOIN ARGV " " command)
   message(STATUS "${command}")
