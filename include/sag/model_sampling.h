@@ -66,7 +66,8 @@ class SAG_API ModelSampling {
   /// Returns what the UNet takes as timestep: the index of the nearest ln σ (eps, v, x0), ln σ / 4 (edm),
   /// σ·multiplier (flow). `sigma` must be > 0, for flow >= 0.
   double timestep(double sigma) const;
-  /// Returns the σ of a timestep, its inverse; between entries of the table ln σ is interpolated.
+  /// Returns the σ of a timestep, its inverse, computed in fp32; between entries of the table ln σ is
+  /// interpolated.
   double sigma(double timestep) const;
   /// Returns the σ at which a share `percent` in [0, 1] of the model's timesteps is over: infinity at 0
   /// (flow: 1), 0 at 1. ComfyUI: `percent_to_sigma`.

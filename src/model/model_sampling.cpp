@@ -163,13 +163,14 @@ double ModelSampling::timestep(double sigma) const {
 double ModelSampling::sigma(double timestep) const {
   TORCH_CHECK_VALUE(std::isfinite(timestep), "[ModelSampling.sigma] timestep must be finite, got ",
                     timestep, ".");
+  auto t = static_cast<float>(timestep);
   if (prediction_ == Prediction::flow) {
-    return time_snr_shift(flow_.shift, timestep / flow_.multiplier);
+    return time_snr_shift(static_cast<float>(flow_.shift),
+                          t / static_cast<float>(flow_.multiplier));
   }
-  if (prediction_ == Prediction::edm) return std::exp(4 * timestep);
+  if (prediction_ == Prediction::edm) return exp_fp32(4 * t);
 
-  const float last = static_cast<float>(log_sigmas_.size() - 1);
-  const float t = std::clamp(static_cast<float>(timestep), 0.0f, last);
+  t = std::clamp(t, 0.0f, static_cast<float>(log_sigmas_.size() - 1));
   const float below = std::floor(t), w = t - below;
   const float log_below = log_sigmas_[static_cast<std::size_t>(below)];
   const float log_above = log_sigmas_[static_cast<std::size_t>(std::ceil(t))];

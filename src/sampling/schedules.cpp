@@ -73,7 +73,7 @@ std::vector<double> get_sigmas_normal(const ModelSampling& sampling, std::int64_
   auto sigmas = append_zero(torch::linspace(start, end, reaches_zero ? n + 1 : n, torch::kFloat32));
   if (reaches_zero) sigmas.pop_back();
   for (std::int64_t i = 0; i < n; ++i) {
-    sigmas[i] = static_cast<float>(sampling.sigma(sigmas[i]));
+    sigmas[i] = sampling.sigma(sigmas[i]);
   }
   sigmas.back() = 0.0;
   return sigmas;

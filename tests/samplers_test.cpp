@@ -1,0 +1,473 @@
+#include "sag/samplers.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "sag/schedules.h"
+#include "support/toy.h"
+
+namespace sag {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+torch::Tensor random(at::IntArrayRef shape, std::uint64_t seed) {
+  return torch::randn(shape, at::detail::createCPUGenerator(seed), torch::kFloat64);
+}
+
+torch::Tensor scalar(double value) {
+  return torch::full({1, 1, 1, 1}, value, torch::kFloat32);
+}
+
+NoiseSampler gaussian_noise(at::IntArrayRef shape, std::uint64_t seed) {
+  return [shape = shape.vec(), generator = at::detail::createCPUGenerator(seed)](double, double) {
+    return torch::randn(shape, generator, torch::kFloat64);
+  };
+}
+
+// The ideal denoiser of data from N(mean, spread²): linear in x, so everything is known in closed
+// form. Noisy latents are x0 + σ·n, or (1 − σ)·x0 + σ·n for flow.
+struct GaussianData {
+  double mean = 0.7, spread = 0.6;
+  bool flow = false;
+
+  double scale(double sigma) const { return flow ? 1 - sigma : 1.0; }
+  double variance(double sigma) const { return std::pow(scale(sigma) * spread, 2) + sigma * sigma; }
+  torch::Tensor operator()(const torch::Tensor& x, double sigma) const {
+    const double gain = scale(sigma) * spread * spread / variance(sigma);
+    return mean + gain * (x - scale(sigma) * mean);
+  }
+  // Where the sampling ODE takes x from sigma to sigma_end.
+  torch::Tensor solution(const torch::Tensor& x, double sigma, double sigma_end) const {
+    return scale(sigma_end) * mean +
+           (x - scale(sigma) * mean) * std::sqrt(variance(sigma_end) / variance(sigma));
+  }
+};
+
+std::vector<double> without_zero(std::vector<double> sigmas) {
+  sigmas.pop_back();
+  return sigmas;
+}
+
+class EverySampler : public ::testing::TestWithParam<std::string_view> {
+ protected:
+  const Sampler sampler = get_sampler(GetParam());
+  const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};
+  const torch::Tensor x = 10 * random({2, 4, 3, 5}, 1).to(torch::kFloat32);
+  const DenoiseFunction model = GaussianData();
+};
+
+INSTANTIATE_TEST_SUITE_P(Samplers, EverySampler, testing::ValuesIn(sampler_names()),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_P(EverySampler, GivesTheReferencesNumbers) {
+  int compared = 0;
+  for (const auto& entry : test::toy_entries("scalar_sampler")) {
+    const auto& params = entry["params"];
+    if (params["sampler"] != GetParam()) continue;
+    const auto samples =
+        sampler([](const torch::Tensor& x, double sigma) { return 0.3 * x / (1 + sigma) + 0.1; },
+                scalar(params["x0"]), params["sigmas"].get<std::vector<double>>(),
+                {.noise_sampler = [](double, double) { return scalar(0.5); },
+                 .flow = params["convention"] == "CONST"});
+    EXPECT_NEAR(samples.item<double>(), entry["value"], entry["tolerance"]) << params;
+    ++compared;
+  }
+  EXPECT_GE(compared, 2);
+}
+
+TEST_P(EverySampler, AsksTheModelAsOftenAsTheReference) {
+  for (const auto& entry : test::toy_entries("denoiser_calls")) {
+    if (entry["params"]["sampler"] != GetParam()) continue;
+    int calls = 0;
+    const auto counting = [&](const torch::Tensor& x_in, double sigma) {
+      ++calls;
+      return model(x_in, sigma);
+    };
+    sampler(counting, x, get_sigmas_karras(10, 0.03, 14.6), {});
+    EXPECT_EQ(calls, entry["value"]);
+  }
+}
+
+TEST_P(EverySampler, AsksTheModelOnlyAtTheSigmas) {
+  const auto checking = [&](const torch::Tensor& x_in, double sigma) {
+    EXPECT_EQ(std::ranges::count(sigmas, sigma), 1);
+    EXPECT_FALSE(at::GradMode::is_enabled());
+    return model(x_in, sigma);
+  };
+  sampler(checking, x, sigmas, {});
+  EXPECT_TRUE(at::GradMode::is_enabled());
+}
+
+TEST_P(EverySampler, ReportsEachStep) {
+  std::vector<torch::Tensor> latents;
+  const auto callback = [&](const SamplerProgress& progress) {
+    EXPECT_EQ(progress.step, static_cast<std::int64_t>(latents.size()));
+    EXPECT_EQ(progress.steps, 4);
+    EXPECT_EQ(progress.sigma, sigmas[progress.step]);
+    EXPECT_TRUE(progress.denoised.equal(model(progress.x, progress.sigma)));
+    latents.push_back(progress.x);
+    return true;
+  };
+  sampler(model, x, sigmas, {.callback = callback});
+  ASSERT_EQ(latents.size(), 4u);
+  EXPECT_TRUE(latents[0].equal(x));
+}
+
+TEST_P(EverySampler, ReturnsThePredictionWhenTheCallbackEndsTheRun) {
+  torch::Tensor last;
+  int calls = 0;
+  const auto callback = [&](const SamplerProgress& progress) {
+    ++calls;
+    last = progress.denoised;
+    return progress.step < 2;
+  };
+  const auto samples = sampler(model, x, sigmas, {.callback = callback});
+  EXPECT_EQ(calls, 3);
+  EXPECT_TRUE(samples.equal(last));
+}
+
+TEST_P(EverySampler, LeavesTheGivenLatentAlone) {
+  const auto before = x.clone();
+  sampler(model, x, sigmas, {});
+  EXPECT_TRUE(x.equal(before));
+}
+
+TEST_P(EverySampler, MayStopAboveZero) {
+  const std::vector<double> partial = {10, 4, 1.5};
+  EXPECT_TRUE(sampler(model, x, partial, {}).isfinite().all().item<bool>());
+}
+
+TEST_P(EverySampler, OneImageDoesNotDependOnTheRestOfItsBatch) {
+  const auto batch = sampler(model, x, sigmas, {});
+  const auto alone = sampler(model, x.slice(0, 0, 1), sigmas, {});
+  EXPECT_TRUE(batch.slice(0, 0, 1).equal(alone));
+}
+
+TEST_P(EverySampler, ComputesInFp32AtLeast) {
+  for (const auto& [given, computed] :
+       {std::pair{torch::kFloat16, torch::kFloat32}, std::pair{torch::kBFloat16, torch::kFloat32},
+        std::pair{torch::kFloat32, torch::kFloat32}, std::pair{torch::kFloat64, torch::kFloat64}}) {
+    const auto half_model = [&, computed = computed](const torch::Tensor& x_in, double sigma) {
+      EXPECT_EQ(x_in.scalar_type(), computed);
+      return model(x_in, sigma).to(torch::kFloat16);
+    };
+    EXPECT_EQ(sampler(half_model, x.to(given), sigmas, {}).scalar_type(), computed);
+  }
+}
+
+TEST_P(EverySampler, RefusesSigmasThatAreNone) {
+  const auto with = [&](std::vector<double> bad) {
+    return [=, this] { sampler(model, x, bad, {}); };
+  };
+  const std::string caller = "[sample_" + std::string(GetParam()) + "] sigmas must ";
+  const auto says = [&](const char* what) {
+    return ThrowsMessage<c10::ValueError>(HasSubstr(caller + what));
+  };
+  EXPECT_THAT(with({}), says("be at least two, got 0."));
+  EXPECT_THAT(with({1.0}), says("be at least two, got 1."));
+  EXPECT_THAT(with({1.0, 2.0, 0.0}), says("fall strictly, got 2 at 1 after 1."));
+  EXPECT_THAT(with({1.0, 1.0}), says("fall strictly"));
+  EXPECT_THAT(with({1.0, -1.0}),
+              says("be finite and positive, the last one may be 0, got -1 at 1."));
+  EXPECT_THAT(with({1.0, 0.0, 0.0}), says("be finite and positive"));
+  EXPECT_THAT(with({1.0, kNan, 0.0}), says("be finite and positive"));
+  EXPECT_THAT(with({kInfinity, 1.0}), says("be finite and positive"));
+}
+
+TEST_P(EverySampler, RefusesLatentsThatAreNone) {
+  EXPECT_THROW(sampler(model, {}, sigmas, {}), c10::ValueError);
+  EXPECT_THAT([&] { sampler(model, x[0], sigmas, {}); },
+              ThrowsMessage<c10::ValueError>(
+                  HasSubstr("x must be [images, channels, height, width], got [4, 3, 5].")));
+  EXPECT_THROW(sampler(model, x.to(torch::kInt64), sigmas, {}), c10::TypeError);
+  EXPECT_THROW(sampler(nullptr, x, sigmas, {}), c10::ValueError);
+}
+
+TEST_P(EverySampler, RefusesPredictionsOfAnotherShape) {
+  const auto wrong = [](const torch::Tensor& x_in, double) { return x_in.slice(0, 0, 1); };
+  EXPECT_THAT([&] { sampler(wrong, x, sigmas, {}); },
+              ThrowsMessage<c10::ValueError>(
+                  HasSubstr("model must return the shape of x, [2, 4, 3, 5], got [1, 4, 3, 5].")));
+}
+
+TEST_P(EverySampler, LetsTheModelsErrorsThrough) {
+  const auto failing = [](const torch::Tensor&, double) -> torch::Tensor {
+    throw std::domain_error("out of memory");
+  };
+  EXPECT_THROW(sampler(failing, x, sigmas, {}), std::domain_error);
+}
+
+struct Convergence {
+  std::string_view sampler;
+  double order;
+};
+
+void PrintTo(const Convergence& convergence, std::ostream* out) {
+  *out << convergence.sampler;
+}
+
+class ConvergingSampler : public ::testing::TestWithParam<Convergence> {};
+
+INSTANTIATE_TEST_SUITE_P(Samplers, ConvergingSampler,
+                         testing::Values(Convergence{"euler", 1}, Convergence{"ddim", 1},
+                                         Convergence{"heun", 2}, Convergence{"dpmpp_2m", 2}),
+                         [](const auto& info) { return std::string(info.param.sampler); });
+
+TEST_P(ConvergingSampler, ApproachesTheExactSolutionWithItsOrder) {
+  const auto [name, order] = GetParam();
+  const GaussianData data;
+  const auto x = 10 * random({1, 1, 4, 4}, 1);
+  const auto error = [&](std::int64_t steps) {
+    const auto sigmas = without_zero(get_sigmas_karras(steps + 1, 0.05, 10.0));
+    const auto samples = get_sampler(name)(data, x, sigmas, {});
+    const auto exact = data.solution(x, sigmas.front(), sigmas.back());
+    return (samples - exact).abs().max().item<double>();
+  };
+  EXPECT_NEAR(std::log2(error(100) / error(200)), order, 0.15);
+  EXPECT_NEAR(std::log2(error(200) / error(400)), order, 0.1);
+}
+
+class AncestralConvention : public ::testing::TestWithParam<bool> {
+ protected:
+  const std::vector<std::int64_t> shape = {1, 4, 256, 256};  // standard error of a variance: 0.3 %
+
+  torch::Tensor start(const GaussianData& data, double sigma) const {
+    return data.scale(sigma) * data.mean + std::sqrt(data.variance(sigma)) * random(shape, 1);
+  }
+  torch::Tensor run(const GaussianData& data, std::span<const double> sigmas, double eta) const {
+    return sample_euler_ancestral(
+        data, start(data, sigmas.front()), sigmas,
+        {.noise_sampler = gaussian_noise(shape, 2), .eta = eta, .flow = data.flow});
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(EulerAncestral, AncestralConvention, testing::Values(false, true),
+                         [](const auto& info) { return info.param ? "flow" : "eps"; });
+
+TEST_P(AncestralConvention, KeepsTheVarianceOfNoiseAroundOneImage) {
+  const GaussianData data = {.spread = 0.0, .flow = GetParam()};
+  const std::vector<double> sigmas = {0.9, 0.6, 0.5, 0.2};  // exact at any step width
+  for (const double eta : {0.0, 0.5, 1.0}) {
+    const auto samples = run(data, sigmas, eta);
+    EXPECT_NEAR(samples.mean().item<double>(), data.scale(0.2) * data.mean, 2e-3) << eta;
+    EXPECT_NEAR(samples.var().item<double>() / (0.2 * 0.2), 1.0, 0.015) << eta;
+  }
+}
+
+TEST_P(AncestralConvention, KeepsTheDistributionOfTheData) {
+  const GaussianData data = {.flow = GetParam()};
+  const auto sigmas = get_sigmas_karras(200, 0.01, GetParam() ? 1.0 : 10.0);
+  const auto samples = run(data, sigmas, 1.0);
+  EXPECT_NEAR(samples.mean().item<double>(), data.mean, 0.01);
+  EXPECT_NEAR(samples.var().item<double>() / (data.spread * data.spread), 1.0, 0.05);
+}
+
+TEST_P(AncestralConvention, IsEulerWithoutFreshNoise) {
+  const GaussianData data = {.flow = GetParam()};
+  const std::vector<double> sigmas = {0.9, 0.6, 0.5, 0.2, 0.0};
+  const auto euler = sample_euler(data, start(data, 0.9), sigmas);
+  EXPECT_TRUE(run(data, sigmas, 0.0).allclose(euler));
+}
+
+TEST(EulerAncestral, DrawsNewNoiseAtEachStepButTheLast) {
+  std::vector<std::pair<double, double>> drawn;
+  const auto noise_sampler = [&](double sigma, double sigma_next) {
+    drawn.emplace_back(sigma, sigma_next);
+    return scalar(0.5);
+  };
+  const std::vector<double> sigmas = {4, 2, 1, 0};
+  sample_euler_ancestral(GaussianData(), scalar(1), sigmas, {.noise_sampler = noise_sampler});
+  EXPECT_EQ(drawn, (std::vector<std::pair<double, double>>{{4, 2}, {2, 1}}));
+  drawn.clear();
+  sample_euler_ancestral(GaussianData(), scalar(1), sigmas,
+                         {.noise_sampler = noise_sampler, .s_noise = 0});
+  EXPECT_TRUE(drawn.empty());
+}
+
+TEST(EulerAncestral, DefaultNoiseIsNotTheStartNoise) {
+  const std::vector<std::uint64_t> seeds = {0, 1};
+  const auto noise = std::make_shared<SeededNoise>(seeds);
+  const auto x = 4 * noise->draw({4, 8, 8}, torch::kCPU);
+  const std::vector<double> sigmas = {4, 2, 1, 0};
+  const auto by_default = sample_euler_ancestral(GaussianData(), x, sigmas);
+  const auto continued = sample_euler_ancestral(GaussianData(), x, sigmas,
+                                                {.noise_sampler = seeded_noise_sampler(noise, x)});
+  EXPECT_TRUE(by_default.equal(continued));
+}
+
+TEST(EulerAncestral, RefusesOptionsOutOfRange) {
+  const auto with = [](SamplerOptions options) {
+    return [=] {
+      sample_euler_ancestral(GaussianData(), scalar(1), std::vector<double>{4, 2, 0}, options);
+    };
+  };
+  EXPECT_THAT(with({.eta = 1.5}),
+              ThrowsMessage<c10::ValueError>(HasSubstr("eta must be in [0, 1]")));
+  EXPECT_THROW(with({.eta = kNan})(), c10::ValueError);
+  EXPECT_THROW(with({.s_noise = -1})(), c10::ValueError);
+  EXPECT_THAT(with({.flow = true}),
+              ThrowsMessage<c10::ValueError>(HasSubstr("must be <= 1, got 4")));
+  EXPECT_THAT(
+      with({.noise_sampler =
+                [](double, double) {
+                  return torch::zeros({2, 1, 1, 1});
+                }}),
+      ThrowsMessage<c10::ValueError>(HasSubstr("noise_sampler must return the shape of x")));
+}
+
+TEST(GetSampler, FindsEveryName) {
+  for (const auto name : sampler_names()) EXPECT_NE(get_sampler(name), nullptr) << name;
+  EXPECT_EQ(get_sampler("heun"), &sample_heun);
+}
+
+TEST(GetSampler, ListsTheKnownNamesForAnUnknownOne) {
+  EXPECT_THAT([] { get_sampler("plms"); },
+              ThrowsMessage<c10::ValueError>(HasSubstr(
+                  "[get_sampler] name must be one of euler, euler_ancestral, heun, dpmpp_2m, ddim, "
+                  "got \"plms\".")));
+}
+
+class Sample : public ::testing::Test {
+ protected:
+  const std::vector<std::int64_t> shape = {2, 4, 6, 8};
+  const torch::Tensor noise = random(shape, 1).to(torch::kFloat32);
+  const torch::Tensor latent = random(shape, 2).to(torch::kFloat32);
+  const ModelSampling eps = ModelSampling::discrete();
+  const ModelSampling flow = ModelSampling::flow({});
+  torch::Tensor first_x;
+  // A model that always predicts the same image.
+  const DenoiseFunction model = [this](const torch::Tensor& x, double) {
+    if (!first_x.defined()) first_x = x;
+    return torch::full_like(x, 0.5);
+  };
+
+  torch::Tensor run(const ModelSampling& sampling, std::vector<double> sigmas,
+                    const SampleOptions& options = {}) {
+    first_x.reset();
+    return sample(sample_euler, model, sampling, noise, sigmas, options);
+  }
+};
+
+TEST_F(Sample, StartsFromTheNoisedLatent) {
+  run(eps, {10, 1, 0}, {.latent = latent});
+  EXPECT_TRUE(first_x.allclose(10 * noise + latent));
+  run(flow, {0.75, 0.5, 0}, {.latent = latent});
+  EXPECT_TRUE(first_x.allclose(0.75 * noise + 0.25 * latent));
+}
+
+TEST_F(Sample, StartsFromZerosWithoutALatent) {
+  run(eps, {10, 1, 0});
+  EXPECT_TRUE(first_x.allclose(10 * noise));
+}
+
+TEST_F(Sample, StartsWithTheWholeVarianceAtTheHighestSigma) {
+  const double sigma_max = eps.sigma_max();
+  for (const auto& [sigma, whole] :
+       {std::pair{sigma_max, true}, std::pair{sigma_max * (1 - 0.9e-5), true},
+        std::pair{sigma_max * (1 - 1.1e-5), false}, std::pair{20.0, true}}) {
+    run(eps, {sigma, 1, 0});
+    const double expected = whole ? std::sqrt(1 + sigma * sigma) : sigma;
+    const double scale = (first_x / noise).mean().item<double>();
+    EXPECT_NEAR(scale, expected, 1e-5 * expected) << sigma;
+  }
+}
+
+TEST_F(Sample, UndoesTheScalingOfAFlowRunThatStopsEarly) {
+  const auto samples = run(flow, {0.75, 0.5}, {.latent = latent});
+  const auto x = 0.75 * noise + 0.25 * latent;
+  const auto stopped = x + (x - 0.5) / 0.75 * (0.5 - 0.75);
+  EXPECT_TRUE(samples.allclose(stopped / 0.5, 1e-5, 1e-6));
+}
+
+TEST_F(Sample, ReturnsThePredictionUnscaledWhenTheCallbackEndsTheRun) {
+  const auto stop = [](const SamplerProgress&) { return false; };
+  const auto samples = run(flow, {0.75, 0.5}, {.sampler = {.callback = stop}});
+  EXPECT_TRUE(samples.equal(torch::full_like(noise, 0.5)));
+}
+
+TEST_F(Sample, TellsTheSamplerWhetherTheModelIsFlow) {
+  const Sampler sampler = [](const DenoiseFunction&, torch::Tensor x, std::span<const double>,
+                             const SamplerOptions& options) {
+    return torch::full_like(x, options.flow ? 1.0 : 0.0);
+  };
+  const std::vector<double> sigmas = {0.75, 0};
+  EXPECT_EQ(sample(sampler, model, flow, noise, sigmas).mean().item<double>(), 1.0);
+  EXPECT_EQ(
+      sample(sampler, model, eps, noise, sigmas, {.sampler = {.flow = true}}).mean().item<double>(),
+      0.0);
+}
+
+TEST_F(Sample, RepaintsOnlyWhereTheMaskIsOne) {
+  auto mask = torch::zeros({6, 8});
+  mask.slice(1, 4).fill_(1.0);
+  for (const auto& given :
+       {mask, mask.reshape({1, 1, 6, 8}), mask.expand({2, 1, 6, 8}), mask.to(torch::kBool)}) {
+    for (const auto name : sampler_names()) {
+      const auto samples =
+          sample(get_sampler(name), model, eps, noise, get_sigmas("karras", eps, 5),
+                 {.latent = latent, .denoise_mask = given});
+      EXPECT_TRUE(samples.slice(3, 0, 4).allclose(latent.slice(3, 0, 4), 1e-4, 1e-5)) << name;
+      EXPECT_NEAR(samples.slice(3, 4).mean().item<double>(), 0.5, 1e-5) << name;
+    }
+  }
+}
+
+TEST_F(Sample, RefusesTensorsOfTheWrongSize) {
+  const auto with = [this](SampleOptions options) {
+    return [=, this] { run(eps, {1, 0}, options); };
+  };
+  EXPECT_THAT(with({.latent = latent.slice(3, 1)}),
+              ThrowsMessage<c10::ValueError>(HasSubstr(
+                  "[sample] latent must be [2, 4, 6, 8] as noise is, got [2, 4, 6, 7].")));
+  for (const auto& mask_shape : std::vector<std::vector<std::int64_t>>{
+           {8, 6}, {6}, {1, 6, 8}, {3, 1, 6, 8}, {2, 4, 6, 8}, {1, 1, 3, 4}}) {
+    EXPECT_THAT(with({.denoise_mask = torch::ones(mask_shape)}),
+                ThrowsMessage<c10::ValueError>(
+                    HasSubstr("[sample] denoise_mask must be [6, 8] or [2 or 1, 1, 6, 8], got")));
+  }
+  EXPECT_THROW(sample(sample_euler, model, eps, noise[0], std::vector<double>{1, 0}),
+               c10::ValueError);
+}
+
+TEST_F(Sample, RefusesNanAndInfinity) {
+  for (const double bad : {kNan, kInfinity}) {
+    auto broken = latent.clone();
+    broken[1][2][3][4] = bad;
+    auto mask = torch::ones({6, 8});
+    mask[0][0] = bad;
+    const std::vector<double> sigmas = {1, 0};
+    EXPECT_THAT([&] { sample(sample_euler, model, eps, broken, sigmas); },
+                ThrowsMessage<c10::ValueError>(HasSubstr("[sample] noise must be finite")));
+    EXPECT_THAT([&] { run(eps, sigmas, {.latent = broken}); },
+                ThrowsMessage<c10::ValueError>(HasSubstr("[sample] latent must be finite")));
+    EXPECT_THAT([&] { run(eps, sigmas, {.denoise_mask = mask}); },
+                ThrowsMessage<c10::ValueError>(HasSubstr("[sample] denoise_mask must be finite")));
+  }
+}
+
+TEST_F(Sample, RefusesMasksOutOfRangeAndIntegers) {
+  EXPECT_THAT(
+      [&] {
+        run(eps, {1, 0}, {.denoise_mask = torch::full({6, 8}, 255.0)});
+      },
+      ThrowsMessage<c10::ValueError>(HasSubstr("within 0 and 1, got 255 to 255")));
+  const auto integers = torch::ones({6, 8}, torch::kInt64);
+  EXPECT_THROW(run(eps, {1, 0}, {.denoise_mask = integers}), c10::TypeError);
+  EXPECT_THROW(run(eps, {1, 0}, {.latent = torch::ones(shape, torch::kInt64)}), c10::TypeError);
+  EXPECT_THROW(sample(nullptr, model, eps, noise, std::vector<double>{1, 0}), c10::ValueError);
+  EXPECT_THAT([&] { run(eps, {}); },
+              ThrowsMessage<c10::ValueError>(HasSubstr("[sample] sigmas must be at least two")));
+}
+
+}  // namespace
+}  // namespace sag

@@ -1,0 +1,118 @@
+#include "sag/schedules.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "sag/samplers.h"
+#include "support/toy.h"
+
+namespace sag {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+const ModelSampling kDiscrete = ModelSampling::discrete();
+const ModelSampling kFlow = ModelSampling::flow({.shift = 3.0});
+
+bool known(const std::string& name) {
+  return std::ranges::count(schedule_names(), name) == 1;
+}
+
+TEST(GetSigmas, AreTheReferences) {
+  int compared = 0;
+  for (const auto& entry : test::toy_entries("schedule")) {
+    const auto& params = entry["params"];
+    if (!params.contains("scheduler") || !known(params["scheduler"])) continue;
+    const auto& sampling = params["model"] == "SD discrete" ? kDiscrete : kFlow;
+    const auto sigmas =
+        get_sigmas(params["scheduler"].get<std::string>(), sampling, params["steps"]);
+    const auto expected = entry["value"].get<std::vector<double>>();
+    ASSERT_EQ(sigmas.size(), expected.size());
+    for (std::size_t i = 0; i < sigmas.size(); ++i) {
+      EXPECT_NEAR(sigmas[i], expected[i], 3e-7 * expected[i]) << params << " at " << i;
+    }
+    ++compared;
+  }
+  EXPECT_EQ(compared, 24);
+}
+
+TEST(GetSigmas, LowerDenoiseKeepsTheEndOfALongerSchedule) {
+  for (const auto& entry : test::toy_entries("schedule")) {
+    if (!entry.contains("detail") || !entry["detail"].contains("sigmas")) continue;
+    const auto sigmas = get_sigmas("normal", kDiscrete, 20, 0.5);
+    const auto expected = entry["detail"]["sigmas"].get<std::vector<double>>();
+    ASSERT_EQ(sigmas.size(), expected.size());
+    for (std::size_t i = 0; i < sigmas.size(); ++i) {
+      EXPECT_NEAR(sigmas[i], expected[i], 3e-7 * expected[i]);
+    }
+  }
+}
+
+TEST(GetSigmas, FallStrictlyToZeroForEveryModelAndLength) {
+  const auto edm = ModelSampling::edm({});
+  for (const auto* sampling : {&kDiscrete, &kFlow, &edm}) {
+    for (const auto name : schedule_names()) {
+      for (const std::int64_t n : {1, 2, 3, 7, 50, 1000}) {
+        const auto sigmas = get_sigmas(name, *sampling, n);
+        ASSERT_EQ(sigmas.size(), static_cast<std::size_t>(n + 1)) << name;
+        EXPECT_NO_THROW(check_sigmas(sigmas, "test")) << name << " " << n;
+        EXPECT_EQ(sigmas.back(), 0.0) << name;
+        EXPECT_NEAR(sigmas.front() / sampling->sigma_max(), 1.0, 1e-6) << name;
+      }
+    }
+  }
+}
+
+TEST(GetSigmas, HoldFp32Values) {
+  for (const auto name : schedule_names()) {
+    for (const double sigma : get_sigmas(name, kFlow, 13)) {
+      EXPECT_EQ(sigma, static_cast<float>(sigma)) << name;
+    }
+  }
+}
+
+TEST(GetSigmas, EndAtZeroOnceWhenTheModelsRangeDoes) {
+  const auto sampling = ModelSampling::flow({.shift = 1e-3});
+  ASSERT_LT(sampling.sigma(sampling.timestep(sampling.sigma_min())), 1e-5);
+  const auto sigmas = get_sigmas_normal(sampling, 5);
+  EXPECT_EQ(sigmas.size(), 6u);
+  EXPECT_EQ(sigmas.back(), 0.0);
+  EXPECT_GT(sigmas[4], 1e-5);
+}
+
+TEST(GetSigmas, ListTheKnownNamesForAnUnknownOne) {
+  EXPECT_THAT([] { get_sigmas("cosine", kDiscrete, 5); },
+              ThrowsMessage<c10::ValueError>(
+                  HasSubstr("[get_sigmas] name must be one of normal, karras, exponential, simple, "
+                            "got \"cosine\".")));
+}
+
+TEST(GetSigmas, RefuseArgumentsOutOfRange) {
+  for (const auto name : schedule_names()) {
+    EXPECT_THROW(get_sigmas(name, kDiscrete, 0), c10::ValueError);
+    for (const double denoise : {0.0, -0.5, 1.5, 1e-9, std::nan("")}) {
+      EXPECT_THROW(get_sigmas(name, kDiscrete, 5, denoise), c10::ValueError);
+    }
+  }
+  EXPECT_THROW(get_sigmas_normal(kDiscrete, 0), c10::ValueError);
+  EXPECT_THROW(get_sigmas_simple(kDiscrete, 0), c10::ValueError);
+  EXPECT_THAT([] { get_sigmas_simple(kDiscrete, 1001); },
+              ThrowsMessage<c10::ValueError>(HasSubstr("at most the 1000 entries")));
+  for (const auto& [low, high] : std::vector<std::pair<double, double>>{
+           {0.0, 1.0}, {-1.0, 1.0}, {2.0, 1.0}, {0.1, kInfinity}, {std::nan(""), 1.0}}) {
+    EXPECT_THROW(get_sigmas_karras(5, low, high), c10::ValueError);
+    EXPECT_THROW(get_sigmas_exponential(5, low, high), c10::ValueError);
+  }
+  EXPECT_THROW(get_sigmas_karras(5, 0.1, 10, 0.0), c10::ValueError);
+}
+
+}  // namespace
+}  // namespace sag
