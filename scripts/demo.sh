@@ -4,17 +4,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
-# A handful of prompts, then unconditional pictures (the empty prompt), where guidance shows most; each without and with.
+# A handful of prompts, and pictures of no prompt, where guidance shows most; each unguided, guided, and its mask.
 draw_sheet() {
   "$sag_build_dir/examples/sag-sample" --model "$sag_root/models/emoji" --compare --out "$1" \
     --prompt "red heart" \
-    --prompt "cat face" \
-    --prompt "rainbow" \
+    --prompt "tiger face" \
+    --prompt "pizza" \
     --prompt "mushroom" \
-    --prompt "" \
-    --prompt "" \
-    --prompt "" \
-    --prompt ""
+    --unconditional 4
 }
 
 sheet=$sag_root/demo.png
