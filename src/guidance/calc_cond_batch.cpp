@@ -76,16 +76,14 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma, 
       const auto weight = weight_of(cond, area, x);
       for (std::int64_t image = 0; image < images; image += rows_at_once) {
         const auto count = std::min(rows_at_once, images - image);
-        items.push_back({.request = r,
-                         .cond = &cond,
-                         .rows = {.count = count,
-                                  .image = image,
-                                  .branch = request.branch,
-                                  .entry = static_cast<std::int64_t>(entry),
-                                  .owner = request.owner,
-                                  .area = area,
-                                  .weight = images_of(weight, image, count)},
-                         .x = crop(x.narrow(0, image, count), area)});
+        const RowGroup rows{.count = count,
+                            .image = image,
+                            .branch = request.branch,
+                            .entry = static_cast<std::int64_t>(entry),
+                            .owner = request.owner,
+                            .area = area,
+                            .weight = images_of(weight, image, count)};
+        items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area)});
       }
     }
   }

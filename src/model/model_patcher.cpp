@@ -1,14 +1,16 @@
 #include "sag/model_patcher.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace sag {
 
 void RunContext::keep(const Owner& owner, std::int64_t step_index, torch::Tensor value) {
-  // Every evaluation of a step replaces the step's value; of the steps before, one is enough.
-  std::erase_if(kept_, [&](const Kept& kept) {
-    return kept.owner == owner && (kept.step_index >= step_index || kept.step_index < step_index - 1);
+  const auto earlier = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Kept& kept) {
+    return kept.owner == owner && kept.step_index < step_index;
   });
+  const auto latest_earlier = earlier == kept_.rend() ? step_index : earlier->step_index;
+  std::erase_if(kept_, [&](const Kept& kept) { return kept.owner == owner && kept.step_index != latest_earlier; });
   kept_.push_back({owner, step_index, std::move(value)});
 }
 

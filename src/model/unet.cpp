@@ -1,13 +1,16 @@
 #include "sag/unet.h"
 
 #include <algorithm>
+#include <iterator>
+
+#include <c10/util/StringUtil.h>
 
 namespace sag {
 namespace {
 
 bool answers_to(const AttentionSiteInfo& info, const std::string& name) {
   return name == info.name || name == info.path ||
-         (info.ordinal >= 0 && name == "#" + std::to_string(info.ordinal));
+         (info.ordinal >= 0 && name == c10::str("#", info.ordinal));
 }
 
 std::string list(const std::vector<AttentionSiteInfo>& sites) {
@@ -16,7 +19,7 @@ std::string list(const std::vector<AttentionSiteInfo>& sites) {
   for (const auto& site : sites) {
     text += "\n  " + site.name;
     if (!site.path.empty() && site.path != site.name) text += "  " + site.path;
-    if (site.ordinal >= 0) text += "  #" + std::to_string(site.ordinal);
+    if (site.ordinal >= 0) text += c10::str("  #", site.ordinal);
   }
   return text;
 }

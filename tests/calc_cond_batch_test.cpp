@@ -1,0 +1,156 @@
+#include "sag/calc_cond_batch.h"
+
+#include "support/device.h"
+#include "support/reference.h"
+#include "support/toy_unet.h"
+
+namespace sag {
+namespace {
+
+using test::fill;
+using test::max_diff;
+using test::toy_prompt;
+
+class CalcCondBatch : public test::BackendTest {
+ protected:
+  void SetUp() override {
+    BackendTest::SetUp();
+    if (IsSkipped()) return;
+    unet = std::make_shared<test::ToyUNet>(device());
+    model = std::make_unique<ModelPatcher>(unet, ModelSampling::discrete());
+  }
+  CondBatch run(const std::vector<CondRequest>& requests, std::int64_t max_rows = 0) {
+    StepContext step(4, 0, requests.front().x.size(2), requests.front().x.size(3));
+    return calc_cond_batch(*model, requests, 4, step, {.max_rows = max_rows});
+  }
+  torch::Tensor alone(const torch::Tensor& x, const Conditioning& cond) {
+    return run({{.x = x, .conds = {cond}}}).denoised.front();
+  }
+  Conditioning prompt(double value) { return toy_prompt(value, device()); }
+  torch::Tensor x(std::int64_t images = 2, std::int64_t height = 16, std::int64_t width = 24) {
+    return fill({images, 4, height, width}, .7, .3, 6).to(device());
+  }
+
+  std::shared_ptr<test::ToyUNet> unet;
+  std::unique_ptr<ModelPatcher> model;
+};
+
+TEST_P(CalcCondBatch, PutsWhatFitsIntoOneCall) {
+  const auto batch = run({{.branch = Branch::uncond, .x = x(), .conds = {prompt(-1), prompt(0.5)}},
+                          {.branch = Branch::cond, .x = x(), .conds = {prompt(1)}}});
+  EXPECT_EQ(batch.unet_calls, 1);
+  EXPECT_EQ(batch.unet_rows, 6);
+  EXPECT_LT(max_diff(batch.denoised[1], alone(x(), prompt(1))), 1e-5);
+  EXPECT_LT(max_diff(batch.denoised[0], (alone(x(), prompt(-1)) + alone(x(), prompt(0.5))) / 2), 1e-5);
+}
+
+TEST_P(CalcCondBatch, GivesTheSameWhateverTheRowLimit) {
+  const std::vector<CondRequest> requests = {
+      {.branch = Branch::uncond, .x = x(3), .conds = {prompt(-1), prompt(0.5)}},
+      {.branch = Branch::cond, .x = x(3), .conds = {prompt(1)}}};
+  const auto whole = run(requests);
+  for (const auto& [limit, calls] : {std::pair<std::int64_t, std::int64_t>{1, 9}, {2, 6}, {3, 3}, {4, 3}, {6, 2}, {9, 1}}) {
+    const auto split = run(requests, limit);
+    EXPECT_LE(split.unet_calls, calls) << limit << " rows";
+    EXPECT_EQ(split.unet_rows, 9);
+    for (std::size_t i = 0; i < 2; ++i) EXPECT_LT(max_diff(split.denoised[i], whole.denoised[i]), 1e-5) << limit << " rows";
+  }
+}
+
+TEST_P(CalcCondBatch, LabelsRowsForHooksInEverySplit) {
+  for (const std::int64_t limit : {0, 1, 2}) {
+    std::map<std::int64_t, int> seen;  // image → how often its uncond row went by
+    auto patched = model->clone();
+    patched.set_attn1_replace(
+        [&](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
+          EXPECT_EQ(pass.size(), call.q.size(0));
+          for (const auto& rows : pass.rows(Branch::uncond))
+            for (std::int64_t i = 0; i < rows.count; ++i) ++seen[rows.image + i];
+          return next(call);
+        },
+        {"middle", 0, 0});
+    StepContext step(4, 0, 16, 24);
+    const std::vector<CondRequest> requests = {{.branch = Branch::uncond, .x = x(3), .conds = {prompt(-1)}},
+                                               {.branch = Branch::cond, .x = x(3), .conds = {prompt(1)}}};
+    calc_cond_batch(patched, requests, 4, step, {.max_rows = limit});
+    EXPECT_EQ(seen, (std::map<std::int64_t, int>{{0, 1}, {1, 1}, {2, 1}})) << limit << " rows";
+  }
+}
+
+TEST_P(CalcCondBatch, WeighsByStrengthAndMask) {
+  auto strong = prompt(1);
+  strong.strength = 3;
+  const auto mixed = run({{.x = x(), .conds = {prompt(-1), strong}}}).denoised.front();
+  EXPECT_LT(max_diff(mixed, (alone(x(), prompt(-1)) + 3 * alone(x(), prompt(1))) / 4), 1e-5);
+
+  auto left = prompt(1), right = prompt(-1);
+  left.mask = torch::zeros({16, 24}, device());
+  left.mask.narrow(1, 0, 12).fill_(1);
+  right.mask = 1 - left.mask;
+  const auto halves = run({{.x = x(), .conds = {left, right}}}).denoised.front();
+  EXPECT_LT(max_diff(halves, torch::where(left.mask > 0, alone(x(), prompt(1)), alone(x(), prompt(-1)))), 1e-5);
+}
+
+// ComfyUI: `get_area_and_mult`: 8 cells of feather, fewer on small areas, none on the latent's edge.
+TEST_P(CalcCondBatch, EvaluatesAnAreaForItselfAndFeathersIt) {
+  auto part = prompt(1);
+  part.area = Area{16, 8, 0, 16};
+  const auto batch = run({{.x = x(), .conds = {prompt(-1), part}}});
+  EXPECT_EQ(batch.unet_calls, 2) << "sizes differ";
+  auto inside = alone(x().narrow(3, 16, 8).contiguous(), prompt(1));
+  const auto outside = alone(x(), prompt(-1));
+  auto weight = torch::ones({8}, device());
+  weight[0] = 0.5;  // side 8 / 4 = 2 cells of feather at the left; the other sides lie on the edge
+  const auto expected = (outside.narrow(3, 16, 8) + inside * weight) / (1 + weight);
+  EXPECT_LT(max_diff(batch.denoised[0].narrow(3, 16, 8), expected), 1e-5);
+  EXPECT_LT(max_diff(batch.denoised[0].narrow(3, 0, 16), outside.narrow(3, 0, 16)), 1e-6);
+}
+
+TEST_P(CalcCondBatch, ClipsAreasAndLeavesUncoveredCells0) {
+  auto part = prompt(1);
+  part.area = Area{100, 100, 8, 16};
+  const auto denoised = run({{.x = x(), .conds = {part}}}).denoised.front();
+  EXPECT_TRUE((denoised.narrow(2, 0, 8) == 0).all().item<bool>());
+  EXPECT_TRUE(denoised.isfinite().all().item<bool>());
+  EXPECT_FALSE((denoised.narrow(2, 8, 8).narrow(3, 16, 8) == 0).any().item<bool>());
+}
+
+TEST_P(CalcCondBatch, EvensOutPromptsOfDifferentLength) {
+  const auto longer = Conditioning{.context = torch::full({1, 3, 1}, 1.0, device())};
+  const auto batch = run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {longer}}});
+  EXPECT_EQ(batch.unet_calls, 1);
+  EXPECT_LT(max_diff(batch.denoised[1], alone(x(), prompt(1))), 1e-5);
+
+  const auto much_longer = Conditioning{.context = torch::full({1, 7, 1}, 1.0, device())};
+  EXPECT_EQ(run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {much_longer}}}).unet_calls, 2);
+}
+
+TEST_P(CalcCondBatch, GivesEachImageItsOwnConditioning) {
+  const auto own = Conditioning{.context = torch::tensor({1.0f, -1.0f}, device()).view({2, 1, 1})};
+  for (const std::int64_t limit : {0, 1}) {
+    const auto both = run({{.x = x(), .conds = {own}}}, limit).denoised.front();
+    EXPECT_LT(max_diff(both[0], alone(x(), prompt(1))[0]), 1e-5);
+    EXPECT_LT(max_diff(both[1], alone(x(), prompt(-1))[1]), 1e-5);
+  }
+}
+
+TEST_P(CalcCondBatch, TakesAnotherXPerRequest) {
+  const auto other = x() * 0.5 + 1;
+  const auto batch = run({{.x = x(), .conds = {prompt(-1)}}, {.owner = Owner("g"), .x = other, .conds = {prompt(-1)}}});
+  EXPECT_EQ(batch.unet_calls, 1);
+  EXPECT_LT(max_diff(batch.denoised[1], alone(other, prompt(-1))), 1e-5);
+}
+
+TEST_P(CalcCondBatch, LeavesOutWhatIsInactive) {
+  auto late = prompt(1);
+  late.sigma_start = 3;
+  const auto batch = run({{.x = x(), .conds = {late}}, {.x = x(), .conds = {prompt(-1), late}}});
+  EXPECT_FALSE(batch.denoised[0].defined());
+  EXPECT_EQ(batch.unet_rows, 2);
+  EXPECT_LT(max_diff(batch.denoised[1], alone(x(), prompt(-1))), 1e-6);
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, CalcCondBatch, test::backends(), test::backend_name);
+
+}  // namespace
+}  // namespace sag

@@ -1,0 +1,146 @@
+#include "sag/cfg_guider.h"
+
+#include <stdexcept>
+
+#include "sag/calc_cond_batch.h"
+#include "support/reference.h"
+#include "support/toy_unet.h"
+
+namespace sag {
+namespace {
+
+using test::max_diff;
+using test::toy_prompt;
+
+struct Toy {
+  std::shared_ptr<test::ToyUNet> unet = std::make_shared<test::ToyUNet>();
+  ModelPatcher model{unet, ModelSampling::discrete()};
+  torch::Tensor x = test::fill({1, 4, 16, 24}, .7, .3, 6);
+
+  CfgGuider guider(const ModelPatcher& patched, double cond_scale = 7) const {
+    return {patched, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = cond_scale}};
+  }
+  torch::Tensor prediction(double prompt) const { return model.denoiser()(x, 4, toy_prompt(prompt)); }
+};
+
+TEST(CfgGuider, IsClassifierFreeGuidance) {
+  const Toy toy;
+  auto guider = toy.guider(toy.model);
+  const auto u = toy.prediction(-1), c = toy.prediction(1);
+  EXPECT_LT(max_diff(guider(toy.x, 4), u + (c - u) * 7), 1e-4);
+  EXPECT_EQ(guider.report().unet_calls(), 1);
+  EXPECT_EQ(guider.report().unet_rows(), 2);
+}
+
+TEST(CfgGuider, EvaluatesOneRowAtCondScale1) {
+  const Toy toy;
+  auto guider = toy.guider(toy.model, 1);
+  EXPECT_LT(max_diff(guider(toy.x, 4), toy.prediction(1)), 1e-5);
+  EXPECT_EQ(guider.report().unet_rows(), 1);
+  const auto both = guider.predict_both(toy.x, 4);
+  EXPECT_LT(max_diff(both.uncond_denoised, toy.prediction(-1)), 1e-5);
+  EXPECT_EQ(guider.report().unet_rows(), 3);
+}
+
+TEST(CfgGuider, WithoutPositivesIsTheUnconditionalPrediction) {
+  const Toy toy;
+  CfgGuider guider(toy.model, {}, {toy_prompt(-1)}, {.cond_scale = 7});
+  EXPECT_LT(max_diff(guider(toy.x, 4), toy.prediction(-1)), 1e-5);
+  EXPECT_EQ(guider.report().unet_rows(), 1);
+}
+
+TEST(CfgGuider, WithoutAnActiveNegativeIsTheConditionalPrediction) {
+  const Toy toy;
+  auto negative = toy_prompt(-1);
+  negative.sigma_start = 3;
+  CfgGuider guider(toy.model, {toy_prompt(1)}, {negative}, {.cond_scale = 7});
+  EXPECT_LT(max_diff(guider(toy.x, 4), toy.prediction(1)), 1e-5);
+  CfgGuider none(toy.model, {toy_prompt(1)}, {}, {.cond_scale = 7});
+  EXPECT_LT(max_diff(none(toy.x, 4), toy.prediction(1)), 1e-5);
+}
+
+TEST(CfgGuider, RunsFunctionsInTheOrderAdded) {
+  const Toy toy;
+  auto patched = toy.model.clone();
+  const auto u = toy.prediction(-1), c = toy.prediction(1);
+  patched.set_pre_cfg_function([](const CfgArgs& args) { return CfgPredictions{args.cond_denoised + 1, args.uncond_denoised}; });
+  patched.set_pre_cfg_function([](const CfgArgs& args) { return CfgPredictions{args.cond_denoised * 2, args.uncond_denoised}; });
+  patched.set_cfg_function([](const CfgArgs& args) { return args.cond_denoised - args.uncond_denoised; });
+  patched.set_post_cfg_function([](const PostCfgArgs& args) { return args.denoised + 3; });
+  patched.set_post_cfg_function([](const PostCfgArgs& args) { return args.denoised * 5; });
+  EXPECT_LT(max_diff(toy.guider(patched)(toy.x, 4), ((c + 1) * 2 - u + 3) * 5), 1e-3);
+}
+
+TEST(CfgGuider, LetsAPostCfgFunctionPredictAgain) {
+  const Toy toy;
+  auto patched = toy.model.clone();
+  const Owner owner("mine");
+  std::vector<std::string> owners;
+  patched.set_attn1_replace(
+      [&](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
+        for (const auto& group : pass.groups) owners.push_back(group.owner.name());
+        return next(call);
+      },
+      {"middle", 0, 0});
+  patched.set_post_cfg_function([&](const PostCfgArgs& args) { return args.predict(args.x * 0.5, Branch::cond, owner); });
+  auto guider = toy.guider(patched);
+  EXPECT_LT(max_diff(guider(toy.x, 4), toy.model.denoiser()(toy.x * 0.5, 4, toy_prompt(1))), 1e-5);
+  EXPECT_EQ(owners, (std::vector<std::string>{"main", "main", "mine"}));
+  EXPECT_EQ(guider.report().unet_calls(), 2);
+  EXPECT_EQ(guider.report().unet_rows(), 3);
+}
+
+TEST(CfgGuider, CountsStepsBySigma) {
+  const Toy toy;
+  CfgGuider guider(toy.model, {toy_prompt(1)}, {toy_prompt(-1)}, {.sigmas = {10, 4, 1.5, 0.5, 0}});
+  for (const double sigma : {10.0, 4.0, 7.0, 1.5, 0.2, 11.0}) guider(toy.x, sigma);
+  std::vector<std::int64_t> steps;
+  for (const auto& evaluation : guider.report().evaluations) steps.push_back(evaluation.step_index);
+  EXPECT_EQ(steps, (std::vector<std::int64_t>{0, 1, 0, 2, 3, 0}));
+}
+
+TEST(CfgGuider, PassesExceptionsOnAndWorksAfterwards) {
+  class HookFailure : public std::logic_error {
+    using std::logic_error::logic_error;
+  };
+  const Toy toy;
+  auto patched = toy.model.clone();
+  bool fail = true;
+  patched.set_attn1_replace(
+      [&](const AttentionCall& call, const Pass&, const NextAttention& next) {
+        if (fail) throw HookFailure("on purpose");
+        return next(call);
+      },
+      {"middle", 0, 0});
+  auto guider = toy.guider(patched);
+  EXPECT_THROW(guider(toy.x, 4), HookFailure);
+  EXPECT_TRUE(guider.report().evaluations.empty());
+  fail = false;
+  EXPECT_TRUE(torch::equal(guider(toy.x, 4), toy.guider(toy.model)(toy.x, 4)));
+}
+
+TEST(CfgGuider, ReturnsOrdinaryTensorsWithoutGradients) {
+  const Toy toy;
+  const auto denoised = toy.guider(toy.model)(toy.x.clone().requires_grad_(), 4);
+  EXPECT_FALSE(denoised.requires_grad());
+  EXPECT_FALSE(denoised.is_inference());
+}
+
+TEST(CfgGuider, ChecksItsArguments) {
+  const Toy toy;
+  EXPECT_THROW(CfgGuider(toy.model, {}, {}), c10::ValueError);
+  EXPECT_THROW(toy.guider(toy.model, NAN), c10::ValueError);
+  EXPECT_THROW(CfgGuider(toy.model, {toy_prompt(1)}, {}, {.sigmas = {1, 2}}), c10::ValueError);
+  EXPECT_THROW(CfgGuider(toy.model, {toy_prompt(1)}, {}, {.max_rows = -1}), c10::ValueError);
+  auto guider = toy.guider(toy.model);
+  EXPECT_THROW(guider(torch::zeros({4, 16, 24}), 4), c10::ValueError);
+  EXPECT_THROW(guider(torch::zeros({1, 4, 1, 16, 24}), 4), c10::ValueError);
+  EXPECT_THROW(guider(toy.x, 0), c10::ValueError);
+  EXPECT_THROW(guider(toy.x, NAN), c10::ValueError);
+  auto early = toy_prompt(1);
+  early.sigma_end = 5;
+  EXPECT_THROW(CfgGuider(toy.model, {early}, {})(toy.x, 4), c10::ValueError) << "nothing is active";
+}
+
+}  // namespace
+}  // namespace sag

@@ -1,0 +1,55 @@
+#include "sag/conditioning.h"
+
+#include <string>
+
+#include "support/reference.h"
+
+namespace sag {
+namespace {
+
+void check(const Conditioning& cond) { check_conditioning(cond, 2, 8, 12, "test"); }
+
+TEST(Conditioning, IsActiveOnAClosedInterval) {
+  const Conditioning cond{.sigma_start = 5, .sigma_end = 1};
+  EXPECT_TRUE(is_active(cond, 5));
+  EXPECT_TRUE(is_active(cond, 1));
+  EXPECT_FALSE(is_active(cond, 5.001));
+  EXPECT_FALSE(is_active(cond, 0.999));
+  EXPECT_TRUE(is_active({}, 1e9));
+}
+
+TEST(CheckConditioning, TakesWhatFits) {
+  check({});
+  check({.context = torch::zeros({1, 77, 8}), .y = torch::zeros({2, 16}), .extra = {{"c", torch::zeros({1, 4})}}});
+  check({.area = Area{4, 4, 6, 10}, .mask = torch::zeros({8, 12})});
+  check({.mask = torch::zeros({2, 8, 12})});
+}
+
+TEST(CheckConditioning, NamesWhatDoesNotFit) {
+  const auto refuses = [](const Conditioning& cond, const std::string& what) {
+    try {
+      check(cond);
+      ADD_FAILURE() << "took a wrong " << what;
+    } catch (const c10::Error& error) {
+      EXPECT_THAT(error.what_without_backtrace(), testing::StartsWith("[test] " + what));
+    }
+  };
+  refuses({.context = torch::zeros({77, 8})}, "context must have shape");
+  refuses({.context = torch::zeros({3, 77, 8})}, "context must have 1 or 2 rows");
+  refuses({.context = torch::zeros({1, 77, 8}, torch::kInt)}, "context must be floating");
+  refuses({.y = torch::zeros({1, 2, 3})}, "y must have shape");
+  refuses({.y = torch::zeros({5, 3})}, "y must have 1 or 2 rows");
+  refuses({.extra = {{"c", torch::zeros({5, 3})}}}, "extra input \"c\" must have 1 or 2 rows");
+  refuses({.extra = {{"c", torch::Tensor()}}}, "extra input \"c\" must be a tensor");
+  refuses({.strength = NAN}, "strength");
+  refuses({.area = Area{0, 4, 0, 0}}, "area must have positive sides");
+  refuses({.area = Area{4, 4, 8, 0}}, "area must touch the latent");
+  refuses({.area = Area{4, 4, -1, 0}}, "area must have positive sides");
+  refuses({.mask = torch::zeros({12, 8})}, "mask must have the latent's size");
+  refuses({.mask = torch::zeros({3, 8, 12})}, "mask must have 1 or 2 rows");
+  refuses({.mask = torch::zeros({8, 12}, torch::kBool)}, "mask must be floating");
+  refuses({.sigma_start = 1, .sigma_end = 2}, "sigma_end must be at most");
+}
+
+}  // namespace
+}  // namespace sag

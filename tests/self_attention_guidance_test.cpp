@@ -1,0 +1,312 @@
+#include "sag/self_attention_guidance.h"
+
+#include <stdexcept>
+#include <thread>
+
+#include "sag/attention_map.h"
+#include "sag/blur.h"
+#include "sag/cfg_guider.h"
+#include "sag/samplers.h"
+#include "support/device.h"
+#include "support/reference.h"
+#include "support/toy_unet.h"
+
+namespace sag {
+namespace {
+
+using test::fill;
+using test::max_diff;
+using test::toy_prompt;
+
+/// A whole run over the toy model of golden/toy.json.
+struct ToyRun {
+  Prediction prediction = Prediction::eps;
+  double cond_scale = 7;
+  std::vector<double> sigmas = {10, 4, 1.5, .5, 0};
+  std::int64_t images = 1;
+  std::vector<SelfAttentionGuidanceOptions> sag = {};
+  std::vector<double> negatives = {-1};
+  std::int64_t height = 16, width = 24;
+  std::int64_t max_rows = 0;
+  Sampler sampler = sample_euler;
+};
+
+struct ToyResult {
+  torch::Tensor samples;
+  GuiderReport report;
+};
+
+ToyResult run(const ToyRun& toy, torch::Device device = torch::kCPU) {
+  const auto sampling = toy.prediction == Prediction::flow ? ModelSampling::flow({})
+                                                            : ModelSampling::discrete(toy.prediction);
+  ModelPatcher model(std::make_shared<test::ToyUNet>(device), sampling);
+  for (const auto& options : toy.sag) model = apply_self_attention_guidance(model, options);
+  std::vector<Conditioning> negatives;
+  for (const auto value : toy.negatives) negatives.push_back(toy_prompt(value, device));
+  CfgGuider guider(model, {toy_prompt(1, device)}, negatives,
+                   {.cond_scale = toy.cond_scale, .sigmas = toy.sigmas, .max_rows = toy.max_rows});
+  const auto noise = fill({toy.images, 4, toy.height, toy.width}, .7, .3, 1.5).to(device);
+  const auto samples = toy.sampler(std::ref(guider), noise * toy.sigmas.front(), toy.sigmas, {});
+  return {samples, guider.report()};
+}
+
+const SelfAttentionGuidanceOptions kSag = {.scale = .75};
+
+struct Golden {
+  const char* id;
+  ToyRun run;
+  std::vector<double> at;  // flat indices 0, 100, 777, 1535
+  double sum_abs;
+};
+
+/// ComfyUI 0.3.64 on the toy model (golden/toy.json), its own values, tolerances and names.
+const std::vector<Golden> kGoldens = {
+    {"T12", {}, {-2.842114, -0.246421, -6.716259, -2.545937}, 6243.8574},
+    {"T13", {.sag = {kSag}}, {-3.503472, -2.202827, -5.858837, -2.740784}, 6241.373676},
+    {"T14_no_sag", {.sigmas = {4, 0}}, {-4.292791, -2.343381, -7.197773, -4.059066}, 7986.710148},
+    {"T14", {.sigmas = {4, 0}, .sag = {kSag}}, {-4.657514, -3.385478, -6.416913, -4.368860}, 7986.743181},
+    {"T15", {.sag = {{.scale = -1, .blur_sigma = 1}}}, {-0.613078, 3.844987, -7.405267, -2.487843}, 7163.496012},
+    {"T16", {.cond_scale = 1, .sag = {kSag}}, {0.228555, 1.527738, -1.511618, 1.024782}, 2749.466776},
+    {"T17", {.cond_scale = 1}, {0.896883, 3.492578, -2.964271, 1.210637}, 4032.066184},
+    {"T18",
+     {.sag = {{.scale = .75, .sigma_start = 5, .sigma_end = 1}}},
+     {-3.243425, -1.413695, -6.715827, -2.549601},
+     6243.373595},
+    {"T18_edges",
+     {.sag = {{.scale = .75, .sigma_start = 4, .sigma_end = 1.5}}},
+     {-3.243425, -1.413695, -6.715827, -2.549601},
+     6243.373595},
+    {"T20", {.prediction = Prediction::v, .sag = {kSag}}, {-0.979830, -0.774858, -1.269959, -0.901142}, 1643.082345},
+    {"T21",
+     {.prediction = Prediction::flow, .sigmas = {1, .75, .5, .25, 0}},
+     {-0.700147, -0.145357, -1.527921, -0.635644},
+     1472.9908},
+    {"T23",
+     {.prediction = Prediction::flow, .sigmas = {1, .75, .5, .25, 0}, .sag = {kSag}},
+     {-0.851962, -0.592915, -1.197525, -0.662125},
+     1472.762962},
+    {"T25",
+     {.sag = {kSag, {.scale = .25, .blur_sigma = 1}}},
+     {-3.701168, -2.605481, -5.575083, -2.756134},
+     6241.627677},
+    {"T26", {.sag = {kSag}, .sampler = sample_heun}, {-1.885284, -0.959453, -3.450225, -1.226830}, 3586.8808},
+    {"T27", {.sag = {kSag}, .sampler = sample_dpmpp_2m}, {-2.144064, -1.168253, -3.700621, -1.406419}, 4013.1545},
+};
+
+class Toy : public testing::TestWithParam<std::tuple<const char*, Golden>> {};
+
+TEST_P(Toy, GivesTheReferencesNumbers) {
+  const auto& [device_name, golden] = GetParam();
+  const torch::Device device(device_name);
+  SAG_SKIP_WITHOUT_CUDA(device);
+  const auto samples = run(golden.run, device).samples.cpu();
+  const auto at = samples.flatten().index_select(0, torch::tensor({0, 100, 777, 1535}));
+  EXPECT_LT(max_diff(at, torch::tensor(golden.at)), 2e-4);
+  EXPECT_NEAR(samples.abs().sum(torch::kDouble).item<double>(), golden.sum_abs, 5e-3);
+}
+INSTANTIATE_TEST_SUITE_P(Reference, Toy, testing::Combine(test::backends(), testing::ValuesIn(kGoldens)),
+                         [](const auto& info) {
+                           return std::string(std::get<1>(info.param).id) + "_" + std::get<0>(info.param);
+                         });
+
+// T19 and T31 of golden/toy.json.
+TEST(Sag, GuidesEveryImageOfABatchForItself) {
+  const auto both = run({.images = 2, .sag = {kSag}}).samples;
+  EXPECT_LT(max_diff(both.narrow(0, 0, 1), run({.sag = {kSag}}).samples), 1e-4);
+  EXPECT_NEAR(both.abs().sum(torch::kDouble).item<double>(), 12469.2254, 1e-2);
+}
+
+TEST(Sag, GivesTheSameWhenRowsAreEvaluatedOneByOne) {
+  const auto whole = run({.images = 2, .sag = {kSag}}), split = run({.images = 2, .sag = {kSag}, .max_rows = 1});
+  EXPECT_LT(max_diff(whole.samples, split.samples), 1e-3);
+  EXPECT_EQ(whole.report.unet_rows(), split.report.unet_rows());
+}
+
+// T30: one more row an evaluation, labelled as the guidance's own.
+TEST(Sag, CostsOneUncondRowAnEvaluation) {
+  const auto guided = run({.sag = {kSag}});
+  EXPECT_EQ(guided.report.unet_calls(), 8);
+  EXPECT_EQ(guided.report.unet_rows(), 12);
+  EXPECT_EQ(guided.report.guided(), 4);
+  EXPECT_TRUE(guided.report.skipped().empty());
+}
+
+struct Idle {
+  const char* name;
+  SelfAttentionGuidanceOptions options;
+  const char* reason;
+};
+class SagWithNothingToDo : public testing::TestWithParam<Idle> {};
+
+TEST_P(SagWithNothingToDo, EvaluatesNothingAndChangesNoBit) {
+  for (const double cond_scale : {7.0, 1.0}) {
+    const auto idle = run({.cond_scale = cond_scale, .sag = {GetParam().options}});
+    const auto plain = run({.cond_scale = cond_scale});
+    EXPECT_TRUE(torch::equal(idle.samples, plain.samples));
+    EXPECT_EQ(idle.report.unet_rows(), plain.report.unet_rows());
+    EXPECT_EQ(idle.report.guided(), 0);
+    EXPECT_EQ(idle.report.skipped(), (std::map<std::string, std::int64_t>{{GetParam().reason, 4}}));
+  }
+}
+INSTANTIATE_TEST_SUITE_P(
+    Reasons, SagWithNothingToDo,
+    testing::Values(Idle{"scale_0", {.scale = 0}, "scale is 0"}, Idle{"blur_0", {.blur_sigma = 0}, "blur_sigma is 0"},
+                    Idle{"window", {.sigma_start = 0.4}, "sigma is outside the window"}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(Sag, TakesAWindowInPercent) {
+  const auto sampling = ModelSampling::discrete();
+  const auto by_percent = run({.sag = {{.scale = .75, .start_percent = 0.25, .end_percent = 0.6}}});
+  const auto by_sigma = run({.sag = {{.scale = .75,
+                                      .sigma_start = sampling.percent_to_sigma(0.25),
+                                      .sigma_end = sampling.percent_to_sigma(0.6)}}});
+  EXPECT_TRUE(torch::equal(by_percent.samples, by_sigma.samples));
+  EXPECT_EQ(by_percent.report.guided(), 2);
+}
+
+TEST(Sag, LeavesTheModelItWasAppliedToAlone) {
+  ModelPatcher model(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
+  const auto patched = apply_self_attention_guidance(model);
+  EXPECT_TRUE(model.attention_hooks().empty() && model.post_cfg_functions().empty());
+  EXPECT_EQ(patched.attention_hooks().size(), 1u);
+  EXPECT_EQ(patched.post_cfg_functions().size(), 1u);
+}
+
+TEST(Sag, SaysWhyItCannotGuide) {
+  const auto skipped = [](const ToyRun& toy) { return run(toy).report.skipped(); };
+  using Counts = std::map<std::string, std::int64_t>;
+  EXPECT_EQ(skipped({.sag = {kSag}, .negatives = {}}), (Counts{{"there is no unconditional prediction at this sigma", 4}}));
+  EXPECT_EQ(skipped({.sag = {kSag}, .height = 4}), (Counts{{"a side of the latent is 4 or less", 4}}));
+  EXPECT_TRUE(torch::equal(run({.sag = {kSag}, .height = 4}).samples, run({.height = 4}).samples));
+}
+
+TEST(Sag, WorksOnEverySmallLatent) {
+  for (std::int64_t height = 5; height <= 17; ++height)
+    for (const std::int64_t width : {5, 8, 9, 16, 24, 50}) {
+      const auto guided = run({.sigmas = {4, 1, 0}, .sag = {kSag}, .height = height, .width = width});
+      ASSERT_TRUE(guided.samples.isfinite().all().item<bool>()) << height << " x " << width;
+      ASSERT_EQ(guided.report.guided(), 2) << height << " x " << width;
+    }
+}
+
+TEST(Sag, AveragesTheMapsOfSeveralNegatives) {
+  // Twice the same negative is the same as once; another one changes the result; their order does not.
+  const auto once = run({.sag = {kSag}}).samples;
+  EXPECT_LT(max_diff(run({.sag = {kSag}, .negatives = {-1, -1}}).samples, once), 1e-4);
+  const auto mixed = run({.sag = {kSag}, .negatives = {-1, 40}}).samples;
+  EXPECT_GT(max_diff(mixed, once), 1e-2);
+  EXPECT_LT(max_diff(mixed, run({.sag = {kSag}, .negatives = {40, -1}}).samples), 1e-4);
+}
+
+TEST(Sag, PutsTheMapOfAnAreaWhereItBelongs) {
+  // The area covers the latent: the same as without one. Half of it: guided, and finite.
+  auto model = apply_self_attention_guidance({std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
+  const auto x = fill({1, 4, 16, 24}, .7, .3, 6);
+  const auto with_area = [&](std::optional<Area> area) {
+    auto part = toy_prompt(-1);
+    part.area = area;
+    CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1), part}, {.cond_scale = 7});
+    const auto denoised = guider(x, 4);
+    EXPECT_EQ(guider.report().guided(), 1);
+    return denoised;
+  };
+  EXPECT_LT(max_diff(with_area(Area{16, 24, 0, 0}), with_area({})), 1e-4);
+  EXPECT_TRUE(with_area(Area{16, 8, 0, 16}).isfinite().all().item<bool>());
+}
+
+TEST(Sag, RunsOnTwoThreadsFromOnePatchedModel) {
+  const auto model = apply_self_attention_guidance({std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
+  const auto sample_with = [&](double seed) {
+    CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
+    const std::vector<double> sigmas = {10, 4, 1.5, .5, 0};
+    return sample_euler(std::ref(guider), fill({1, 4, 16, 24}, .7, seed, 15), sigmas);
+  };
+  const auto expected_a = sample_with(.3), expected_b = sample_with(.9);
+  torch::Tensor a, b;
+  std::thread other([&] { for (int i = 0; i < 5; ++i) a = sample_with(.3); });
+  for (int i = 0; i < 5; ++i) b = sample_with(.9);
+  other.join();
+  EXPECT_TRUE(torch::equal(a, expected_a));
+  EXPECT_TRUE(torch::equal(b, expected_b));
+}
+
+TEST(Sag, StandsBesideAHookThatPerturbsAnotherPass) {
+  // PAG: its own extra pass has the attention replaced by v. Both contribute as if alone.
+  const ModelPatcher base(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
+  const auto with_pag = [](const ModelPatcher& model) {
+    const Owner pag("pag");
+    auto patched = model.clone();
+    patched.set_attn1_replace(
+        [pag](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
+          return pass.rows(Branch::cond, pag).empty() ? next(call) : call.v.clone();
+        },
+        {"middle", 0, 0});
+    patched.set_post_cfg_function([pag](const PostCfgArgs& args) {
+      return args.denoised + 3 * (args.cond_denoised - args.predict(args.x, Branch::cond, pag));
+    });
+    return patched;
+  };
+  const auto x = fill({1, 4, 16, 24}, .7, .3, 6);
+  const auto denoise = [&](const ModelPatcher& model) {
+    return CfgGuider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7})(x, 4);
+  };
+  const auto plain = denoise(base), sag = denoise(apply_self_attention_guidance(base, kSag)), pag = denoise(with_pag(base));
+  EXPECT_GT(max_diff(pag, plain), 0.1) << "the perturbation perturbs";
+  EXPECT_LT(max_diff(denoise(with_pag(apply_self_attention_guidance(base, kSag))), sag + (pag - plain)), 1e-4);
+  EXPECT_LT(max_diff(denoise(apply_self_attention_guidance(with_pag(base), kSag)), sag + (pag - plain)), 1e-4);
+}
+
+TEST(Sag, RefusesOptionsOutOfRange) {
+  const ModelPatcher model(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
+  const auto apply = [&](const SelfAttentionGuidanceOptions& options) { apply_self_attention_guidance(model, options); };
+  EXPECT_THROW(apply({.scale = NAN}), c10::ValueError);
+  EXPECT_THROW(apply({.blur_sigma = -1}), c10::ValueError);
+  EXPECT_THROW(apply({.threshold = INFINITY}), c10::ValueError);
+  EXPECT_THROW(apply({.kernel_size = 4}), c10::ValueError);
+  EXPECT_THROW(apply({.kernel_size = -3}), c10::ValueError);
+  EXPECT_THROW(apply({.sigma_start = 1, .sigma_end = 2}), c10::ValueError);
+  EXPECT_THROW(apply({.start_percent = 1.5}), c10::ValueError);
+  EXPECT_THROW(apply({.start_percent = 0.8, .end_percent = 0.2}), c10::ValueError);
+  EXPECT_THROW(apply({.site = {"middle", 0, 7}}), c10::ValueError);
+}
+
+TEST(SagDefaults, AreComfyUis) {
+  const SelfAttentionGuidanceOptions options;
+  EXPECT_EQ(options.scale, 0.5);
+  EXPECT_EQ(options.blur_sigma, 2.0);
+  EXPECT_EQ(options.threshold, 1.0);
+  EXPECT_EQ(options.kernel_size, 9);
+  EXPECT_EQ(options.site, (AttentionSite{"middle", 0, 0}));
+}
+
+// Level 1: the formula in float64 for every kind of noisy latent.
+TEST(SelfAttentionGuidanceStep, SteersAwayFromTheDegradedPrediction) {
+  torch::manual_seed(0);
+  const auto x = torch::randn({2, 4, 16, 16}, torch::kDouble), u = torch::randn({2, 4, 16, 16}, torch::kDouble),
+             r = torch::randn({2, 4, 16, 16}, torch::kDouble);
+  const auto map = torch::rand({2, 4}) * 2;
+  torch::Tensor asked;
+  const auto predict = [&](const torch::Tensor& x_again) { return asked = x_again, x_again * 0.25; };
+  const auto result = self_attention_guidance(r, x, u, map, predict, {.scale = 2, .renoise_scale = 0.3});
+
+  const auto mask = upsample_attention_map(map, 16, 16) > 1;
+  const auto degraded = torch::where(mask, test::reference_blur(u, 4, 2), u);
+  EXPECT_LT(max_diff(asked, x + 0.3 * (degraded - u)), 1e-12);
+  EXPECT_LT(max_diff(result, r + 2 * (degraded - asked * 0.25)), 1e-12);
+  EXPECT_TRUE(torch::equal(asked.masked_select(~mask), x.masked_select(~mask))) << "x stays where nothing is blurred";
+}
+
+TEST(SelfAttentionGuidanceStep, DoesNotEvaluateForNothing) {
+  const auto x = torch::randn({1, 4, 16, 16}), map = torch::rand({1, 4});
+  const auto never = [](const torch::Tensor&) -> torch::Tensor { throw std::logic_error("evaluated"); };
+  EXPECT_TRUE(torch::equal(self_attention_guidance(x, x, x, map, never, {.scale = 0}), x));
+  EXPECT_TRUE(torch::equal(self_attention_guidance(x, x, x, map, never, {.blur_sigma = 0}), x));
+  const auto thin = x.narrow(2, 0, 4);
+  EXPECT_TRUE(torch::equal(self_attention_guidance(thin, thin, thin, map, never), thin));
+  EXPECT_THROW(self_attention_guidance(x, x, x, map, never), std::logic_error);
+  EXPECT_THROW(self_attention_guidance(x, x, thin, map, never), c10::ValueError);
+  EXPECT_THROW(self_attention_guidance(x, x, x, map, never, {.scale = NAN}), c10::ValueError);
+}
+
+}  // namespace
+}  // namespace sag
