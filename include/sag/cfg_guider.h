@@ -23,7 +23,7 @@ struct EvaluationReport {
 };
 
 /// What a guider did so far.
-struct GuiderReport {
+struct SAG_API GuiderReport {
   std::vector<EvaluationReport> evaluations;
 
   std::int64_t unet_calls() const;
