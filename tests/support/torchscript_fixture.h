@@ -10,6 +10,8 @@
 
 #include <torch/csrc/jit/api/compilation_unit.h>
 #include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/frontend/resolver.h>
+#include <torch/csrc/jit/frontend/sugared_value.h>
 #include <torch/torch.h>
 
 namespace sag::test {
@@ -30,10 +32,19 @@ struct TorchScriptFixture {
   std::string result = "out";
   /// How an attention combines q, k and v.
   std::string attention = "torch.scaled_dot_product_attention(q, k, v)";
-  /// The name of the second container.
-  std::string middle = "middle_block";
-  /// The name of the submodule that both containers hold the transformer blocks in.
-  std::string place = "1";
+};
+
+/// Knows "fork", which only code read from archives can say otherwise.
+struct ResolverWithFork : torch::jit::Resolver {
+  std::shared_ptr<torch::jit::SugaredValue> resolveValue(
+      const std::string& name, torch::jit::GraphFunction& m,
+      const torch::jit::SourceRange& loc) override {
+    if (name == "fork") return torch::jit::SpecialFormValue::create(c10::prim::fork);
+    return torch::jit::nativeResolver()->resolveValue(name, m, loc);
+  }
+  c10::TypePtr resolveType(const std::string&, const torch::jit::SourceRange&) override {
+    return nullptr;
+  }
 };
 
 /// Builds the module; the same every time.
@@ -44,13 +55,14 @@ class TorchScriptBuilder {
   Module build() {
     torch::manual_seed(1);
     Module unet = module("UNet");
-    unet.register_module("input_blocks", container({{"1", spatial_transformer(true)}}));
-    unet.register_module(fixture_.middle, spatial_transformer_at_place());
+    unet.register_module("input_blocks",
+                         container({{"1", container({{"1", spatial_transformer(true)}})}}));
+    unet.register_module("middle_block", container({{"1", spatial_transformer(false)}}));
     weight(unet, "conv_in", {kWidth, 4, 3, 3});
     weight(unet, "conv_out", {4, kWidth, 3, 3});
     weight(unet, "time", {kWidth, kWidth});
     unet.register_buffer("frequencies", torch::exp(-torch::arange(kWidth)));
-    unet.define(forward());
+    unet.define(forward(), std::make_shared<ResolverWithFork>());
     return unet;
   }
 
@@ -101,21 +113,17 @@ def forward(self, t: Tensor, context: Tensor) -> Tensor:
     return container({{"transformer_blocks", container({{"0", container(attentions)}})}});
   }
 
-  Module spatial_transformer_at_place() {
-    return container({{fixture_.place, spatial_transformer(false)}});
-  }
-
   // "block(self.x)" stands for the path to the transformer block inside x.
   std::string forward() const {
     std::string body = fixture_.body;
-    const std::string call = "block(self.";
-    for (auto begin = body.find(call); begin != std::string::npos; begin = body.find(call)) {
-      const auto end = body.find(')', begin);
-      const auto name = body.substr(begin + call.size(), end - begin - call.size());
-      const auto place = name == fixture_.middle ? fixture_.place : "1";
-      body.replace(
-          begin, end + 1 - begin,
-          "getattr(getattr(self." + name + ", \"" + place + "\").transformer_blocks, \"0\")");
+    const std::pair<std::string, std::string> blocks[] = {
+        {"input_blocks", R"(getattr(getattr(self.input_blocks, "1"), "1"))"},
+        {"middle_block", R"(getattr(self.middle_block, "1"))"}};
+    for (const auto& [name, place] : blocks) {
+      const auto call = "block(self." + name + ")";
+      for (auto at = body.find(call); at != std::string::npos; at = body.find(call)) {
+        body.replace(at, call.size(), "getattr(" + place + ".transformer_blocks, \"0\")");
+      }
     }
     return "def forward(self, " + fixture_.arguments + R"():
     e = torch.linear(torch.sin(torch.unsqueeze(timesteps, 1) * self.frequencies), self.time)

@@ -1,0 +1,125 @@
+#include "archive.h"
+
+#include <algorithm>
+#include <cctype>
+#include <filesystem>
+#include <fstream>
+#include <map>
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <caffe2/serialize/inline_container.h>
+#include <torch/csrc/jit/serialization/import.h>
+
+namespace sag {
+namespace {
+
+[[noreturn]] void refuse(const std::string& path, const std::string& what) {
+  TORCH_CHECK_VALUE(false, "[TorchScriptUNet::load] path must name a TorchScript archive, got '",
+                    path, "', ", what);
+  __builtin_unreachable();
+}
+
+void check_is_zip(const std::string& path) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (!std::filesystem::exists(status)) refuse(path, "which does not exist");
+  if (std::filesystem::is_directory(status)) refuse(path, "which is a directory");
+  std::ifstream file(path, std::ios::binary);
+  if (!file) refuse(path, "which cannot be opened");
+  char magic[4] = {};
+  file.read(magic, sizeof magic);
+  if (file.gcount() == 0) refuse(path, "which is empty");
+  if (std::string(magic, sizeof magic) != "PK\x03\x04") refuse(path, "which is no zip archive");
+}
+
+void check_holds_code(const std::string& path) {
+  std::string problem;
+  try {
+    caffe2::serialize::PyTorchStreamReader reader(path);
+    if (reader.hasRecord("constants.pkl")) return;
+    problem = reader.hasRecord("data.pkl")
+                  ? "which holds tensors but no code (a file of torch.save)"
+                  : "which holds no TorchScript code";
+  } catch (const std::exception& error) {
+    const auto message = plain_message(error);
+    problem = message.find("central directory") != std::string::npos
+                  ? "which is truncated or damaged"
+                  : "which cannot be read as one: " + message;
+  }
+  refuse(path, problem);
+}
+
+// "RuntimeError: " at the start of a line: what the interpreter puts in front of a message.
+bool starts_message(const std::string& text, std::size_t line, std::size_t& begin) {
+  begin = text.find(": ", line);
+  if (begin == std::string::npos) return false;
+  const auto name = text.substr(line, begin - line);
+  begin += 2;
+  const bool is_name = std::all_of(name.begin(), name.end(), [](unsigned char c) {
+    return std::isalnum(c) || c == '_' || c == '.';
+  });
+  return is_name && (name.ends_with("Error") || name.ends_with("Exception"));
+}
+
+}  // namespace
+
+std::string plain_message(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  std::string text = torch_error ? torch_error->what_without_backtrace() : error.what();
+  // Tracebacks nest where graphs fork; the last message is the innermost.
+  std::size_t message = 0, begin = 0;
+  for (std::size_t line = 0; line != std::string::npos && line < text.size();) {
+    if (starts_message(text, line, begin)) message = begin;
+    line = text.find('\n', line);
+    if (line != std::string::npos) ++line;
+  }
+  text = text.substr(message);
+  text = text.substr(0, text.find("\nException raised from"));
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back()))) text.pop_back();
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  return text;
+}
+
+torch::jit::Module read_archive(const std::string& path) {
+  check_is_zip(path);
+  check_holds_code(path);
+  // What a caller's InferenceMode would make here could never be used outside of it.
+  c10::InferenceMode ordinary_tensors(false);
+  try {
+    // Onto the CPU whatever the file says, and without debug records: they hold the exporter's
+    // paths.
+    auto module = torch::jit::load(path, torch::kCPU, /*load_debug_files=*/false);
+    module.eval();
+    return module;
+  } catch (const std::exception& error) {
+    refuse(path, "which cannot be loaded: " + plain_message(error));
+  }
+}
+
+void convert_module(torch::jit::Module& module, torch::Device device,
+                    std::optional<torch::ScalarType> dtype) {
+  torch::NoGradGuard no_grad;
+  c10::InferenceMode ordinary_tensors(false);
+  for (torch::Tensor t : module.parameters()) {
+    t.set_data(t.to(device, dtype && t.is_floating_point() ? *dtype : t.scalar_type()));
+  }
+  for (torch::Tensor t : module.buffers()) {
+    const bool wider = dtype && t.is_floating_point() &&
+                       c10::elementSize(*dtype) > c10::elementSize(t.scalar_type());
+    t.set_data(t.to(device, wider ? *dtype : t.scalar_type()));
+  }
+}
+
+std::optional<torch::ScalarType> parameters_dtype(const torch::jit::Module& module) {
+  std::map<torch::ScalarType, std::int64_t> elements;
+  for (const torch::Tensor& t : module.parameters()) {
+    if (t.is_floating_point()) elements[t.scalar_type()] += t.numel();
+  }
+  if (elements.empty()) return std::nullopt;
+  return std::max_element(elements.begin(), elements.end(),
+                          [](const auto& a, const auto& b) { return a.second < b.second; })
+      ->first;
+}
+
+}  // namespace sag

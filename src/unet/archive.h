@@ -1,0 +1,27 @@
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include <torch/csrc/jit/api/module.h>
+#include <torch/types.h>
+
+namespace sag {
+
+/// Reads a TorchScript archive onto the CPU, in eval mode. Throws ValueError, in one sentence, when
+/// the file cannot be read or is something else.
+torch::jit::Module read_archive(const std::string& path);
+
+/// Moves parameters and buffers to `device`. Floating parameters get `dtype`; floating buffers are
+/// only ever widened to it (see `convert_constants`).
+void convert_module(torch::jit::Module& module, torch::Device device,
+                    std::optional<torch::ScalarType> dtype);
+
+/// Returns the dtype of the floating parameters, by number of elements; nothing if there are none.
+std::optional<torch::ScalarType> parameters_dtype(const torch::jit::Module& module);
+
+/// Returns what an exception of LibTorch's interpreter or loader says, without tracebacks, on one
+/// line.
+std::string plain_message(const std::exception& error);
+
+}  // namespace sag

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "flatten.h"
+#include "sag/unet.h"
+
+namespace sag {
+
+/// Returns ComfyUI's name of the attention with this path ("middle.0.0"), under any prefix, in
+/// LDM's naming and for the middle block in diffusers'; empty if there is none.
+std::string short_site_name(const std::string& path);
+
+/// Returns the self-attentions of a flattened graph in order of execution.
+std::vector<AttentionSiteInfo> self_attention_sites(const FlatGraph& flat);
+
+/// Returns the sites that `name` may mean: those of that name, or of that path.
+std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
+                                            const std::string& name);
+
+/// Returns a sentence that lists the sites, for errors.
+std::string list_sites(const std::vector<AttentionSiteInfo>& sites);
+
+}  // namespace sag

@@ -1,0 +1,135 @@
+#include "flatten.h"
+
+#include <optional>
+#include <unordered_map>
+#include <utility>
+
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+namespace sag {
+namespace {
+
+using namespace torch::jit;  // of which c10's prim and attr are a part
+
+// Which module a value holds: its dotted path.
+using Paths = std::unordered_map<const Value*, std::string>;
+
+const c10::Symbol kPath = c10::Symbol::attr("sag_path");
+
+bool is_attention(const Node* node) {
+  static const auto kind = c10::Symbol::fromQualString("aten::scaled_dot_product_attention");
+  return node->kind() == kind;
+}
+
+// prim::fork and prim::awaitable keep what they run in an attribute.
+bool has_subgraph(const Node* node) {
+  return node->hasAttribute(attr::Subgraph) && node->kindOf(attr::Subgraph) == AttributeKind::g;
+}
+
+// `nodes` may change under the visitor, so the next node is looked up before each visit.
+template <typename Visit>
+void visit_nodes(Block* block, const Visit& visit) {
+  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
+    Node* node = *it++;
+    visit(node);
+  }
+}
+
+std::optional<std::string> path_of(const Value* value, const Paths& paths) {
+  if (const auto known = paths.find(value); known != paths.end()) return known->second;
+  const Node* node = value->node();
+  if (node->kind() != prim::GetAttr) return std::nullopt;
+  auto parent = path_of(node->input(), paths);
+  if (!parent) return std::nullopt;
+  const auto& name = node->s(attr::name);
+  return parent->empty() ? name : *parent + "." + name;
+}
+
+// The function behind a call, or null: builtin methods, and methods of interfaces, stay calls.
+GraphFunction* callee_of(const Node* call) {
+  if (call->kind() == prim::CallMethod) {
+    const auto owner = call->input(0)->type()->cast<ClassType>();
+    return owner ? tryToGraphFunction(owner->getMethod(call->s(attr::name))) : nullptr;
+  }
+  if (call->kind() == prim::CallFunction) {
+    return tryToGraphFunction(*call->input(0)->type()->expect<FunctionType>()->function());
+  }
+  return nullptr;
+}
+
+// torch::jit::Inline would lose the names of module lists, and it reads caches of the caller's
+// functions that another thread may have filled without inlining. Here every call gets its own copy
+// of the callee, so instances of one class stay apart.
+void flatten_block(Block* block, const Paths& paths, const std::string& here);
+
+Paths paths_inside(const Graph& callee, at::ArrayRef<Value*> arguments, const Paths& paths) {
+  Paths inside;
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    if (auto path = path_of(arguments[i], paths)) inside[callee.inputs()[i]] = *path;
+  }
+  return inside;
+}
+
+void inline_call(Node* call, GraphFunction& function, const Paths& paths, const std::string& here) {
+  const auto owner =
+      call->kind() == prim::CallMethod ? path_of(call->input(0), paths) : std::nullopt;
+  if (call->kind() == prim::CallFunction) call->removeInput(0);
+  function.ensure_defined();
+  const auto callee = function.graph()->copy();
+  flatten_block(callee->block(), paths_inside(*callee, call->inputs(), paths),
+                owner.value_or(here));
+  inlineCallTo(call, &function, callee.get());
+}
+
+void flatten_block(Block* block, const Paths& paths, const std::string& here) {
+  visit_nodes(block, [&](Node* node) {
+    if (auto* function = callee_of(node)) {
+      inline_call(node, *function, paths, here);
+      return;
+    }
+    if (is_attention(node)) node->s_(kPath, here);
+    for (Block* inner : node->blocks()) flatten_block(inner, paths, here);
+    if (has_subgraph(node)) {
+      auto& forked = *node->g(attr::Subgraph);
+      flatten_block(forked.block(), paths_inside(forked, node->inputs(), paths), here);
+    }
+  });
+}
+
+void visit_deep(Block* block, const std::function<void(Node*)>& visit) {
+  visit_nodes(block, [&](Node* node) {
+    for (Block* inner : node->blocks()) visit_deep(inner, visit);
+    if (has_subgraph(node)) visit_deep(node->g(attr::Subgraph)->block(), visit);
+    visit(node);  // last: it may destroy the node
+  });
+}
+
+}  // namespace
+
+FlatGraph flatten(const Module& module) {
+  auto& forward = toGraphFunction(module.get_method("forward").function());
+  forward.ensure_defined();
+  FlatGraph flat{forward.graph()->copy(), {}};
+  flatten_block(flat.graph->block(), {{flat.graph->inputs()[0], ""}}, "");
+  for (Node* node : attention_nodes(*flat.graph)) {
+    flat.attention_paths.push_back(node->s(kPath));
+    node->removeAttribute(kPath);
+  }
+  return flat;
+}
+
+void for_each_node(Graph& graph, const std::function<void(Node*)>& visit) {
+  visit_deep(graph.block(), visit);
+}
+
+std::vector<Node*> attention_nodes(Graph& graph) {
+  std::vector<Node*> nodes;
+  for_each_node(graph, [&](Node* node) {
+    if (is_attention(node)) nodes.push_back(node);
+  });
+  return nodes;
+}
+
+}  // namespace sag

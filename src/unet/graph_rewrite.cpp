@@ -1,0 +1,266 @@
+#include "graph_rewrite.h"
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+#include "flatten.h"
+
+namespace sag {
+namespace {
+
+using namespace torch::jit;
+
+// An op with weights: which input they are, what they are applied to, and an addend if there is
+// one.
+struct WeightedOp {
+  std::size_t activation, weight;
+  std::optional<std::size_t> bias;
+};
+
+const WeightedOp* weighted_op(const Node* node) {
+  static const std::map<std::string, WeightedOp> ops = {
+      {"aten::linear", {0, 1, 2}},
+      {"aten::conv1d", {0, 1, 2}},
+      {"aten::conv2d", {0, 1, 2}},
+      {"aten::conv3d", {0, 1, 2}},
+      {"aten::conv_transpose1d", {0, 1, 2}},
+      {"aten::conv_transpose2d", {0, 1, 2}},
+      {"aten::conv_transpose3d", {0, 1, 2}},
+      {"aten::_convolution", {0, 1, 2}},
+      {"aten::addmm", {1, 2, 0}},
+      {"aten::baddbmm", {1, 2, 0}},
+      {"aten::matmul", {0, 1, {}}},
+      {"aten::bmm", {0, 1, {}}},
+      {"aten::group_norm", {0, 2, 3}},
+      {"aten::layer_norm", {0, 2, 3}},
+  };
+  const auto found = ops.find(node->kind().toQualString());
+  return found == ops.end() ? nullptr : &found->second;
+}
+
+bool is_tensor(const Value* value) {
+  return value->type()->isSubtypeOf(*c10::TensorType::get());
+}
+
+// The node that a weight is read by, seen through transpositions; or null if it is computed.
+Node* stored(Value* value) {
+  static const std::unordered_set<c10::Symbol> views = {
+      c10::Symbol::fromQualString("aten::t"), c10::Symbol::fromQualString("aten::transpose"),
+      c10::Symbol::fromQualString("aten::permute"), c10::Symbol::fromQualString("aten::numpy_T"),
+      c10::Symbol::fromQualString("aten::detach")};
+  Node* node = value->node();
+  while (views.count(node->kind())) node = node->input(0)->node();
+  return node->kind() == prim::GetAttr || node->kind() == prim::Constant ? node : nullptr;
+}
+
+// The inputs of a node that hold weights. In x·W and W·x either side can be the weight.
+std::vector<Value*> weights_of(Node* node) {
+  const auto* op = weighted_op(node);
+  if (!op) return {};
+  std::vector<Value*> weights = {node->input(op->weight)};
+  if (op->bias) weights.push_back(node->input(*op->bias));
+  if (!stored(weights[0])) weights[0] = node->input(op->activation);
+  return weights;
+}
+
+bool holds_tensor(const Node* node) {
+  return node->kind() == prim::Constant && node->hasAttribute(attr::value) &&
+         node->kindOf(attr::value) == AttributeKind::t;
+}
+
+std::unordered_set<Node*> constant_weights(Graph& graph) {
+  std::unordered_set<Node*> constants;
+  for_each_node(graph, [&](Node* node) {
+    for (Value* weight : weights_of(node)) {
+      if (Node* constant = stored(weight); constant && holds_tensor(constant))
+        constants.insert(constant);
+    }
+  });
+  return constants;
+}
+
+void set_constant(Node* node, const torch::Tensor& value) {
+  node->t_(attr::value, value);
+  node->output()->setType(c10::TensorType::get());  // a recorded dtype or device may be wrong now
+}
+
+torch::Tensor moved(const torch::Tensor& t, torch::Device device) {
+  return t.dim() == 0 ? t.cpu() : t.to(device);
+}
+
+c10::IValue moved(const c10::IValue& value, torch::Device device) {
+  if (value.isTensor()) return moved(value.toTensor(), device);
+  if (value.isTensorList()) {
+    c10::List<torch::Tensor> list;
+    for (const torch::Tensor& t : value.toTensorVector()) list.push_back(moved(t, device));
+    return list;
+  }
+  if (value.isTuple()) {
+    std::vector<c10::IValue> elements;
+    for (const auto& element : value.toTupleRef().elements())
+      elements.push_back(moved(element, device));
+    return c10::ivalue::Tuple::create(std::move(elements));
+  }
+  return value;
+}
+
+void cast_input(Node* node, std::size_t input, Value* like) {
+  Value* value = node->input(input);
+  if (value == like || !is_tensor(value) || !is_tensor(like)) return;
+  WithInsertPoint before(node);
+  Graph& graph = *node->owningGraph();
+  Node* cast = graph.create(c10::Symbol::fromQualString("aten::type_as"), {value, like});
+  cast->output()->setType(c10::TensorType::get());
+  node->replaceInput(input, graph.insertNode(cast)->output());
+}
+
+void follow_weights_of(Node* node, const WeightedOp& op) {
+  auto activation = op.activation, weight = op.weight;
+  if (!op.bias && stored(node->input(activation)) && !stored(node->input(weight))) {
+    std::swap(activation, weight);
+  }
+  Value* like = node->input(weight);
+  cast_input(node, activation, like);
+  if (op.bias && !stored(node->input(*op.bias))) cast_input(node, *op.bias, like);
+}
+
+std::optional<std::size_t> list_length(const Value* list) {
+  if (list->node()->kind() == prim::ListConstruct) return list->node()->inputs().size();
+  const auto value = toIValue(list);
+  if (value && value->isIntList()) return value->toIntList().size();
+  return std::nullopt;
+}
+
+// Inputs of _convolution: input, weight, bias, stride, padding, dilation, transposed,
+// output_padding, groups, and then the switches.
+Node* plain_convolution(Node* node) {
+  const auto transposed = toIValue(node->input(6));
+  const auto dims = list_length(node->input(3));
+  const auto same_length = [&](std::size_t input) {
+    return list_length(node->input(input)) == dims;
+  };
+  if (!transposed || !dims || *dims < 1 || *dims > 3) return nullptr;
+  if (!same_length(4) || !same_length(5) || !same_length(7)) return nullptr;
+  std::vector<std::size_t> order = {0, 1, 2, 3, 4, 5, 8};
+  std::string kind = "aten::conv";
+  if (transposed->toBool()) {
+    order = {0, 1, 2, 3, 4, 7, 8, 5};
+    kind += "_transpose";
+  }
+  std::vector<Value*> inputs;
+  for (const auto input : order) inputs.push_back(node->input(input));
+  return node->owningGraph()->create(
+      c10::Symbol::fromQualString(kind + std::to_string(*dims) + "d"), inputs);
+}
+
+// Puts `replacement` where `node` is. It must have one output.
+void replace_node(Node* node, Node* replacement) {
+  replacement->copyMetadata(node);
+  replacement->output()->copyMetadata(node->output());
+  replacement->insertBefore(node);
+  TORCH_INTERNAL_ASSERT(replacement->maybeOperator(), "no operator fits ", *replacement);
+  node->output()->replaceAllUsesWith(replacement->output());
+  node->destroy();
+}
+
+}  // namespace
+
+void hook_attention(Node* attention, const std::string& site) {
+  static const auto kind = c10::Symbol::fromQualString("sag::attention");
+  WithInsertPoint before(attention);
+  Graph& graph = *attention->owningGraph();
+  // The importer has filled in every default of the running version, so the inputs go over one by
+  // one.
+  Node* hooked = graph.create(kind, attention->inputs());
+  hooked->addInput(graph.insertConstant(site));
+  replace_node(attention, hooked);
+}
+
+void use_plain_convolutions(Graph& graph) {
+  // Not graph_rewrite_helper::replaceConvolutionWithAtenConv: it folds all constants on the way,
+  // which would turn the frequencies of an embedding into a constant of the graph.
+  static const auto kind = c10::Symbol::fromQualString("aten::_convolution");
+  for_each_node(graph, [](Node* node) {
+    if (node->kind() != kind) return;
+    if (Node* plain = plain_convolution(node)) replace_node(node, plain);
+  });
+}
+
+void move_constants(Graph& graph, torch::Device device) {
+  for_each_node(graph, [&](Node* node) {
+    if (node->kind() != prim::Constant || !node->hasAttribute(attr::value)) return;
+    if (node->output()->type()->kind() == c10::TypeKind::DeviceObjType) {
+      node->s_(attr::value, device.str());
+    } else if (holds_tensor(node)) {
+      set_constant(node, moved(node->t(attr::value), device));
+    } else if (node->kindOf(attr::value) == AttributeKind::ival) {
+      node->ival_(attr::value, moved(node->ival(attr::value), device));
+    }
+  });
+}
+
+void convert_constants(Graph& graph, torch::ScalarType dtype) {
+  const auto weights = constant_weights(graph);
+  for_each_node(graph, [&](Node* node) {
+    if (!holds_tensor(node)) return;
+    const auto value = node->t(attr::value);
+    const bool wider = c10::elementSize(dtype) > c10::elementSize(value.scalar_type());
+    if (value.dim() == 0 || !value.is_floating_point() || !(wider || weights.count(node))) return;
+    set_constant(node, value.to(dtype));
+  });
+}
+
+void replace_recorded_dtype(Graph& graph, torch::ScalarType from, torch::ScalarType to) {
+  for_each_node(graph, [&](Node* node) {
+    const auto* schema = node->maybeSchema();
+    if (!schema) return;
+    const auto input = schema->argumentIndexWithName("dtype");
+    if (!input || static_cast<std::size_t>(*input) >= node->inputs().size()) return;
+    const auto recorded = toIValue(node->input(*input));
+    if (!recorded || !recorded->isInt() || recorded->toInt() != static_cast<std::int64_t>(from))
+      return;
+    WithInsertPoint before(node);
+    node->replaceInput(*input, node->owningGraph()->insertConstant(static_cast<std::int64_t>(to)));
+  });
+}
+
+void follow_weights(Graph& graph) {
+  for_each_node(graph, [](Node* node) {
+    if (const auto* op = weighted_op(node)) follow_weights_of(node, *op);
+  });
+  for (Node* attention : attention_nodes(graph)) {
+    // v comes straight from its projection; q and k may have gone through a wider embedding.
+    cast_input(attention, 0, attention->input(2));
+    cast_input(attention, 1, attention->input(2));
+  }
+}
+
+std::optional<torch::ScalarType> constant_weights_dtype(Graph& graph) {
+  std::map<torch::ScalarType, std::int64_t> elements;
+  for (const Node* constant : constant_weights(graph)) {
+    const auto& value = constant->t(attr::value);
+    if (value.is_floating_point()) elements[value.scalar_type()] += value.numel();
+  }
+  if (elements.empty()) return std::nullopt;
+  return std::max_element(elements.begin(), elements.end(),
+                          [](const auto& a, const auto& b) { return a.second < b.second; })
+      ->first;
+}
+
+std::optional<torch::Device> constants_device(Graph& graph) {
+  std::optional<torch::Device> device;
+  for_each_node(graph, [&](Node* node) {
+    if (device || !holds_tensor(node) || node->t(attr::value).dim() == 0) return;
+    device = node->t(attr::value).device();
+  });
+  return device;
+}
+
+}  // namespace sag

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <string>
+
+#include <torch/types.h>
+
+namespace torch::jit {
+struct Graph;
+struct Node;
+}  // namespace torch::jit
+
+// Edits of a private, flattened graph (see flatten.h). Each leaves a graph that runs.
+namespace sag {
+
+/// Replaces a `scaled_dot_product_attention` by `sag::attention` with the same inputs, at `site`.
+void hook_attention(torch::jit::Node* attention, const std::string& site);
+
+/// Replaces `_convolution`, in which tracing records cuDNN's switches, by convolutions that ask the
+/// process.
+void use_plain_convolutions(torch::jit::Graph& graph);
+
+/// Brings constants to `device`: tensors, and the devices that tracing records. Tensors of no
+/// dimension go to the CPU, for traced graphs compute shapes with them: on a GPU each would wait
+/// for the device.
+void move_constants(torch::jit::Graph& graph, torch::Device device);
+
+/// Converts floating constants that serve as weights, as frozen files have them, to `dtype`. Other
+/// constants are only ever widened: half precision is too coarse for the frequencies of an
+/// embedding.
+void convert_constants(torch::jit::Graph& graph, torch::ScalarType dtype);
+
+/// Replaces the half-precision dtype `from` in the recorded arguments of casts and factories by
+/// `to`.
+void replace_recorded_dtype(torch::jit::Graph& graph, torch::ScalarType from, torch::ScalarType to);
+
+/// Casts what goes into linear layers, convolutions, norms and attention to the dtype of their
+/// weights, whatever dtypes the file recorded.
+void follow_weights(torch::jit::Graph& graph);
+
+/// Returns the dtype of the constants that serve as weights, by number of elements; nothing if
+/// there are none.
+std::optional<torch::ScalarType> constant_weights_dtype(torch::jit::Graph& graph);
+
+/// Returns the device of the first constant tensor that has dimensions; nothing if there is none.
+std::optional<torch::Device> constants_device(torch::jit::Graph& graph);
+
+}  // namespace sag

@@ -1,0 +1,281 @@
+#include "sag/torchscript_unet.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include <ATen/Context.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+#include "archive.h"
+#include "attention_sites.h"
+#include "flatten.h"
+#include "forward_call.h"
+#include "graph_rewrite.h"
+#include "sag/attention.h"
+
+namespace sag {
+namespace {
+
+using torch::jit::Graph;
+using torch::jit::GraphFunction;
+using torch::jit::Module;
+using torch::jit::Node;
+
+// What error texts call the model, and who reports.
+struct Origin {
+  const char* caller;
+  std::string model;
+};
+
+void check_options(const TorchScriptUNetOptions& options) {
+  const auto dtype = options.dtype.value_or(torch::kFloat);
+  TORCH_CHECK_TYPE(dtype == torch::kFloat || dtype == torch::kHalf || dtype == torch::kBFloat16 ||
+                       dtype == torch::kDouble,
+                   "[TorchScriptUNet::load] dtype must be float, half, bfloat16 or double, got ",
+                   dtype);
+  const auto& device = options.device;
+  if (!device.is_cuda()) return;
+  const auto devices = at::hasCUDA() ? at::detail::getCUDAHooks().deviceCount() : 0;
+  TORCH_CHECK_VALUE(std::max<int>(device.index(), 0) < devices,
+                    "[TorchScriptUNet::load] device must be one of the ", devices,
+                    " CUDA devices here, got ", device);
+}
+
+// optimize_for_inference leaves constants that cannot be saved: their nodes come back without a
+// value.
+void check_constants(Graph& graph, const Origin& origin) {
+  for_each_node(graph, [&](Node* node) {
+    const bool lost = node->kind() == c10::prim::Constant &&
+                      !node->hasAttribute(c10::attr::value) &&
+                      node->output()->type()->kind() == c10::TypeKind::TensorType;
+    TORCH_CHECK_VALUE(
+        !lost, "[", origin.caller, "] ", origin.model,
+        " must hold its constants, but some were lost when it was saved: save it before "
+        "optimize_for_inference");
+  });
+}
+
+bool has_softmax(Graph& graph) {
+  static const auto kind = c10::Symbol::fromQualString("aten::softmax");
+  bool found = false;
+  for_each_node(graph, [&](Node* node) { found = found || node->kind() == kind; });
+  return found;
+}
+
+void check_sites(const FlatGraph& flat, const std::vector<AttentionSiteInfo>& sites,
+                 const Origin& origin) {
+  if (!sites.empty()) return;
+  const auto attentions = flat.attention_paths.size();
+  const std::string found =
+      attentions > 0 ? "only cross-attention (" + std::to_string(attentions) + " of them)"
+      : has_softmax(*flat.graph)
+          ? "only unfused attention: export it with scaled_dot_product_attention"
+          : "no attention at all";
+  TORCH_CHECK_VALUE(false, "[", origin.caller, "] ", origin.model,
+                    " must have a self-attention that can be hooked, but it has ", found);
+}
+
+void check_is_in_eval_mode(const Module& module, const Origin& origin) {
+  for (const Module& part : module.modules()) {
+    TORCH_CHECK_VALUE(!part.hasattr("training") || !part.is_training(), "[", origin.caller, "] ",
+                      origin.model, " must be in eval mode, call eval() on it first");
+  }
+}
+
+Origin check_has_forward(const Module& module, Origin origin) {
+  TORCH_CHECK_VALUE(module.find_method("forward"), "[", origin.caller, "] ", origin.model,
+                    " must have a method forward, but has none");
+  return origin;
+}
+
+torch::Device device_of(const Module& module, Graph& graph) {
+  for (const torch::Tensor& t : module.parameters()) return t.device();
+  if (const auto device = constants_device(graph)) return *device;
+  for (const torch::Tensor& t : module.buffers()) return t.device();
+  return torch::kCPU;
+}
+
+torch::ScalarType dtype_of(const Module& module, Graph& graph) {
+  if (const auto dtype = parameters_dtype(module)) return *dtype;
+  return constant_weights_dtype(graph).value_or(torch::kFloat);
+}
+
+// "cuda" without a number is the current device; tensors always have one.
+torch::Device numbered(torch::Device device) {
+  return device.is_cuda() && !device.has_index()
+             ? torch::Device(torch::kCUDA, at::detail::getCUDAHooks().getCurrentDevice())
+             : device;
+}
+
+// Everything of the graph that depends on where and in which dtype it runs.
+void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
+               torch::ScalarType dtype) {
+  use_plain_convolutions(graph);
+  move_constants(graph, device);
+  const bool half = recorded == torch::kHalf || recorded == torch::kBFloat16;
+  if (recorded != dtype) {
+    convert_constants(graph, dtype);
+    if (half) replace_recorded_dtype(graph, recorded, dtype);
+  }
+  // Timesteps come in fp32, and a file of another dtype may do without a cast of its own.
+  if (recorded != dtype || dtype != torch::kFloat) follow_weights(graph);
+}
+
+}  // namespace
+
+struct TorchScriptUNet::State {
+  // `wanted`: where to run it; nothing: as the module is.
+  State(Module loaded, const Origin& from, const TorchScriptUNetOptions* wanted)
+      : origin(check_has_forward(loaded, from)),
+        module(std::move(loaded)),
+        call(module.get_method("forward").function().getSchema(), origin.caller, origin.model),
+        flat(flatten(module)),
+        sites(self_attention_sites(flat)),
+        device(device_of(module, *flat.graph)) {
+    check_constants(*flat.graph, origin);
+    check_sites(flat, sites, origin);
+    const auto recorded = dtype_of(module, *flat.graph);
+    dtype = recorded;
+    if (wanted) {
+      device = numbered(wanted->device);
+      dtype = wanted->dtype.value_or(device.is_cpu() ? torch::kFloat : recorded);
+      convert_module(module, device, dtype == recorded ? std::nullopt : std::make_optional(dtype));
+    }
+    fit_graph(*flat.graph, device, recorded, dtype);
+  }
+
+  std::shared_ptr<GraphFunction> function(const std::vector<std::string>& hooked);
+  std::shared_ptr<Graph> hooked_graph(const std::vector<std::string>& hooked) const;
+  std::size_t ordinal_of(const std::string& site) const;
+  torch::Tensor run(const UNetInput& input);
+
+  const Origin origin;
+  Module module;
+  const ForwardCall call;
+  const FlatGraph flat;
+  const std::vector<AttentionSiteInfo> sites;
+  torch::Device device;
+  torch::ScalarType dtype = torch::kFloat;
+
+  std::mutex mutex;
+  // By the sites that are hooked, sorted. GraphFunction compiles on first use and runs on many
+  // threads.
+  std::map<std::vector<std::string>, std::shared_ptr<GraphFunction>> functions;
+};
+
+std::size_t TorchScriptUNet::State::ordinal_of(const std::string& site) const {
+  const auto found = sites_called(sites, site);
+  TORCH_CHECK_VALUE(!found.empty(),
+                    "[TorchScriptUNet::forward] hooked sites must be the UNet's, got '", site,
+                    "'; ", list_sites(sites));
+  TORCH_CHECK_VALUE(found.size() == 1,
+                    "[TorchScriptUNet::forward] a hooked site must be one attention, but '", site,
+                    "' stands for ", found.size(), " in this file");
+  return static_cast<std::size_t>(found.front().ordinal);
+}
+
+std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
+    const std::vector<std::string>& hooked) const {
+  std::map<std::size_t, std::string> names;
+  for (const auto& site : hooked) {
+    const auto [other, is_new] = names.emplace(ordinal_of(site), site);
+    TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must go by one name, got '",
+                      site, "' and '", other->second, "'");
+  }
+  const auto graph = flat.graph->copy();
+  const auto nodes = attention_nodes(*graph);
+  for (const auto& [ordinal, site] : names) hook_attention(nodes[ordinal], site);
+  return graph;
+}
+
+std::shared_ptr<GraphFunction> TorchScriptUNet::State::function(
+    const std::vector<std::string>& hooked) {
+  const std::lock_guard lock(mutex);
+  if (const auto known = functions.find(hooked); known != functions.end()) return known->second;
+  // SIMPLE: no profiling runs and no fusion, so no call is slower than the others, and nothing of
+  // it is a switch of the process.
+  auto function =
+      std::make_shared<GraphFunction>(c10::QualifiedName("sag_unet_forward"), hooked_graph(hooked),
+                                      nullptr, torch::jit::ExecutorExecutionMode::SIMPLE);
+  return functions.emplace(hooked, std::move(function)).first->second;
+}
+
+torch::Tensor TorchScriptUNet::State::run(const UNetInput& input) {
+  auto stack = call.arguments(input);
+  stack.insert(stack.begin(), module._ivalue());
+  auto hooked = AttentionScope::hooked_sites();
+  std::sort(hooked.begin(), hooked.end());
+  hooked.erase(std::unique(hooked.begin(), hooked.end()), hooked.end());
+  const auto forward = function(hooked);
+  try {
+    forward->run(stack);
+  } catch (const std::exception& error) {
+    TORCH_CHECK(false, "[TorchScriptUNet::forward] ", origin.model, " failed for x of shape ",
+                input.x.sizes(), ": ", plain_message(error));
+  }
+  const auto out = output_tensor(stack.back());
+  TORCH_CHECK_VALUE(
+      out.defined(), "[TorchScriptUNet::forward] the forward of ", origin.model,
+      " must return a tensor, a tuple or list with one, or a dict with \"sample\" or \"out\", got ",
+      stack.back().tagKind(), "; ", list_sites(sites));
+  return out;
+}
+
+TorchScriptUNet::TorchScriptUNet(std::unique_ptr<State> state) : state_(std::move(state)) {}
+TorchScriptUNet::~TorchScriptUNet() = default;
+
+std::shared_ptr<TorchScriptUNet> TorchScriptUNet::load(const std::string& path,
+                                                       const TorchScriptUNetOptions& options) {
+  ensure_ops_registered();
+  check_options(options);
+  const Origin origin{"TorchScriptUNet::load", "'" + path + "'"};
+  auto state = std::make_unique<State>(read_archive(path), origin, &options);
+  return std::shared_ptr<TorchScriptUNet>(new TorchScriptUNet(std::move(state)));
+}
+
+std::shared_ptr<TorchScriptUNet> TorchScriptUNet::load(const std::string& path) {
+  return load(path, {});
+}
+
+std::shared_ptr<TorchScriptUNet> TorchScriptUNet::from_module(const Module& module) {
+  ensure_ops_registered();
+  const Origin origin{"TorchScriptUNet::from_module", "the module"};
+  check_is_in_eval_mode(module, origin);
+  auto state = std::make_unique<State>(module, origin, nullptr);
+  return std::shared_ptr<TorchScriptUNet>(new TorchScriptUNet(std::move(state)));
+}
+
+torch::Tensor TorchScriptUNet::forward(const UNetInput& input) const {
+  torch::NoGradGuard no_grad;
+  check_input(input, state_->device, state_->dtype);
+  const auto out = state_->run(input);
+  const auto& x = input.x;
+  const bool fits = out.dim() == 4 && out.size(0) == x.size(0) && out.size(2) == x.size(2) &&
+                    out.size(3) == x.size(3);
+  TORCH_CHECK_VALUE(fits, "[TorchScriptUNet::forward] ", state_->origin.model,
+                    " must return x's rows, height and width, got ", out.sizes(),
+                    " for x of shape ", x.sizes());
+  return out;
+}
+
+std::vector<AttentionSiteInfo> TorchScriptUNet::attention_sites() const {
+  return state_->sites;
+}
+
+torch::Device TorchScriptUNet::device() const {
+  return state_->device;
+}
+
+torch::ScalarType TorchScriptUNet::dtype() const {
+  return state_->dtype;
+}
+
+std::vector<std::string> TorchScriptUNet::argument_names() const {
+  return state_->call.argument_names();
+}
+
+}  // namespace sag

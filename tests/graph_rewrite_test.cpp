@@ -1,0 +1,257 @@
+#include "unet/graph_rewrite.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/ir/irparser.h>
+#include <torch/torch.h>
+
+#include "sag/attention.h"
+#include "sag/step_context.h"
+#include "support/torchscript_fixture.h"
+#include "unet/archive.h"
+#include "unet/attention_sites.h"
+#include "unet/flatten.h"
+
+namespace sag {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Not;
+using torch::jit::Graph;
+
+std::shared_ptr<Graph> parse(const std::string& ir) {
+  auto graph = std::make_shared<Graph>();
+  torch::jit::parseIR(ir, graph.get(), /*parse_tensor_constants=*/true);
+  return graph;
+}
+
+torch::Tensor run(const std::shared_ptr<Graph>& graph, std::vector<c10::IValue> stack) {
+  graph->lint();
+  torch::jit::GraphFunction function(c10::QualifiedName("graph"), graph->copy(), nullptr,
+                                     torch::jit::ExecutorExecutionMode::SIMPLE);
+  function.run(stack);
+  return stack.back().toTensor();
+}
+
+// Adds a node in front of the graph that holds `value`; parseIR cannot write tensors down.
+torch::jit::Value* add_constant(Graph& graph, const torch::Tensor& value) {
+  torch::jit::WithInsertPoint front(graph.block()->nodes().front());
+  return graph.insertConstant(value);
+}
+
+const char* const kAttention = R"IR(
+  graph(%q : Tensor, %k : Tensor, %v : Tensor):
+    %none : NoneType = prim::Constant()
+    %p : float = prim::Constant[value=0.]()
+    %no : bool = prim::Constant[value=0]()
+    %scale : float = prim::Constant[value=0.25]()
+    %out : Tensor = aten::scaled_dot_product_attention(%q, %k, %v, %none, %p, %no, %scale, %no)
+    return (%out))IR";
+
+TEST(ShortSiteName, IsComfyUIsForLdmAndForTheMiddleOfDiffusers) {
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"middle_block.1.transformer_blocks.0.attn1", "middle.0.0"},
+      {"unet.middle_block.1.transformer_blocks.3.attn1", "middle.0.3"},
+      {"model.diffusion_model.input_blocks.11.1.transformer_blocks.2.attn1", "input.11.2"},
+      {"output_blocks.4.1.transformer_blocks.0.attn1", "output.4.0"},
+      {"unet.mid_block.attentions.0.transformer_blocks.1.attn1", "middle.0.1"},
+      {"down_blocks.1.attentions.0.transformer_blocks.0.attn1", ""},
+      {"my_middle_block.1.transformer_blocks.0.attn1", ""},
+      {"middle_block.1.transformer_blocks.0.attn2", ""},
+      {"", ""},
+  };
+  for (const auto& [path, name] : cases) EXPECT_EQ(short_site_name(path), name) << path;
+}
+
+TEST(Flatten, FindsThePathOfEveryAttentionThoughTheyShareAClass) {
+  const auto module = test::make_torchscript_unet();
+  const auto flat = flatten(module);
+  EXPECT_THAT(flat.attention_paths, ElementsAre("input_blocks.1.1.transformer_blocks.0.attn1",
+                                                "input_blocks.1.1.transformer_blocks.0.attn2",
+                                                "middle_block.1.transformer_blocks.0.attn1"));
+  EXPECT_THAT(flat.graph->toString(), Not(HasSubstr("CallMethod")));
+  EXPECT_THAT(flat.graph->toString(), Not(HasSubstr("sag_path")));
+}
+
+TEST(Flatten, LeavesTheModuleAlone) {
+  const auto module = test::make_torchscript_unet();
+  const auto before = module.dump_to_str(true, false, false);
+  const auto flat = flatten(module);
+  hook_attention(attention_nodes(*flat.graph)[2], "middle.0.0");
+  EXPECT_EQ(module.dump_to_str(true, false, false), before);
+}
+
+TEST(SelfAttentionSites, FollowQAndKToTheirProjectionsWhereThereIsNoPath) {
+  const auto graph = parse(R"IR(
+  graph(%self : Tensor, %x : Tensor, %context : Tensor, %w : Tensor, %w3 : Tensor):
+    %none : NoneType = prim::Constant()
+    %zero : float = prim::Constant[value=0.]()
+    %no : bool = prim::Constant[value=0]()
+    %one : int = prim::Constant[value=1]()
+    %two : int = prim::Constant[value=2]()
+    %three : int = prim::Constant[value=3]()
+    %half : int = prim::Constant[value=5]()
+    %x16 : Tensor = aten::to(%x, %half, %no, %no, %none)
+    %q1 : Tensor = aten::linear(%x, %w, %none)
+    %q : Tensor = aten::transpose(%q1, %one, %two)
+    %k1 : Tensor = aten::linear(%x16, %w, %none)
+    %k : Tensor = aten::transpose(%k1, %one, %two)
+    %self_attention : Tensor = aten::scaled_dot_product_attention(%q, %k, %k, %none, %zero, %no, %none, %no)
+    %c1 : Tensor = aten::linear(%context, %w, %none)
+    %c : Tensor = aten::transpose(%c1, %one, %two)
+    %cross : Tensor = aten::scaled_dot_product_attention(%q, %c, %c, %none, %zero, %no, %none, %no)
+    %qkv : Tensor = aten::linear(%cross, %w3, %none)
+    %chunks : Tensor[] = aten::chunk(%qkv, %three, %two)
+    %a : Tensor, %b : Tensor, %d : Tensor = prim::ListUnpack(%chunks)
+    %fused : Tensor = aten::scaled_dot_product_attention(%a, %b, %d, %none, %zero, %no, %none, %no)
+    %sum : Tensor = aten::add(%self_attention, %fused, %one)
+    return (%sum))IR");
+  const auto sites = self_attention_sites({graph, {"", "", ""}});
+  ASSERT_EQ(sites.size(), 2u);
+  EXPECT_EQ(sites[0].name, "#0");
+  EXPECT_EQ(sites[1].name, "#2");
+  EXPECT_EQ(sites[1].ordinal, 2);
+  EXPECT_EQ(sites[1].path, "");
+}
+
+TEST(HookAttention, KeepsEveryInputAndAddsTheSite) {
+  ensure_ops_registered();
+  const auto graph = parse(kAttention);
+  const auto q = torch::randn({2, 3, 5, 4}), k = torch::randn({2, 3, 7, 4}),
+             v = torch::randn({2, 3, 7, 4});
+  const auto before = run(graph, {q, k, v});
+  hook_attention(attention_nodes(*graph).at(0), "middle.0.0");
+  EXPECT_TRUE(torch::equal(run(graph, {q, k, v}), before));
+  EXPECT_TRUE(attention_nodes(*graph).empty());
+
+  StepContext step(1.0, 0, 8, 8);
+  Pass pass;
+  pass.step = &step;
+  AttentionCall seen;
+  const AttentionHook hook = [&](const AttentionCall& call, const Pass&, const NextAttention&) {
+    seen = call;
+    return torch::zeros_like(call.q);
+  };
+  const AttentionScope scope({{"middle.0.0", hook, {}}}, pass);
+  EXPECT_EQ(run(graph, {q, k, v}).abs().max().item<float>(), 0);
+  EXPECT_TRUE(torch::equal(seen.k, k));
+  EXPECT_EQ(seen.scale, 0.25);
+  EXPECT_FALSE(seen.attn_mask.has_value());
+}
+
+TEST(UsePlainConvolutions, DropsTheRecordedSwitchesAndKeepsTheResult) {
+  const auto graph = parse(R"IR(
+  graph(%x : Tensor, %w : Tensor, %b : Tensor):
+    %one : int = prim::Constant[value=1]()
+    %two : int = prim::Constant[value=2]()
+    %zero : int = prim::Constant[value=0]()
+    %no : bool = prim::Constant[value=0]()
+    %yes : bool = prim::Constant[value=1]()
+    %ones : int[] = prim::ListConstruct(%one, %one)
+    %twos : int[] = prim::ListConstruct(%two, %two)
+    %zeros : int[] = prim::ListConstruct(%zero, %zero)
+    %y : Tensor = aten::_convolution(%x, %w, %b, %twos, %ones, %ones, %no, %zeros, %one, %no, %no, %yes, %yes)
+    %z : Tensor = aten::_convolution(%y, %w, %b, %twos, %ones, %ones, %yes, %ones, %one, %no, %no, %yes, %yes)
+    return (%z))IR");
+  const std::vector<c10::IValue> inputs = {torch::randn({1, 4, 9, 9}), torch::randn({4, 4, 3, 3}),
+                                           torch::randn({4})};
+  const auto before = run(graph, inputs);
+  use_plain_convolutions(*graph);
+  EXPECT_THAT(graph->toString(), HasSubstr("aten::conv2d"));
+  EXPECT_THAT(graph->toString(), HasSubstr("aten::conv_transpose2d"));
+  EXPECT_THAT(graph->toString(), Not(HasSubstr("_convolution")));
+  EXPECT_TRUE(torch::equal(run(graph, inputs), before));
+}
+
+TEST(MoveConstants, MapsRecordedDevices) {
+  const auto graph = parse(R"IR(
+  graph(%n : int):
+    %none : NoneType = prim::Constant()
+    %device : Device = prim::Constant[value="cuda:3"]()
+    %out : Tensor = aten::arange(%n, %none, %none, %device, %none)
+    return (%out))IR");
+  move_constants(*graph, torch::kCPU);
+  EXPECT_EQ(run(graph, {3}).numel(), 3);
+}
+
+TEST(ConvertConstants, NarrowsWeightsButNotFrequencies) {
+  const auto graph = parse(R"IR(
+  graph(%t : Tensor, %frequencies : Tensor, %w : Tensor):
+    %none : NoneType = prim::Constant()
+    %angle : Tensor = aten::mul(%t, %frequencies)
+    %wt : Tensor = aten::t(%w)
+    %out : Tensor = aten::matmul(%angle, %wt)
+    return (%out))IR");
+  const auto frequencies = torch::rand({4}), w = torch::randn({3, 4});
+  auto* kept = add_constant(*graph, frequencies);
+  auto* weight = add_constant(*graph, w);
+  graph->inputs()[1]->replaceAllUsesWith(kept);
+  graph->inputs()[2]->replaceAllUsesWith(weight);
+  EXPECT_EQ(constant_weights_dtype(*graph), torch::kFloat);
+
+  convert_constants(*graph, torch::kHalf);
+  follow_weights(*graph);
+  const auto t = torch::full({2, 4}, 800.f);
+  const auto out = run(graph, {t, torch::Tensor(), torch::Tensor()});
+  EXPECT_EQ(out.scalar_type(), torch::kHalf);
+  const auto expected = torch::matmul((t * frequencies).to(torch::kHalf), w.to(torch::kHalf).t());
+  EXPECT_TRUE(torch::equal(out, expected));
+  convert_constants(*graph, torch::kDouble);
+  EXPECT_EQ(run(graph, {t, torch::Tensor(), torch::Tensor()}).scalar_type(), torch::kDouble);
+}
+
+TEST(ReplaceRecordedDtype, ChangesCastsToTheFilesDtypeOnly) {
+  const auto graph = parse(R"IR(
+  graph(%x : Tensor):
+    %none : NoneType = prim::Constant()
+    %no : bool = prim::Constant[value=0]()
+    %five : int = prim::Constant[value=5]()
+    %half : Tensor = aten::to(%x, %five, %no, %no, %none)
+    %out : Tensor = aten::mul(%half, %five)
+    return (%out))IR");
+  replace_recorded_dtype(*graph, torch::kHalf, torch::kBFloat16);
+  const auto out = run(graph, {torch::ones({2})});
+  EXPECT_EQ(out.scalar_type(), torch::kBFloat16);
+  EXPECT_EQ(out[0].item<float>(), 5);
+}
+
+TEST(FollowWeights, CastsActivationsAndComputedBiases) {
+  const auto graph = parse(R"IR(
+  graph(%x : Tensor, %w : Tensor, %g : Tensor):
+    %none : NoneType = prim::Constant()
+    %two : int = prim::Constant[value=2]()
+    %one : int = prim::Constant[value=1]()
+    %eps : float = prim::Constant[value=0.001]()
+    %no : bool = prim::Constant[value=0]()
+    %y : Tensor = aten::group_norm(%x, %two, %g, %none, %eps, %no)
+    %z : Tensor = aten::linear(%y, %w, %none)
+    %out : Tensor = aten::addmm(%x, %z, %w, %one, %one)
+    return (%out))IR");
+  follow_weights(*graph);
+  const auto w = torch::eye(4);
+  const auto run_in = [&](torch::ScalarType x, torch::ScalarType weights) {
+    return run(graph, {torch::ones({2, 4}, x), w.to(weights), torch::ones({4}, weights)})
+        .scalar_type();
+  };
+  EXPECT_EQ(run_in(torch::kFloat, torch::kHalf), torch::kHalf);
+  EXPECT_EQ(run_in(torch::kHalf, torch::kFloat), torch::kFloat);
+}
+
+TEST(PlainMessage, KeepsTheInnermostMessageOnOneLine) {
+  const std::string nested =
+      "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript "
+      "(most recent "
+      "call last):\n  File \"x.py\", line 3, in forward\nRuntimeError: The following operation "
+      "failed in the "
+      "TorchScript interpreter.\nTraceback of TorchScript, original code:\n    cat\n    ~~~ <--- "
+      "HERE\n"
+      "RuntimeError: Sizes of tensors must match.\nExpected 2: got 3.\n\n";
+  EXPECT_EQ(plain_message(std::runtime_error(nested)),
+            "Sizes of tensors must match. Expected 2: got 3.");
+  EXPECT_EQ(plain_message(std::runtime_error("bare: text")), "bare: text");
+}
+
+}  // namespace
+}  // namespace sag

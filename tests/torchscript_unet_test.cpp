@@ -1,0 +1,645 @@
+#include "sag/torchscript_unet.h"
+
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <thread>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/jit/passes/freeze_module.h>
+#include <torch/script.h>
+#include <torch/torch.h>
+
+#include "sag/attention.h"
+#include "sag/step_context.h"
+#include "support/torchscript_fixture.h"
+
+namespace sag {
+namespace {
+
+using test::make_torchscript_unet;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+using torch::jit::Module;
+
+const std::string kGolden = SAG_SOURCE_DIR "/tests/golden/";
+
+// A file that goes away with the test.
+class TemporaryFile {
+ public:
+  explicit TemporaryFile(const std::string& name)
+      : path_(::testing::TempDir() + "sag_" + std::to_string(::getpid()) + "_" + name) {}
+  ~TemporaryFile() { std::filesystem::remove_all(path_); }
+  const std::string& path() const { return path_; }
+  void write(const std::string& bytes) const { std::ofstream(path_, std::ios::binary) << bytes; }
+
+ private:
+  std::string path_;
+};
+
+std::string read_bytes(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+std::shared_ptr<TorchScriptUNet> save_and_load(const Module& module,
+                                               const TorchScriptUNetOptions& options = {}) {
+  const TemporaryFile file("unet.ts");
+  module.save(file.path());
+  return TorchScriptUNet::load(file.path(), options);
+}
+
+UNetInput fixture_input(std::int64_t rows = 2) {
+  torch::manual_seed(2);
+  return {torch::randn({rows, 4, 6, 5}),
+          torch::linspace(1, 900, rows),
+          torch::randn({rows, 3, test::kContextWidth}),
+          {},
+          {}};
+}
+
+torch::Tensor run_module(Module module, const UNetInput& input) {
+  torch::NoGradGuard no_grad;
+  return module.forward({input.x, input.timesteps, input.context}).toTensor();
+}
+
+std::vector<std::string> names(const UNet& unet) {
+  std::vector<std::string> names;
+  for (const auto& site : unet.attention_sites()) names.push_back(site.name);
+  return names;
+}
+
+// Runs the UNet with a hook at a site.
+struct Hooked {
+  torch::Tensor out;
+  std::vector<AttentionCall> calls;
+
+  Hooked(const UNet& unet, const UNetInput& input, const std::vector<std::string>& sites,
+         const std::function<torch::Tensor(const AttentionCall&, const NextAttention&)>& replace =
+             {}) {
+    StepContext step(1.0, 0, input.x.size(2), input.x.size(3));
+    Pass pass;
+    pass.step = &step;
+    const AttentionHook hook = [&](const AttentionCall& call, const Pass&,
+                                   const NextAttention& next) {
+      calls.push_back(call);
+      return replace ? replace(call, next) : next(call);
+    };
+    std::vector<InstalledHook> hooks;
+    for (const auto& site : sites) hooks.push_back({site, hook, {}});
+    const AttentionScope scope(hooks, pass);
+    out = unet.forward(input);
+    scope.rethrow_if_failed();
+  }
+};
+
+torch::Tensor zeros(const AttentionCall& call, const NextAttention&) {
+  return torch::zeros_like(call.q);
+}
+
+template <typename Error = c10::Error>
+std::string error_of(const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const Error& error) {
+    return error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << "an error of another type: " << error.what();
+    return "";
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return "";
+}
+
+auto one_sentence() {
+  return AllOf(Not(HasSubstr("\n")), Not(HasSubstr("Traceback")), Not(HasSubstr("frame #")),
+               Not(HasSubstr(".cpp")));
+}
+
+double relative_error(const torch::Tensor& a, const torch::Tensor& b) {
+  return ((a.to(torch::kDouble) - b.to(torch::kDouble)).norm() / b.to(torch::kDouble).norm())
+      .item<double>();
+}
+
+// ---- the golden networks: traced by ComfyUI and diffusers
+
+struct Golden {
+  std::string net;
+  std::string site, path;
+  std::int64_t ordinal;
+  std::size_t sites;
+};
+
+class GoldenUNet : public ::testing::TestWithParam<Golden> {
+ protected:
+  static const c10::Dict<c10::IValue, c10::IValue>& io() {
+    static const auto* dict = [] {
+      const auto bytes = read_bytes(kGolden + "unet_io.pt");
+      return new c10::Dict<c10::IValue, c10::IValue>(
+          torch::pickle_load({bytes.begin(), bytes.end()}).toGenericDict());
+    }();
+    return *dict;
+  }
+  static torch::Tensor tensor(const std::string& call, const std::string& name) {
+    const auto key = GetParam().net + "." + call + "." + name;
+    return io().contains(key) ? io().at(key).toTensor() : torch::Tensor();
+  }
+  static UNetInput input(const std::string& call) {
+    return {tensor(call, "x"),
+            tensor(call, "timesteps"),
+            tensor(call, "context"),
+            tensor(call, "y"),
+            {}};
+  }
+  static std::shared_ptr<TorchScriptUNet> load(TorchScriptUNetOptions options = {}) {
+    return TorchScriptUNet::load(kGolden + GetParam().net + ".ts", options);
+  }
+};
+
+TEST_P(GoldenUNet, GivesTheRecordedOutputWithAndWithoutAHook) {
+  const auto unet = load();
+  for (const char* call : {"a", "b"}) {
+    const auto in = input(call);
+    const auto expected = tensor(call, "out");
+    EXPECT_LT(relative_error(unet->forward(in), expected), 1e-6);
+    const Hooked hooked(*unet, in, {GetParam().site});
+    EXPECT_TRUE(torch::equal(hooked.out, unet->forward(in)));
+    ASSERT_EQ(hooked.calls.size(), 1u);
+    EXPECT_EQ(hooked.calls[0].q.dim(), 4);
+    EXPECT_EQ(hooked.calls[0].q.size(0), in.x.size(0));
+    EXPECT_EQ(hooked.calls[0].q.sizes(), hooked.calls[0].k.sizes());
+    EXPECT_EQ(hooked.calls[0].q.sizes(), hooked.calls[0].v.sizes());
+  }
+}
+
+TEST_P(GoldenUNet, ListsItsSelfAttentions) {
+  const auto unet = load();
+  const auto sites = unet->attention_sites();
+  ASSERT_EQ(sites.size(), GetParam().sites);
+  const auto found = std::find_if(sites.begin(), sites.end(),
+                                  [&](const auto& site) { return site.name == GetParam().site; });
+  ASSERT_NE(found, sites.end());
+  EXPECT_EQ(found->path, GetParam().path);
+  EXPECT_EQ(found->ordinal, GetParam().ordinal);
+}
+
+TEST_P(GoldenUNet, AReplacedAttentionChangesTheOutput) {
+  const auto unet = load();
+  const auto in = input("a");
+  EXPECT_GT(relative_error(Hooked(*unet, in, {GetParam().site}, zeros).out, unet->forward(in)),
+            1e-3);
+}
+
+TEST_P(GoldenUNet, RunsInHalfPrecisionThoughFp32IsRecorded) {
+  // fp16 has 11 bits, bfloat16 8: some 100 layers of that rounding.
+  for (const auto& [dtype, tolerance] :
+       {std::pair{torch::kHalf, 5e-3}, std::pair{torch::kBFloat16, 4e-2}}) {
+    const auto unet = load({.dtype = dtype});
+    auto in = input("a");
+    for (auto* t : {&in.x, &in.context, &in.y}) *t = t->defined() ? t->to(dtype) : *t;
+    const Hooked hooked(*unet, in, {GetParam().site});
+    EXPECT_EQ(hooked.out.scalar_type(), dtype);
+    EXPECT_EQ(hooked.calls.at(0).q.scalar_type(), dtype);
+    EXPECT_LT(relative_error(hooked.out, tensor("a", "out")), tolerance);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Nets, GoldenUNet,
+    ::testing::Values(Golden{"comfy_sd15_tiny", "middle.0.0",
+                             "unet.middle_block.1.transformer_blocks.0.attn1", 6, 10},
+                      Golden{"comfy_sdxl_tiny", "middle.0.0",
+                             "unet.middle_block.1.transformer_blocks.0.attn1", 6, 11},
+                      Golden{"diffusers_tiny", "middle.0.0",
+                             "unet.mid_block.attentions.0.transformer_blocks.0.attn1", 6, 10}),
+    [](const auto& info) { return info.param.net; });
+
+// ---- scripted modules
+
+TEST(TorchScriptUNet, RunsAScriptedModuleAndHooksExactlyOneOfItsSharedClasses) {
+  const auto module = make_torchscript_unet();
+  const auto unet = TorchScriptUNet::from_module(module);
+  EXPECT_THAT(names(*unet), ::testing::ElementsAre("input.1.0", "middle.0.0"));
+  const auto in = fixture_input();
+  EXPECT_TRUE(torch::equal(unet->forward(in), run_module(module, in)));
+  const Hooked hooked(*unet, in, {"middle.0.0"});
+  ASSERT_EQ(hooked.calls.size(), 1u);
+  EXPECT_EQ(hooked.calls[0].q.sizes(), (std::vector<std::int64_t>{2, 2, 30, 4}));
+  EXPECT_TRUE(torch::equal(hooked.out, run_module(module, in)));
+  EXPECT_EQ(Hooked(*unet, in, {"middle.0.0", "input.1.0"}).calls.size(), 2u);
+}
+
+TEST(TorchScriptUNet, NeverEditsTheCallersModule) {
+  const auto module = make_torchscript_unet();
+  const auto in = fixture_input();
+  const auto before = module.dump_to_str(true, true, true);
+  const auto out = run_module(module, in);
+  const auto unet = TorchScriptUNet::from_module(module);
+  const Hooked hooked(*unet, in, {"middle.0.0"}, zeros);
+  EXPECT_EQ(module.dump_to_str(true, true, true), before);
+  EXPECT_TRUE(torch::equal(run_module(module, in), out));
+  EXPECT_FALSE(torch::equal(hooked.out, out));
+}
+
+TEST(TorchScriptUNet, SharesTheCallersWeights) {
+  const auto module = make_torchscript_unet();
+  const auto unet = TorchScriptUNet::from_module(module);
+  torch::NoGradGuard no_grad;
+  module.attr("conv_out").toTensor().zero_();
+  EXPECT_EQ(unet->forward(fixture_input()).abs().max().item<float>(), 0);
+}
+
+TEST(TorchScriptUNet, FindsAttentionThatForwardReachesThroughAFunction) {
+  auto module = make_torchscript_unet();
+  auto unit = module._ivalue()->compilation_unit();
+  unit->define(c10::QualifiedName("__torch__"),
+               "def helper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:\n"
+               "    return torch.scaled_dot_product_attention(q, k, v)\n",
+               torch::jit::nativeResolver(), nullptr);
+  // A call of a function, as scripted code with helpers has it, in front of the node that was
+  // there.
+  auto attn = module.attr("middle_block")
+                  .toModule()
+                  .attr("1")
+                  .toModule()
+                  .attr("transformer_blocks")
+                  .toModule()
+                  .attr("0")
+                  .toModule()
+                  .attr("attn1")
+                  .toModule();
+  const auto graph = attn.get_method("forward").graph();
+  for (auto* node : graph->nodes()) {
+    if (node->kind() != c10::Symbol::fromQualString("aten::scaled_dot_product_attention")) continue;
+    torch::jit::WithInsertPoint before(node);
+    auto* function = graph->insertNode(graph->create(c10::prim::Constant));
+    function->output()->setType(
+        c10::FunctionType::create(&unit->get_function(c10::QualifiedName("__torch__.helper"))));
+    function->s_(c10::attr::name, "helper");
+    auto* call = graph->insertNode(
+        graph->create(c10::prim::CallFunction,
+                      {function->output(), node->input(0), node->input(1), node->input(2)}));
+    node->output()->replaceAllUsesWith(call->output());
+    node->destroy();
+    break;
+  }
+  const auto unet = TorchScriptUNet::from_module(module);
+  EXPECT_EQ(unet->attention_sites()[1].path, "middle_block.1.transformer_blocks.0.attn1");
+  const auto in = fixture_input();
+  EXPECT_EQ(Hooked(*unet, in, {"middle.0.0"}).calls.size(), 1u);
+}
+
+TEST(TorchScriptUNet, HooksAttentionInsideAFork) {
+  const auto module = make_torchscript_unet(
+      {.body = "    future = fork(block(self.middle_block).attn1.forward, t, t)\n"
+               "    t = t + torch.wait(future)\n"});
+  const auto unet = TorchScriptUNet::from_module(module);
+  EXPECT_THAT(names(*unet), ::testing::ElementsAre("middle.0.0"));
+  const auto in = fixture_input();
+  const Hooked hooked(*unet, in, {"middle.0.0"});
+  EXPECT_EQ(hooked.calls.size(), 1u);
+  EXPECT_TRUE(torch::equal(hooked.out, run_module(module, in)));
+}
+
+TEST(TorchScriptUNet, HooksAttentionInsideControlFlow) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet(
+      {.body = "    for i in range(2):\n"
+               "        if t.size(0) > 1:\n"
+               "            t = t + block(self.middle_block).attn1.forward(t, t)\n"}));
+  EXPECT_EQ(Hooked(*unet, fixture_input(2), {"middle.0.0"}).calls.size(), 2u);
+  EXPECT_EQ(Hooked(*unet, fixture_input(1), {"middle.0.0"}).calls.size(), 0u);
+}
+
+TEST(TorchScriptUNet, KeepsTheTypeOfAHooksExceptionAndWorksAfterwards) {
+  struct Mine : std::logic_error {
+    using std::logic_error::logic_error;
+  };
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet());
+  const auto in = fixture_input();
+  const auto failing = [](const AttentionCall&, const NextAttention&) -> torch::Tensor {
+    throw Mine("mine");
+  };
+  EXPECT_THROW(Hooked(*unet, in, {"middle.0.0"}, failing), Mine);
+  EXPECT_TRUE(torch::equal(Hooked(*unet, in, {"middle.0.0"}).out, unet->forward(in)));
+}
+
+TEST(TorchScriptUNet, RunsOnSeveralThreadsAtOnce) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet());
+  const auto in = fixture_input();
+  const auto expected = unet->forward(in);
+  std::vector<std::thread> threads;
+  std::vector<int> good(4, 0);
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&, i] {
+      for (int n = 0; n < 10; ++n) {
+        const Hooked hooked(*unet, in, {i % 2 ? "middle.0.0" : "input.1.0"});
+        good[i] += hooked.calls.size() == 1 && torch::equal(hooked.out, expected);
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_THAT(good, ::testing::Each(10));
+}
+
+TEST(TorchScriptUNet, ReturnsOrdinaryTensorsWithoutGradients) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet());
+  const auto out = unet->forward(fixture_input());
+  EXPECT_FALSE(out.requires_grad());
+  EXPECT_FALSE(out.is_inference());
+}
+
+// ---- sites
+
+TEST(TorchScriptUNet, SitesThatShareAShortNameGoByTheirPaths) {
+  // Two networks side by side, as a UNet with a ControlNet in one file.
+  auto both = Module("Both");
+  both.register_module("unet", make_torchscript_unet());
+  both.register_module("control", make_torchscript_unet());
+  both.define(
+      "def forward(self, x: Tensor, timesteps: Tensor, context: Tensor):\n"
+      "    return self.unet.forward(x, timesteps, context) + self.control.forward(x, timesteps, "
+      "context)\n");
+  const auto unet = TorchScriptUNet::from_module(both);
+  EXPECT_THAT(error_of<c10::ValueError>([&] {
+                resolve_attention_site(*unet, {"middle", 0});
+              }),
+              AllOf(HasSubstr("unet.middle_block.1"), HasSubstr("control.middle_block.1")));
+  const auto name = resolve_attention_site(
+      *unet, AttentionSite("unet.middle_block.1.transformer_blocks.0.attn1"));
+  EXPECT_EQ(Hooked(*unet, fixture_input(), {name}).calls.size(), 1u);
+  EXPECT_EQ(resolve_attention_site(*unet, AttentionSite("#2")), name);
+  EXPECT_THAT(error_of<c10::ValueError>([&] { Hooked(*unet, fixture_input(), {"middle.0.0"}); }),
+              one_sentence());
+}
+
+TEST(TorchScriptUNet, RefusesToHookOneOfSeveralAttentionsUnderOnePath) {
+  const auto unet = TorchScriptUNet::from_module(
+      make_torchscript_unet({.attention = "torch.scaled_dot_product_attention(q, k, v) + "
+                                          "torch.scaled_dot_product_attention(q, k, v)"}));
+  const auto sites = unet->attention_sites();
+  ASSERT_EQ(sites.size(), 4u);
+  EXPECT_EQ(sites[2].path, sites[3].path);
+  EXPECT_EQ(sites[3].ordinal, 5);
+  EXPECT_NO_THROW(unet->forward(fixture_input()));
+  EXPECT_THAT(error_of<c10::ValueError>([&] { Hooked(*unet, fixture_input(), {sites[2].path}); }),
+              AllOf(one_sentence(), HasSubstr("stands for 2")));
+}
+
+TEST(TorchScriptUNet, RefusesASiteThatItDoesNotHave) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet());
+  EXPECT_THAT(error_of<c10::ValueError>([&] { Hooked(*unet, fixture_input(), {"middle.0.7"}); }),
+              AllOf(one_sentence(), HasSubstr("middle.0.7"), HasSubstr("input.1.0")));
+  EXPECT_THAT(
+      error_of<c10::ValueError>([&] {
+        Hooked(*unet, fixture_input(), {"middle.0.0", "middle_block.1.transformer_blocks.0.attn1"});
+      }),
+      AllOf(one_sentence(), HasSubstr("one name")));
+}
+
+// ---- files
+
+TEST(TorchScriptUNetLoad, ReadsWhatASavedModuleGives) {
+  const auto module = make_torchscript_unet();
+  const auto unet = save_and_load(module);
+  const auto in = fixture_input();
+  EXPECT_TRUE(torch::equal(unet->forward(in), run_module(module, in)));
+  EXPECT_THAT(names(*unet), ::testing::ElementsAre("input.1.0", "middle.0.0"));
+  EXPECT_THAT(unet->argument_names(), ::testing::ElementsAre("x", "timesteps", "context"));
+  EXPECT_EQ(unet->device(), torch::Device(torch::kCPU));
+  EXPECT_EQ(unet->dtype(), torch::kFloat);
+}
+
+TEST(TorchScriptUNetLoad, TellsSelfFromCrossAttentionInAFrozenFile) {
+  const auto module = make_torchscript_unet();
+  const auto frozen = torch::jit::freeze(module);
+  const auto unet = save_and_load(frozen);
+  EXPECT_THAT(names(*unet), ::testing::ElementsAre("#0", "#2"));
+  EXPECT_EQ(unet->attention_sites()[1].path, "");
+  const auto in = fixture_input();
+  EXPECT_LT(relative_error(unet->forward(in), run_module(module, in)), 1e-6);
+  const Hooked hooked(*unet, in, {"#2"});
+  EXPECT_EQ(hooked.calls.size(), 1u);
+  EXPECT_TRUE(torch::equal(hooked.out, unet->forward(in)));
+}
+
+TEST(TorchScriptUNetLoad, ConvertsAFrozenFile) {
+  const auto module = make_torchscript_unet();
+  auto in = fixture_input();
+  const auto expected = run_module(module, in);
+  const auto unet = save_and_load(torch::jit::freeze(module), {.dtype = torch::kHalf});
+  EXPECT_EQ(unet->dtype(), torch::kHalf);
+  in.x = in.x.to(torch::kHalf);
+  in.context = in.context.to(torch::kHalf);
+  const auto out = unet->forward(in);
+  EXPECT_EQ(out.scalar_type(), torch::kHalf);
+  EXPECT_LT(relative_error(out, expected), 5e-3);
+}
+
+TEST(TorchScriptUNetLoad, RunsAHalfPrecisionFileInFp32OnTheCpu) {
+  // As an export in half precision: the weights, and a cast to half among the activations.
+  const std::string body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
+  const auto expected = run_module(make_torchscript_unet({.body = body}), fixture_input());
+  auto half = make_torchscript_unet({.body = "    t = torch.to(t, 5)\n" + body});
+  half.to(torch::kHalf);
+  const auto unet = save_and_load(half);
+  EXPECT_EQ(unet->dtype(), torch::kFloat);
+  const auto out = unet->forward(fixture_input());
+  EXPECT_EQ(out.scalar_type(), torch::kFloat);
+  EXPECT_LT(relative_error(out, expected), 5e-3);
+}
+
+TEST(TorchScriptUNetLoad, TakesFp32TimestepsInAHalfPrecisionModule) {
+  auto module = make_torchscript_unet();
+  module.to(torch::kHalf);
+  const auto unet = TorchScriptUNet::from_module(module);
+  EXPECT_EQ(unet->dtype(), torch::kHalf);
+  auto in = fixture_input();
+  in.x = in.x.to(torch::kHalf);
+  in.context = in.context.to(torch::kHalf);
+  EXPECT_EQ(unet->forward(in).scalar_type(), torch::kHalf);
+}
+
+TEST(TorchScriptUNetLoad, RefusesWhatIsNoArchive) {
+  const TemporaryFile file("bad.ts");
+  const auto load = [&] { TorchScriptUNet::load(file.path()); };
+  const auto refusal = [&](const char* what) {
+    return AllOf(one_sentence(), HasSubstr(file.path()), HasSubstr(what));
+  };
+  EXPECT_THAT(error_of<c10::ValueError>(load), refusal("does not exist"));
+  file.write("");
+  EXPECT_THAT(error_of<c10::ValueError>(load), refusal("is empty"));
+  file.write("\x89PNG\r\n\x1a\n and so on");
+  EXPECT_THAT(error_of<c10::ValueError>(load), refusal("no zip archive"));
+  torch::save(torch::ones({2}), file.path());
+  EXPECT_THAT(error_of<c10::ValueError>(load), one_sentence());
+  file.write(read_bytes(kGolden + "unet_io.pt"));
+  EXPECT_THAT(error_of<c10::ValueError>(load), refusal("torch.save"));
+  const auto archive = read_bytes(kGolden + "comfy_sd15_tiny.ts");
+  for (const double part : {0.001, 0.5, 0.999}) {
+    file.write(archive.substr(0, static_cast<std::size_t>(part * archive.size())));
+    EXPECT_THAT(error_of<c10::ValueError>(load), refusal("truncated"));
+  }
+  EXPECT_THAT(error_of<c10::ValueError>([] { TorchScriptUNet::load(::testing::TempDir()); }),
+              HasSubstr("directory"));
+}
+
+TEST(TorchScriptUNetLoad, RefusesAFileWhoseBytesAreDamaged) {
+  const TemporaryFile file("damaged.ts");
+  auto archive = read_bytes(kGolden + "comfy_sd15_tiny.ts");
+  const auto code = archive.find("code/__torch__");
+  ASSERT_NE(code, std::string::npos);
+  for (std::size_t i = 0; i < 64; ++i) archive[code + 200 + i] ^= 0x55;
+  file.write(archive);
+  EXPECT_THAT(error_of<c10::ValueError>([&] { TorchScriptUNet::load(file.path()); }),
+              one_sentence());
+}
+
+TEST(TorchScriptUNetLoad, RefusesAModelWithoutSelfAttentionToHook) {
+  const auto refusal = [](const test::TorchScriptFixture& fixture) {
+    return error_of<c10::ValueError>([&] { save_and_load(make_torchscript_unet(fixture)); });
+  };
+  EXPECT_THAT(refusal({.body = ""}), AllOf(one_sentence(), HasSubstr("no attention at all")));
+  EXPECT_THAT(
+      refusal(
+          {.attention =
+               "torch.matmul(torch.softmax(torch.matmul(q, torch.transpose(k, 2, 3)), -1), v)"}),
+      AllOf(one_sentence(), HasSubstr("scaled_dot_product_attention")));
+  EXPECT_THAT(refusal({.body = "    t = t + block(self.input_blocks).attn2.forward(t, context)\n"}),
+              AllOf(one_sentence(), HasSubstr("only cross-attention")));
+}
+
+TEST(TorchScriptUNetLoad, RefusesOptionsThatCannotBe) {
+  const auto path = kGolden + "comfy_sd15_tiny.ts";
+  EXPECT_THAT(
+      error_of<c10::TypeError>([&] { TorchScriptUNet::load(path, {.dtype = torch::kInt}); }),
+      one_sentence());
+  EXPECT_THAT(error_of<c10::ValueError>([&] {
+                TorchScriptUNet::load(path, {.device = {torch::kCUDA, 99}});
+              }),
+              one_sentence());
+}
+
+TEST(TorchScriptUNet, WantsTheModuleInEvalMode) {
+  auto module = make_torchscript_unet();
+  module.train();
+  EXPECT_THAT(error_of<c10::ValueError>([&] { TorchScriptUNet::from_module(module); }),
+              AllOf(one_sentence(), HasSubstr("eval")));
+  EXPECT_THAT(error_of<c10::ValueError>([&] { TorchScriptUNet::from_module(Module("Empty")); }),
+              one_sentence());
+}
+
+// ---- arguments and results
+
+TEST(TorchScriptUNetForward, PlacesYAndExtraInputsByName) {
+  const auto module = make_torchscript_unet(
+      {.arguments = "x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, "
+                    "y: Tensor, strength: Optional[Tensor] = None, flag: bool = True",
+       .body = "    context = encoder_hidden_states\n"
+               "    t = t + block(self.middle_block).attn1.forward(t, t)\n",
+       .result = "out * y[0, 0] * (strength if strength is not None else torch.ones([1]))"});
+  const auto unet = TorchScriptUNet::from_module(module);
+  auto in = fixture_input();
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("'y'"), HasSubstr("encoder_hidden_states")));
+  in.y = torch::full({2, 3}, 2.f);
+  const auto doubled = unet->forward(in);
+  in.extra["strength"] = torch::full({2, 1, 1, 1}, 3.f);
+  EXPECT_LT(relative_error(unet->forward(in), doubled * 3), 1e-6);
+  in.extra["unknown"] = torch::ones({2});
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("'unknown'")));
+  in.extra.erase("unknown");
+  in.extra["flag"] = torch::ones({2});
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("'flag'")));
+}
+
+TEST(TorchScriptUNetForward, NeedsNoContextWhereTheFileTakesNone) {
+  const std::string body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
+  const auto plain = TorchScriptUNet::from_module(
+      make_torchscript_unet({.arguments = "x: Tensor, timesteps: Tensor", .body = body}));
+  auto in = fixture_input();
+  EXPECT_THAT(error_of<c10::ValueError>([&] { plain->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("context")));
+  in.context = torch::Tensor();
+  EXPECT_NO_THROW(plain->forward(in));
+
+  const auto with_y = TorchScriptUNet::from_module(
+      make_torchscript_unet({.arguments = "x: Tensor, timesteps: Tensor, y: Tensor",
+                             .body = body,
+                             .result = "out * y[0, 0]"}));
+  in.y = torch::ones({2, 3});
+  EXPECT_NO_THROW(with_y->forward(in));
+
+  const auto optional = TorchScriptUNet::from_module(make_torchscript_unet(
+      {.arguments = "x: Tensor, timesteps: Tensor, context: Optional[Tensor]", .body = body}));
+  in.y = torch::Tensor();
+  EXPECT_NO_THROW(optional->forward(in));
+}
+
+TEST(TorchScriptUNetForward, UnpacksTuplesListsAndDicts) {
+  const auto in = fixture_input();
+  const auto expected = TorchScriptUNet::from_module(make_torchscript_unet())->forward(in);
+  for (const char* result : {"(out, 1)", "(1, out)", "[out, x]", "{\"sample\": out, \"x\": x}",
+                             "{\"out\": out, \"x\": x}", "{\"anything\": out}"}) {
+    const auto unet = TorchScriptUNet::from_module(make_torchscript_unet({.result = result}));
+    EXPECT_TRUE(torch::equal(unet->forward(in), expected)) << result;
+  }
+  for (const char* result : {"1", "{\"a\": out, \"b\": out}", "(1, 2)", "\"text\""}) {
+    const auto unet = TorchScriptUNet::from_module(make_torchscript_unet({.result = result}));
+    EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+                AllOf(one_sentence(), HasSubstr("middle.0.0")))
+        << result;
+  }
+  const auto unet =
+      TorchScriptUNet::from_module(make_torchscript_unet({.result = "out[:, :, :3]"}));
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("[2, 4, 3, 5]")));
+}
+
+TEST(TorchScriptUNetForward, RefusesInputsThatDoNotFit) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet());
+  const auto with = [&](const std::function<void(UNetInput&)>& change) {
+    return [&unet, change] {
+      auto in = fixture_input();
+      change(in);
+      unet->forward(in);
+    };
+  };
+  EXPECT_THAT(error_of<c10::ValueError>(with([](auto& in) { in.x = torch::Tensor(); })),
+              HasSubstr("x must"));
+  EXPECT_THAT(error_of<c10::ValueError>(with([](auto& in) { in.x = in.x[0]; })),
+              HasSubstr("[4, 6, 5]"));
+  EXPECT_THAT(error_of<c10::TypeError>(with([](auto& in) { in.x = in.x.to(torch::kHalf); })),
+              HasSubstr("Half"));
+  EXPECT_THAT(error_of<c10::TypeError>(
+                  with([](auto& in) { in.timesteps = in.timesteps.to(torch::kLong); })),
+              HasSubstr("timesteps"));
+  EXPECT_THAT(error_of<c10::ValueError>(with([](auto& in) { in.timesteps = in.timesteps[0]; })),
+              HasSubstr("timesteps"));
+  EXPECT_THAT(
+      error_of<c10::ValueError>(with([](auto& in) { in.context = in.context.slice(0, 0, 1); })),
+      HasSubstr("context must have 3 dimensions and 2 rows"));
+  EXPECT_THAT(error_of<c10::ValueError>(with([](auto& in) { in.context = torch::Tensor(); })),
+              HasSubstr("'context'"));
+  EXPECT_THAT(error_of<c10::ValueError>(with([](auto& in) { in.x = in.x.to(torch::kMeta); })),
+              HasSubstr("device"));
+}
+
+TEST(TorchScriptUNetForward, SaysInOneSentenceWhatFailedInsideTheNetwork) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet());
+  auto in = fixture_input();
+  in.context = torch::randn({2, 3, test::kContextWidth + 1});
+  EXPECT_THAT(error_of([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("[2, 4, 6, 5]"), HasSubstr("mat1")));
+  const auto raising = TorchScriptUNet::from_module(make_torchscript_unet(
+      {.body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n"
+               "    assert x.size(2) % 4 == 0, \"sides must be multiples of 4\"\n"}));
+  EXPECT_THAT(error_of([&] { raising->forward(fixture_input()); }),
+              AllOf(one_sentence(), HasSubstr("sides must be multiples of 4")));
+}
+
+}  // namespace
+}  // namespace sag
