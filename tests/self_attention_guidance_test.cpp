@@ -251,7 +251,7 @@ TEST(Sag, StandsBesideAHookThatPerturbsAnotherPass) {
     return CfgGuider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7})(x, 4);
   };
   const auto plain = denoise(base), sag = denoise(apply_self_attention_guidance(base, kSag)), pag = denoise(with_pag(base));
-  EXPECT_GT(max_diff(pag, plain), 0.1) << "the perturbation perturbs";
+  EXPECT_GT(max_diff(pag, plain), 0.05) << "the perturbation perturbs";
   EXPECT_LT(max_diff(denoise(with_pag(apply_self_attention_guidance(base, kSag))), sag + (pag - plain)), 1e-4);
   EXPECT_LT(max_diff(denoise(apply_self_attention_guidance(with_pag(base), kSag)), sag + (pag - plain)), 1e-4);
 }

@@ -24,7 +24,8 @@ TokenGrid token_grid(std::int64_t tokens, std::int64_t height, std::int64_t widt
     if (tokens % rows != 0) continue;
     const auto cols = tokens / rows;
     const auto distance = std::abs(std::log(static_cast<double>(rows) / static_cast<double>(cols) / ratio));
-    if (distance < best_distance) best = {rows, cols}, best_distance = distance;
+    // Of two equally near ones the first, whatever the rounding: fewer rows.
+    if (distance < best_distance - 1e-9) best = {rows, cols}, best_distance = distance;
   }
   return best;
 }
