@@ -251,6 +251,9 @@ TEST(PlainMessage, KeepsTheInnermostMessageOnOneLine) {
   EXPECT_EQ(plain_message(std::runtime_error(nested)),
             "Sizes of tensors must match. Expected 2: got 3.");
   EXPECT_EQ(plain_message(std::runtime_error("bare: text")), "bare: text");
+  EXPECT_EQ(plain_message(std::runtime_error(
+                "\nUnknown builtin op: a::b.\n:\n  File \"code.py\", line 1\n  a.b()\n")),
+            "Unknown builtin op: a::b.");
 }
 
 }  // namespace

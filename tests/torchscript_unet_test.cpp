@@ -206,6 +206,24 @@ TEST_P(GoldenUNet, RunsInHalfPrecisionThoughFp32IsRecorded) {
   }
 }
 
+TEST_P(GoldenUNet, RunsOnTheGpuThoughTracedOnTheCpu) {
+  if (!torch::cuda::is_available())
+    GTEST_SKIP() << "this machine has no CUDA device, or LibTorch no CUDA";
+  const auto device = torch::Device(torch::kCUDA, 0);
+  // TensorFloat-32 convolutions have 11 bits, as fp16.
+  for (const auto dtype : {torch::kFloat, torch::kHalf}) {
+    const auto unet = load({.device = torch::kCUDA, .dtype = dtype});
+    EXPECT_EQ(unet->device(), device);
+    auto in = input("b");
+    in.timesteps = in.timesteps.to(device);
+    for (auto* t : {&in.x, &in.context, &in.y}) *t = t->defined() ? t->to(device, dtype) : *t;
+    const Hooked hooked(*unet, in, {GetParam().site});
+    EXPECT_EQ(hooked.calls.size(), 1u);
+    EXPECT_LT(relative_error(hooked.out.cpu(), tensor("b", "out")), 5e-3);
+  }
+  EXPECT_EQ(load({.device = torch::kCUDA})->dtype(), torch::kFloat);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Nets, GoldenUNet,
     ::testing::Values(Golden{"comfy_sd15_tiny", "middle.0.0",

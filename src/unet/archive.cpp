@@ -15,9 +15,9 @@ namespace sag {
 namespace {
 
 [[noreturn]] void refuse(const std::string& path, const std::string& what) {
-  TORCH_CHECK_VALUE(false, "[TorchScriptUNet::load] path must name a TorchScript archive, got '",
-                    path, "', ", what);
-  __builtin_unreachable();
+  C10_THROW_ERROR(ValueError,
+                  c10::str("[TorchScriptUNet::load] path must name a TorchScript archive, got '",
+                           path, "', ", what));
 }
 
 void check_is_zip(const std::string& path) {
@@ -75,8 +75,13 @@ std::string plain_message(const std::exception& error) {
     if (line != std::string::npos) ++line;
   }
   text = text.substr(message);
-  text = text.substr(0, text.find("\nException raised from"));
-  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.back()))) text.pop_back();
+  // What follows shows C++ frames, or code of the archive.
+  for (const char* appendix : {"\nException raised from", ":\n  File \"", "\n  File \""}) {
+    text = text.substr(0, text.find(appendix));
+  }
+  const auto is_space = [](unsigned char c) { return std::isspace(c) != 0; };
+  text.erase(std::find_if_not(text.rbegin(), text.rend(), is_space).base(), text.end());
+  text.erase(text.begin(), std::find_if_not(text.begin(), text.end(), is_space));
   std::replace(text.begin(), text.end(), '\n', ' ');
   return text;
 }
