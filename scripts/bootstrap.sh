@@ -10,6 +10,7 @@
 #   Torch_DIR, CMAKE_PREFIX_PATH      your own LibTorch, in place of the download
 #   CUDACXX, CUDA_HOME                your own CUDA compiler
 #   CMAKE_BUILD_PARALLEL_LEVEL        how many jobs run at once
+#   SAG_WARNINGS_AS_ERRORS=ON         as CI builds; OFF by default, for compilers that nobody has tried yet
 
 sag_torch_version=2.11.0
 sag_cuda_version=13.0
@@ -293,6 +294,7 @@ sag_build() {
     flock 9
   }
   local stamp=$sag_build_dir/.sag-configured toolchain
+  sag_configure_args+=("-DSAG_WARNINGS_AS_ERRORS=${SAG_WARNINGS_AS_ERRORS:-OFF}")
   toolchain=$(printf '%s\n' "$sag_cmake" "${sag_configure_args[@]}")
   if [[ ! -e $sag_build_dir/build.ninja || $(cat "$stamp" 2>/dev/null) != "$toolchain" ]]; then
     say "configuring $sag_build_dir"
