@@ -97,7 +97,7 @@ TEST_P(ComfyUi, RunIsReproduced) {
   DenoiseFunction denoise = std::ref(guider);
   if (tensor("inpaint_noise").defined()) {  // ComfyUI's ddim noises the kept part afresh
     denoise = inpaint_model(denoise, model.model_sampling(), latent, tensor("inpaint_noise"), options.denoise_mask);
-    options.denoise_mask = {};
+    options.denoise_mask = torch::Tensor();
   }
   const auto samples = sample(get_sampler(run["sampler"].get<std::string>()), denoise, model.model_sampling(),
                               tensor("noise"), sigmas, options) / factor;
