@@ -4,8 +4,10 @@ function(sag_developer_warnings target)
   if(SAG_WARNINGS_AS_ERRORS)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Werror>)
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-      # GCC 12 at -O3 sees it in LibTorch's intrusive_ptr, inlined into our functions, where nothing is wrong.
-      target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wno-maybe-uninitialized>)
+      # maybe-uninitialized: GCC 12 at -O3 sees it in LibTorch's intrusive_ptr, inlined into our functions, where nothing
+      # is wrong. missing-field-initializers: designated initialisers leave fields out on purpose.
+      target_compile_options(${target} PRIVATE
+        $<$<COMPILE_LANGUAGE:CXX>:-Wno-maybe-uninitialized;-Wno-missing-field-initializers>)
     endif()
   endif()
 endfunction()
