@@ -14,12 +14,7 @@ namespace sag::test {
 /// A test fixture over devices.
 class BackendTest : public testing::TestWithParam<const char*> {
  protected:
-  void SetUp() override {
-    SAG_SKIP_WITHOUT_CUDA(device());
-    // fp32 means fp32 here: TF32 keeps 10 bits of a product.
-    at::globalContext().setAllowTF32CuBLAS(false);
-    at::globalContext().setAllowTF32CuDNN(false);
-  }
+  void SetUp() override { SAG_SKIP_WITHOUT_CUDA(device()); }
   torch::Device device() const { return torch::Device(GetParam()); }
 };
 
