@@ -1,0 +1,313 @@
+#include "inputs.h"
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <utility>
+
+#include <fmt/format.h>
+#include <torch/torch.h>
+
+#include "errors.h"
+#include "networks.h"
+#include "sag/schedules.h"
+#include "tensor_file.h"
+
+namespace sag_sample {
+namespace {
+
+bool asks_for_texts(const Options& options) {
+  return !options.prompts.empty() || options.unconditional > 0;
+}
+
+// The tensors of the command line, fp32 on the CPU; undefined where none is given.
+struct Tensors {
+  torch::Tensor cond, uncond, cond_y, uncond_y, noise, latent, mask, inpaint_noise;
+};
+
+torch::Tensor read_floating(const char* option, const std::string& where) {
+  if (where.empty()) return {};
+  const auto tensor = read_tensor(option, where);
+  if (!tensor.is_floating_point()) {
+    throw UsageError(fmt::format("{} must hold floating point numbers, got {}.", option,
+                                 toString(tensor.scalar_type())));
+  }
+  if (tensor.numel() == 0) throw UsageError(fmt::format("{} must not be empty.", option));
+  return tensor.to(torch::kFloat);
+}
+
+std::string shape_text(const torch::Tensor& tensor) {
+  return c10::str(tensor.sizes());
+}
+
+torch::Tensor read_dims(const char* option, const std::string& where, std::int64_t dims,
+                        const char* shape) {
+  const auto tensor = read_floating(option, where);
+  if (tensor.defined() && tensor.dim() != dims) {
+    throw UsageError(
+        fmt::format("{} must have shape {}, got {}.", option, shape, shape_text(tensor)));
+  }
+  return tensor;
+}
+
+// [height, width], [images, height, width] or [images, 1, height, width] → the last.
+torch::Tensor read_mask(const std::string& where) {
+  auto mask = read_floating("--mask", where);
+  if (!mask.defined()) return mask;
+  if (mask.dim() == 2) mask = mask.unsqueeze(0);
+  if (mask.dim() == 3) mask = mask.unsqueeze(1);
+  if (mask.dim() != 4 || mask.size(1) != 1) {
+    throw UsageError(
+        fmt::format("--mask must have shape [height, width] or [images, 1, height, width], got {}.",
+                    shape_text(mask)));
+  }
+  return mask;
+}
+
+Tensors read_tensors(const Options& options) {
+  constexpr const char* kContext = "[images, tokens, width]";
+  constexpr const char* kVector = "[images, features]";
+  constexpr const char* kLatent = "[images, channels, height, width]";
+  return {.cond = read_dims("--cond", options.cond, 3, kContext),
+          .uncond = read_dims("--uncond", options.uncond, 3, kContext),
+          .cond_y = read_dims("--cond-y", options.cond_y, 2, kVector),
+          .uncond_y = read_dims("--uncond-y", options.uncond_y, 2, kVector),
+          .noise = read_dims("--noise", options.noise, 4, kLatent),
+          .latent = read_dims("--latent", options.latent, 4, kLatent),
+          .mask = read_mask(options.mask),
+          .inpaint_noise = read_dims("--inpaint-noise", options.inpaint_noise, 4, kLatent)};
+}
+
+// How many pictures tensors stand for: the noise says it, or else whatever comes in rows.
+std::int64_t count_images(const Options& options, const Tensors& tensors) {
+  if (tensors.noise.defined()) {
+    const std::int64_t images = tensors.noise.size(0);
+    if (options.batch.value_or(images) != images) {
+      throw UsageError(fmt::format("--batch must be {}, the number of images in --noise, got {}.",
+                                   images, *options.batch));
+    }
+    return images;
+  }
+  std::int64_t images = options.batch.value_or(1);
+  for (const auto* tensor : {&tensors.latent, &tensors.cond, &tensors.uncond}) {
+    if (tensor->defined()) images = std::max(images, tensor->size(0));
+  }
+  return images;
+}
+
+// Every latent that is given has one size; without any, the settings' counts.
+std::array<std::int64_t, 3> latent_shape(const Options& options, const Settings& settings,
+                                         const Tensors& tensors) {
+  const auto& first = tensors.noise.defined() ? tensors.noise : tensors.latent;
+  const char* const name = tensors.noise.defined() ? "--noise" : "--latent";
+  auto shape = settings.shape;
+  if (first.defined()) {
+    if (options.channels || options.height || options.width) {
+      throw UsageError(
+          fmt::format("--channels, --height and --width cannot be given together with {}.", name));
+    }
+    shape = {first.size(1), first.size(2), first.size(3)};
+  }
+  check_latent_size(settings, first.defined() ? name : "The latent", shape[0], shape[1], shape[2]);
+  return shape;
+}
+
+void check_sizes(const char* option, const torch::Tensor& tensor, std::int64_t images,
+                 std::initializer_list<std::int64_t> sizes) {
+  if (!tensor.defined()) return;
+  bool fits = tensor.size(0) == 1 || tensor.size(0) == images;
+  std::int64_t dim = 1;
+  std::string shape = images == 1 ? "1" : fmt::format("1 or {}", images);
+  for (const auto size : sizes) {
+    fits = fits && (size < 0 || tensor.size(dim) == size);
+    shape += size < 0 ? ", any" : fmt::format(", {}", size);
+    ++dim;
+  }
+  if (!fits)
+    throw UsageError(
+        fmt::format("{} must have shape [{}], got {}.", option, shape, shape_text(tensor)));
+}
+
+void check_tensors(const Tensors& tensors, const std::array<std::int64_t, 3>& shape,
+                   std::int64_t images) {
+  const auto [channels, height, width] = shape;
+  check_sizes("--noise", tensors.noise, images, {channels, height, width});
+  check_sizes("--latent", tensors.latent, images, {channels, height, width});
+  check_sizes("--inpaint-noise", tensors.inpaint_noise, images, {channels, height, width});
+  check_sizes("--mask", tensors.mask, images, {1, height, width});
+  check_sizes("--cond", tensors.cond, images, {-1, -1});
+  check_sizes("--uncond", tensors.uncond, images, {-1, -1});
+  check_sizes("--cond-y", tensors.cond_y, images, {-1});
+  check_sizes("--uncond-y", tensors.uncond_y, images, {-1});
+}
+
+std::vector<double> decide_sigmas(const Options& options, const Settings& settings) {
+  if (options.sigmas.empty()) {
+    return sag::get_sigmas(settings.schedule, settings.sampling, settings.steps, settings.denoise);
+  }
+  const auto tensor = read_floating("--sigmas", options.sigmas).to(torch::kDouble);
+  if (tensor.dim() != 1 || tensor.numel() < 2) {
+    throw UsageError(
+        fmt::format("--sigmas must have shape [steps + 1], got {}.", shape_text(tensor)));
+  }
+  const auto* first = tensor.const_data_ptr<double>();
+  return {first, first + tensor.numel()};
+}
+
+// The rows of these pictures; what counts for all stays one row.
+torch::Tensor rows_of(const torch::Tensor& tensor, const std::vector<std::size_t>& pictures,
+                      torch::Device device) {
+  if (!tensor.defined()) return {};
+  if (tensor.size(0) == 1) return tensor.to(device);
+  std::vector<std::int64_t> rows(pictures.begin(), pictures.end());
+  return tensor.index_select(0, torch::tensor(rows)).to(device);
+}
+
+void add_latents(Batch& batch, const Tensors& tensors, const Settings& settings) {
+  const auto images = static_cast<std::int64_t>(batch.pictures.size());
+  const auto rows = [&](const torch::Tensor& tensor) {
+    const auto found = rows_of(tensor, batch.pictures, settings.device);
+    return found.defined() ? found.expand({images, -1, -1, -1}) : found;
+  };
+  batch.noise = rows(tensors.noise);
+  batch.latent = rows(tensors.latent);
+  batch.mask = rows(tensors.mask);
+  batch.inpaint_noise = rows(tensors.inpaint_noise);
+}
+
+// With tensors there is one batch.
+Batch tensor_batch(const Options& options, const Settings& settings, const Tensors& tensors,
+                   std::size_t images) {
+  Batch batch;
+  for (std::size_t i = 0; i < images; ++i) batch.pictures.push_back(i);
+  const auto conds = [&](const torch::Tensor& context, const torch::Tensor& y) {
+    sag::Conditioning cond;
+    cond.context = rows_of(context, batch.pictures, settings.device);
+    cond.y = rows_of(y, batch.pictures, settings.device);
+    return std::vector<sag::Conditioning>{cond};
+  };
+  if (tensors.cond.defined()) batch.positive = conds(tensors.cond, tensors.cond_y);
+  // A UNet without text is sampled unconditionally.
+  if (tensors.uncond.defined() || !tensors.cond.defined())
+    batch.negative = conds(tensors.uncond, tensors.uncond_y);
+  batch.cfg = settings.cfg;
+  if (batch.negative.empty()) {
+    if (options.cfg && *options.cfg != 1.0)
+      throw UsageError(fmt::format("--cfg {} needs --uncond.", *options.cfg));
+    batch.cfg = 1.0;
+  }
+  return batch;
+}
+
+// Encodes every text once.
+class Texts {
+ public:
+  explicit Texts(const Settings& settings) : device_(settings.device) {
+    if (!settings.text_encoder.empty()) encoder_.emplace(settings.text_encoder);
+  }
+
+  bool can_encode() const { return encoder_.has_value(); }
+
+  // Undefined for a model without text.
+  const torch::Tensor& context(const std::string& text) {
+    auto& context = contexts_[text];
+    if (encoder_ && !context.defined()) context = encoder_->encode(text).to(device_);
+    return context;
+  }
+
+ private:
+  torch::Device device_;
+  std::optional<TextEncoder> encoder_;
+  std::map<std::string, torch::Tensor> contexts_;
+};
+
+// Prompts with as many tokens go together, and all pictures without a prompt.
+std::vector<Batch> text_batches(const Options& options, const Settings& settings,
+                                const std::vector<Picture>& pictures) {
+  Texts texts(settings);
+  if (!texts.can_encode() && !options.prompts.empty()) {
+    throw UsageError(
+        options.model.empty()
+            ? "--prompt needs a --model with a text encoder; --unet takes --cond and --uncond."
+            : "--prompt needs a text encoder, which this model does not have; give --cond and "
+              "--uncond.");
+  }
+  constexpr std::int64_t kUnconditional = -1;
+  std::map<std::int64_t, Batch> by_form;
+  std::map<std::int64_t, std::vector<torch::Tensor>> contexts;
+  for (std::size_t i = 0; i < pictures.size(); ++i) {
+    const bool conditional = !pictures[i].unconditional;
+    const auto form = conditional ? texts.context(pictures[i].prompt).size(1) : kUnconditional;
+    by_form[form].pictures.push_back(i);
+    if (conditional) contexts[form].push_back(texts.context(pictures[i].prompt));
+  }
+  std::vector<Batch> batches;
+  for (auto& [form, batch] : by_form) {
+    const bool conditional = form != kUnconditional;
+    sag::Conditioning cond, uncond;
+    uncond.context = texts.context(conditional ? options.negative.value_or("") : "");
+    batch.negative = {uncond};
+    if (conditional) {
+      cond.context = torch::cat(contexts[form]);
+      batch.positive = {cond};
+      batch.cfg = settings.cfg;
+    }
+    batches.push_back(std::move(batch));
+  }
+  return batches;
+}
+
+std::string label(const Picture& picture, bool has_siblings, bool seeded) {
+  const std::string seed = seeded ? fmt::format("seed {}", picture.seed) : "";
+  if (picture.prompt.empty()) return seed;
+  return has_siblings && seeded ? fmt::format("{}, {}", picture.prompt, seed) : picture.prompt;
+}
+
+}  // namespace
+
+std::vector<Picture> list_pictures(const Options& options, std::int64_t images) {
+  std::vector<Picture> pictures;
+  if (asks_for_texts(options)) {
+    const bool no_negative = options.negative.value_or("").empty();
+    for (const auto& prompt : options.prompts) {
+      for (std::int64_t i = 0; i < options.batch.value_or(1); ++i) {
+        pictures.push_back({.prompt = prompt, .unconditional = prompt.empty() && no_negative});
+      }
+    }
+    for (std::int64_t i = 0; i < options.unconditional; ++i)
+      pictures.push_back({.unconditional = true});
+  } else {
+    pictures.resize(static_cast<std::size_t>(images));
+  }
+  std::map<std::pair<std::string, bool>, std::uint64_t> drawn;
+  for (auto& picture : pictures) {
+    picture.seed = options.seed + drawn[{picture.prompt, picture.unconditional}]++;
+  }
+  for (auto& picture : pictures) {
+    picture.label =
+        label(picture, drawn[{picture.prompt, picture.unconditional}] > 1, options.noise.empty());
+  }
+  return pictures;
+}
+
+Inputs read_inputs(const Options& options, const Settings& settings) {
+  const Tensors tensors = read_tensors(options);
+  Inputs inputs;
+  inputs.sigmas = decide_sigmas(options, settings);
+  inputs.shape = latent_shape(options, settings, tensors);
+  inputs.pictures =
+      list_pictures(options, asks_for_texts(options) ? 0 : count_images(options, tensors));
+  check_tensors(tensors, inputs.shape, static_cast<std::int64_t>(inputs.pictures.size()));
+  if (asks_for_texts(options)) {
+    inputs.batches = text_batches(options, settings, inputs.pictures);
+  } else {
+    inputs.batches = {tensor_batch(options, settings, tensors, inputs.pictures.size())};
+  }
+  for (auto& batch : inputs.batches) {
+    for (const auto picture : batch.pictures) batch.seeds.push_back(inputs.pictures[picture].seed);
+    add_latents(batch, tensors, settings);
+  }
+  return inputs;
+}
+
+}  // namespace sag_sample

@@ -1,0 +1,69 @@
+// The command sag-sample: draws pictures with a diffusion model, steered by Self-Attention
+// Guidance.
+
+#include <cstdio>
+#include <exception>
+#include <iostream>
+#include <new>
+#include <string>
+#include <vector>
+
+#include <c10/util/Exception.h>
+#include <fmt/format.h>
+
+#include "command.h"
+#include "errors.h"
+#include "interrupt.h"
+#include "options.h"
+
+namespace {
+
+constexpr int kDone = 0, kMistake = 1, kFailed = 2;
+
+int fail(int code, const std::string& sentence) {
+  fmt::print(stderr, "sag-sample: {}\n", sentence);
+  return code;
+}
+
+std::string first_line(const std::string& text) {
+  return text.substr(0, text.find('\n'));
+}
+
+// An error of the interpreter ends with the line that says what went wrong.
+std::string what_went_wrong(std::string text) {
+  while (!text.empty() && text.back() == '\n') text.pop_back();
+  return text.find("Traceback") == std::string::npos ? first_line(text)
+                                                     : text.substr(text.rfind('\n') + 1);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const auto options = sag_sample::parse_options({argv + 1, argv + argc}, std::cout);
+    if (!options) return kDone;
+    sag_sample::catch_interrupts();
+    sag_sample::run_command(*options, std::cout);
+    return kDone;
+  } catch (const sag_sample::UsageError& error) {
+    return fail(kMistake, error.what());
+  } catch (const sag_sample::RunError& error) {
+    return fail(kFailed, error.what());
+  } catch (const c10::ValueError&
+               error) {  // what the library says of its arguments, which are the user's
+    return fail(kMistake, error.what_without_backtrace());
+  } catch (const c10::TypeError& error) {
+    return fail(kMistake, error.what_without_backtrace());
+  } catch (const c10::IndexError& error) {
+    return fail(kMistake, error.what_without_backtrace());
+  } catch (const c10::OutOfMemoryError&) {
+    return fail(kFailed,
+                "The device has not enough memory; a smaller --max-rows or --batch needs less.");
+  } catch (const c10::Error& error) {
+    return fail(kFailed, what_went_wrong(error.what_without_backtrace()));
+  } catch (const std::bad_alloc&) {
+    return fail(kFailed, "There is not enough memory.");
+  } catch (const std::exception& error) {
+    return fail(kFailed, what_went_wrong(error.what()));
+  }
+}

@@ -1,0 +1,58 @@
+#include "png_file.h"
+
+#include <fmt/format.h>
+#include <png.h>
+
+#include "errors.h"
+
+namespace sag_sample {
+namespace {
+
+// libpng's simplified interface: no setjmp in our code.
+struct PngImage {
+  PngImage() { image.version = PNG_IMAGE_VERSION; }
+  ~PngImage() { png_image_free(&image); }
+  PngImage(const PngImage&) = delete;
+  PngImage& operator=(const PngImage&) = delete;
+
+  [[noreturn]] void fail(const char* what) const {
+    throw RunError(fmt::format("{} the PNG failed: {}.", what, image.message));
+  }
+
+  png_image image = {};
+};
+
+}  // namespace
+
+std::string encode_png(const Image& image) {
+  PngImage png;
+  png.image.width = static_cast<png_uint_32>(image.width);
+  png.image.height = static_cast<png_uint_32>(image.height);
+  png.image.format = PNG_FORMAT_RGB;
+  png_alloc_size_t size = 0;
+  const auto* pixels = image.pixels.data();
+  if (!png_image_write_to_memory(&png.image, nullptr, &size, 0, pixels, 0, nullptr)) {
+    png.fail("Writing");
+  }
+  std::string bytes(size, '\0');
+  if (!png_image_write_to_memory(&png.image, bytes.data(), &size, 0, pixels, 0, nullptr)) {
+    png.fail("Writing");
+  }
+  bytes.resize(size);
+  return bytes;
+}
+
+Image decode_png(const std::string& bytes) {
+  PngImage png;
+  if (!png_image_begin_read_from_memory(&png.image, bytes.data(), bytes.size())) {
+    png.fail("Reading");
+  }
+  png.image.format = PNG_FORMAT_RGB;
+  Image image(static_cast<int>(png.image.width), static_cast<int>(png.image.height));
+  if (!png_image_finish_read(&png.image, nullptr, image.pixels.data(), 0, nullptr)) {
+    png.fail("Reading");
+  }
+  return image;
+}
+
+}  // namespace sag_sample

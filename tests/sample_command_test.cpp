@@ -1,0 +1,337 @@
+// The command sag-sample as its users run it: arguments in, files and exit codes out.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/script.h>
+#include <torch/torch.h>
+
+#include "png_file.h"
+#include "tensor_file.h"
+
+namespace sag_sample {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+
+const std::string kGolden = SAG_SOURCE_DIR "/tests/golden/";
+
+struct Finished {
+  int code = 0;
+  std::string out, err;
+};
+
+std::string read(const std::string& file) {
+  std::ifstream stream(file, std::ios::binary);
+  return {std::istreambuf_iterator<char>(stream), {}};
+}
+
+std::string quoted(const std::string& argument) {
+  return "'" + argument + "'";
+}
+
+// Not fs::remove_all: LibTorch's wheel exports one of its own, which crashes.
+void remove_tree(const fs::path& path) {
+  if (fs::is_directory(fs::symlink_status(path))) {
+    const std::vector<fs::path> entries(fs::directory_iterator(path), {});
+    for (const auto& entry : entries) remove_tree(entry);
+  }
+  fs::remove(path);
+}
+
+class SampleCommand : public testing::Test {
+ protected:
+  SampleCommand() {
+    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
+    directory_ =
+        fs::path(testing::TempDir()) / fmt::format("sag_command_{}_{}", ::getpid(), test->name());
+    remove_tree(directory_);
+    fs::create_directories(directory_);
+  }
+  ~SampleCommand() override { remove_tree(directory_); }
+
+  std::string path(const std::string& name) const { return (directory_ / name).string(); }
+
+  /// Runs the command on the CPU, on one thread: tests run side by side.
+  Finished run(const std::vector<std::string>& arguments) const {
+    std::string line = quoted(SAG_SAMPLE_COMMAND);
+    for (const auto& argument : arguments) line += ' ' + quoted(argument);
+    line += " --device cpu --threads 1 >" + quoted(path("stdout")) + " 2>" + quoted(path("stderr"));
+    const int status = std::system(line.c_str());
+    Finished finished = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read(path("stdout")),
+                         read(path("stderr"))};
+    fs::remove(path("stdout"));
+    fs::remove(path("stderr"));
+    return finished;
+  }
+
+  /// Runs it in the expectation of one sentence on stderr and nothing else.
+  std::string sentence(int code, const std::vector<std::string>& arguments) const {
+    const auto finished = run(arguments);
+    EXPECT_EQ(finished.code, code) << finished.err;
+    EXPECT_THAT(finished.err, testing::StartsWith("sag-sample: "));
+    EXPECT_EQ(std::count(finished.err.begin(), finished.err.end(), '\n'), 1) << finished.err;
+    EXPECT_THAT(finished.out, IsEmpty());
+    return finished.err;
+  }
+
+  /// The arguments that repeat a reference run, without guidance's own.
+  static std::vector<std::string> golden(const std::string& unet, const std::string& run) {
+    const std::string file = kGolden + "runs/" + run + ".pt:";
+    return {"--unet",   kGolden + unet,  "--cond",  file + "cond",  "--uncond", file + "uncond",
+            "--sigmas", file + "sigmas", "--noise", file + "noise", "--quiet"};
+  }
+
+  /// Repeats a reference run and compares its final latent.
+  void expect_golden(const std::string& unet, const std::string& case_name,
+                     const std::string& variant, std::vector<std::string> more) {
+    auto arguments = golden(unet, case_name);
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    arguments.insert(arguments.end(), {"--save-latent", path("latent.pt")});
+    const auto finished = run(arguments);
+    ASSERT_EQ(finished.code, 0) << finished.err;
+    EXPECT_THAT(finished.out + finished.err, IsEmpty()) << "--quiet";
+    const auto got = read_tensor("got", path("latent.pt"));
+    const auto wanted =
+        read_tensor("wanted", kGolden + "runs/" + case_name + ".pt:" + variant + ".samples");
+    ASSERT_EQ(got.sizes(), wanted.sizes());
+    const double difference = (got - wanted).abs().max().item<double>(),
+                 largest = wanted.abs().max().item<double>();
+    EXPECT_LE(difference, 2e-5 * largest) << case_name << '/' << variant;
+  }
+
+  /// A model directory around a golden UNet: a text encoder that maps a text to its bytes, and a
+  /// decoder that takes the first three channels, twice as large.
+  std::string make_model() const {
+    const std::string directory = path("model");
+    fs::create_directories(directory);
+    fs::copy_file(kGolden + "comfy_sd15_tiny.ts", directory + "/unet.ts");
+    torch::jit::Module encoder("TextEncoder");
+    encoder.register_buffer("scale", torch::full({1}, 0.1));
+    encoder.define(R"(
+def encode(self, text: str):
+    values: List[float] = []
+    for i in range(4):
+        for j in range(32):
+            character = ord(text[i % len(text)]) if len(text) > 0 else 7
+            values.append(float((character * (i + 1) * (j + 3)) % 17) - 8.0)
+    return torch.tensor(values).reshape(1, 4, 32) * self.scale
+def forward(self, text: str):
+    return self.encode(text)
+)");
+    encoder.save(directory + "/text_encoder.ts");
+    torch::jit::Module decoder("Decoder");
+    decoder.define(R"(
+def forward(self, latent):
+    return torch.tanh(latent[:, :3] * 0.05).repeat_interleave(2, 2).repeat_interleave(2, 3)
+)");
+    decoder.save(directory + "/decoder.ts");
+    std::ofstream(directory + "/model.json")
+        << R"({"format": 1, "name": "tiny", "prediction": "eps",
+      "sample": {"shape": [4, 16, 16], "multiple": 8},
+      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts", "decoder": "decoder.ts"},
+      "defaults": {"schedule": "karras", "steps": 3, "cfg": 3.0, "sag": {"scale": 0.75}}})";
+    return directory;
+  }
+
+  Image picture(const std::string& name) const { return decode_png(read(path(name))); }
+  torch::Tensor latent(const std::string& name) const { return read_tensor("latent", path(name)); }
+  nlohmann::json report(const std::string& name) const {
+    return nlohmann::json::parse(read(path(name)));
+  }
+
+ private:
+  fs::path directory_;
+};
+
+TEST_F(SampleCommand, RepeatsAReferenceRun) {
+  expect_golden("comfy_sd15_tiny.ts", "eps_euler_normal", "reference", {});
+  expect_golden("comfy_sd15_tiny.ts", "eps_euler_normal", "no_sag", {"--cfg", "7.5", "--no-sag"});
+}
+
+TEST_F(SampleCommand, RepeatsAReferenceRunWithAVectorInput) {
+  const std::string file = kGolden + "runs/sdxl_euler_normal.pt:";
+  expect_golden("comfy_sdxl_tiny.ts", "sdxl_euler_normal", "reference",
+                {"--cond-y", file + "y_cond", "--uncond-y", file + "y_uncond"});
+}
+
+TEST_F(SampleCommand, RepeatsInpaintingWithOtherNoiseForWhatIsKept) {
+  const std::string file = kGolden + "runs/eps_inpaint_ddim.pt:";
+  expect_golden("comfy_sd15_tiny.ts", "eps_inpaint_ddim", "reference",
+                {"--sampler", "ddim", "--latent", file + "latent", "--mask", file + "denoise_mask",
+                 "--inpaint-noise", file + "inpaint_noise"});
+}
+
+TEST_F(SampleCommand, ListsTheSites) {
+  const auto finished = run({"--unet", kGolden + "comfy_sd15_tiny.ts", "--list-sites"});
+  EXPECT_EQ(finished.code, 0) << finished.err;
+  EXPECT_THAT(finished.out, HasSubstr("middle.0.0"));
+  EXPECT_THAT(finished.out, HasSubstr("#6"));
+  EXPECT_THAT(finished.out, HasSubstr("middle_block.1.transformer_blocks.0.attn1"));
+}
+
+TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
+  const auto finished =
+      run({"--model", make_model(), "--prompt", "cat", "--prompt", "", "--unconditional", "1",
+           "--compare", "--columns", "1", "--zoom", "1", "--out", path("sheet.png"), "--json",
+           path("report.json"), "--save-latent", path("latent.pt")});
+  ASSERT_EQ(finished.code, 0) << finished.err;
+  EXPECT_THAT(finished.out, HasSubstr("3 pictures on cpu"));
+  EXPECT_THAT(finished.out, HasSubstr("steps guided"));
+  const auto sheet = picture("sheet.png");
+  EXPECT_GT(sheet.width, 3 * 32);
+  EXPECT_GT(sheet.height, 3 * 32);
+  EXPECT_THAT(latent("latent.pt").sizes(), testing::ElementsAre(3, 4, 16, 16));
+
+  const auto json = report("report.json");
+  EXPECT_EQ(json["options"]["sag"]["scale"], 0.75);
+  EXPECT_EQ(json["options"]["cfg"], 3.0);
+  ASSERT_EQ(json["pictures"].size(), 3u);
+  EXPECT_EQ(json["pictures"][2]["seed"], 1);
+  ASSERT_EQ(json["runs"].size(), 4u) << "prompts and the rest, unguided and guided";
+  for (const auto& run : json["runs"]) {
+    ASSERT_EQ(run["steps"].size(), 3u);
+    for (const auto& step : run["steps"]) {
+      const bool guided = run["kind"] == "guided";
+      EXPECT_EQ(step["guided"], guided);
+      EXPECT_EQ(step["evaluations"], guided ? 2 : 1);
+      EXPECT_EQ(step["masked"].is_number(), guided);
+    }
+  }
+}
+
+TEST_F(SampleCommand, APictureDependsOnItsOwnSeedOnly) {
+  const auto model = make_model();
+  const auto draw = [&](std::vector<std::string> more, const std::string& name) {
+    more.insert(more.begin(), {"--model", model, "--quiet", "--sampler", "euler_ancestral",
+                               "--save-latent", path(name)});
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    return latent(name);
+  };
+  const auto batch = draw({"--prompt", "cat", "--batch", "3", "--seed", "4"}, "batch.pt");
+  const auto alone = draw({"--prompt", "cat", "--seed", "6"}, "alone.pt");
+  const auto split =
+      draw({"--prompt", "cat", "--batch", "3", "--seed", "4", "--max-rows", "2"}, "split.pt");
+  const auto mixed = draw(
+      {"--prompt", "dog", "--prompt", "cat", "--unconditional", "2", "--seed", "6"}, "mixed.pt");
+  const double tolerance = 2e-5 * batch.abs().max().item<double>();
+  EXPECT_LE((batch[2] - alone[0]).abs().max().item<double>(), tolerance);
+  EXPECT_LE((batch - split).abs().max().item<double>(), tolerance);
+  EXPECT_LE((mixed[1] - alone[0]).abs().max().item<double>(), tolerance);
+  EXPECT_GT((batch[0] - batch[1]).abs().max().item<double>(), 0.1);
+}
+
+TEST_F(SampleCommand, OnePictureIsThePictureAlone) {
+  const auto model = make_model();
+  ASSERT_EQ(run({"--model", model, "--prompt", "cat", "--out", path("one.png")}).code, 0);
+  EXPECT_EQ(picture("one.png").width, 32);
+  EXPECT_EQ(picture("one.png").height, 32);
+  ASSERT_EQ(run({"--model", model, "--prompt", "cat", "--width", "24", "--zoom", "2", "--out",
+                 path("wide.png")})
+                .code,
+            0);
+  EXPECT_EQ(picture("wide.png").width, 96);
+}
+
+TEST_F(SampleCommand, OutsideTheWindowNothingIsGuided) {
+  auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
+  arguments.insert(arguments.end(), {"--sag-start", "0.001", "--json", path("report.json")});
+  ASSERT_EQ(run(arguments).code, 0);
+  const auto json = report("report.json");
+  EXPECT_EQ(json["guided_steps"], 0);
+  EXPECT_EQ(json["evaluations"], 8);
+  EXPECT_FALSE(json["skipped"].empty());
+}
+
+TEST_F(SampleCommand, MistakesAreOneSentence) {
+  const auto model = make_model();
+  const std::string out = path("out.png");
+  EXPECT_EQ(sentence(1, {"--model", model, "--prompt", "x", "--out", out, "--steps", "0"}),
+            "sag-sample: --steps must be a whole number between 1 and 10000, got 0.\n");
+  sentence(1, {});
+  sentence(1, {"--model", path("nowhere"), "--prompt", "x", "--out", out});
+  sentence(1, {"--unet", path("nowhere.ts"), "--out", out});
+  sentence(1, {"--unet", kGolden + "toy.json", "--save-latent", out});
+  sentence(1, {"--unet", kGolden + "unet_io.pt", "--save-latent", out});
+  sentence(1, {"--model", model, "--prompt", "x", "--out", path("nowhere/out.png")});
+  sentence(1, {"--model", model, "--prompt", "x", "--out", out, "--width", "20"});
+  sentence(1, {"--model", model, "--prompt", "x", "--out", out, "--noise",
+               kGolden + "runs/eps_euler_normal.pt:cond"});
+  EXPECT_FALSE(fs::exists(out));
+
+  const auto no_site =
+      run({"--model", model, "--prompt", "x", "--out", out, "--site", "middle.7.0"});
+  EXPECT_EQ(no_site.code, 1);
+  EXPECT_THAT(no_site.err, HasSubstr("middle.0.0")) << "what there is";
+
+  auto no_decoder = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
+  no_decoder.insert(no_decoder.end(), {"--out", out});
+  EXPECT_THAT(sentence(1, no_decoder), HasSubstr("decoder"));
+}
+
+TEST_F(SampleCommand, TensorsMustFitTheirPlace) {
+  const auto save = [this](const std::string& name, const torch::Tensor& tensor) {
+    std::ofstream(path(name), std::ios::binary) << tensor_file_bytes(tensor);
+    return path(name);
+  };
+  const auto with = [this](std::vector<std::string> more) {
+    auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    arguments.insert(arguments.end(), {"--save-latent", path("latent.pt")});
+    return arguments;
+  };
+  const auto latent = save("ok.pt", torch::zeros({1, 4, 16, 16}));
+  EXPECT_THAT(sentence(1, with({"--noise", save("nan.pt", torch::full({1, 4, 16, 16}, NAN))})),
+              HasSubstr("noise"));
+  EXPECT_THAT(sentence(1, with({"--latent", save("size.pt", torch::zeros({1, 4, 8, 16}))})),
+              HasSubstr("--latent"));
+  EXPECT_THAT(
+      sentence(1, with({"--latent", latent, "--mask", save("mask.pt", torch::zeros({8, 8}))})),
+      HasSubstr("--mask"));
+  EXPECT_THAT(sentence(1, with({"--cond", save("cond.pt", torch::zeros({3, 4, 32}))})),
+              HasSubstr("--cond"));
+  EXPECT_THAT(sentence(1, with({"--sigmas", save("up.pt", torch::tensor({1.0, 2.0, 3.0}))})),
+              HasSubstr("sigmas"));
+  EXPECT_FALSE(fs::exists(path("latent.pt")));
+}
+
+TEST_F(SampleCommand, FailedRunsLeaveNothingBehind) {
+  const auto huge = path("huge.pt");
+  std::ofstream(huge, std::ios::binary) << tensor_file_bytes(torch::full({1, 10, 32}, 3e38));
+  auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
+  arguments.insert(arguments.end(), {"--cond", huge, "--save-latent", path("latent.pt"), "--json",
+                                     path("report.json")});
+  EXPECT_THAT(sentence(2, arguments), HasSubstr("NaN"));
+  EXPECT_EQ(std::distance(fs::directory_iterator(path("")), {}), 1) << "only the input";
+}
+
+TEST_F(SampleCommand, AnInterruptedRunLeavesNothingBehind) {
+  const auto model = make_model();
+  const std::string line = quoted(SAG_SAMPLE_COMMAND) + " --model " + quoted(model) +
+                           " --device cpu --threads 1 --prompt x --batch 16 --steps 10000 --out " +
+                           quoted(path("out.png")) + " 2>" + quoted(path("stderr")) +
+                           " & pid=$!; sleep 3; kill -INT $pid; wait $pid";
+  // A shell starts background commands with SIGINT ignored; the command asks for it again.
+  const int status = std::system(line.c_str());
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 2);
+  EXPECT_THAT(read(path("stderr")),
+              testing::EndsWith("sag-sample: Interrupted; nothing was written.\n"));
+  EXPECT_FALSE(fs::exists(path("out.png")));
+}
+
+}  // namespace
+}  // namespace sag_sample

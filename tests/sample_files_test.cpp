@@ -1,0 +1,255 @@
+// The files that sag-sample reads and writes: model directories, tensors, outputs.
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <torch/torch.h>
+#include <unistd.h>
+
+#include "errors.h"
+#include "model_directory.h"
+#include "output_file.h"
+#include "tensor_file.h"
+
+namespace sag_sample {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+using testing::Not;
+
+// Not fs::remove_all: LibTorch's wheel exports one of its own, which crashes.
+void remove_tree(const fs::path& path) {
+  if (fs::is_directory(fs::symlink_status(path))) {
+    const std::vector<fs::path> entries(fs::directory_iterator(path), {});
+    for (const auto& entry : entries) remove_tree(entry);
+  }
+  fs::remove(path);
+}
+
+class SampleFiles : public testing::Test {
+ protected:
+  SampleFiles() {
+    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
+    directory_ =
+        fs::path(testing::TempDir()) / fmt::format("sag_files_{}_{}", ::getpid(), test->name());
+    remove_tree(directory_);
+    fs::create_directories(directory_);
+  }
+  ~SampleFiles() override { remove_tree(directory_); }
+
+  std::string path(const std::string& name) const { return (directory_ / name).string(); }
+
+  std::string write(const std::string& name, const std::string& content) const {
+    std::ofstream(path(name), std::ios::binary) << content;
+    return path(name);
+  }
+
+  static std::string read(const std::string& file) {
+    std::ifstream stream(file, std::ios::binary);
+    return {std::istreambuf_iterator<char>(stream), {}};
+  }
+
+  std::size_t count_files() const {
+    return static_cast<std::size_t>(std::distance(fs::directory_iterator(directory_), {}));
+  }
+
+  // What reading a model directory with this model.json says.
+  std::string mistake(const std::string& json) const {
+    write("model.json", json);
+    try {
+      read_model_directory(directory_.string());
+    } catch (const UsageError& error) {
+      return error.what();
+    }
+    return "";
+  }
+
+ private:
+  fs::path directory_;
+};
+
+constexpr const char* kModel = R"({"format": 1, "name": "emoji", "prediction": "edm",
+  "sigma_data": 0.5, "sigma_min": 0.02, "sigma_max": 60.0,
+  "sample": {"shape": [3, 64, 64], "multiple": 8}, "site": "middle.0.0",
+  "files": {"unet": "unet.ts"},
+  "defaults": {"sampler": "euler", "schedule": "karras", "steps": 20, "cfg": 2.0,
+               "sag": {"scale": 1.0, "blur_sigma": 2.0}}})";
+
+// The model above, with `from` replaced.
+std::string model_with(const std::string& from, const std::string& to) {
+  std::string json = kModel;
+  const auto place = json.find(from);
+  EXPECT_NE(place, std::string::npos) << from;
+  return json.replace(place, from.size(), to);
+}
+
+TEST_F(SampleFiles, ReadsAModelDirectory) {
+  write("unet.ts", "x");
+  write("model.json", kModel);
+  const auto model = read_model_directory(path(""));
+  EXPECT_EQ(model.name, "emoji");
+  EXPECT_EQ(model.prediction, "edm");
+  EXPECT_EQ(model.sigma_max, 60.0);
+  EXPECT_THAT(model.shape, testing::ElementsAre(3, 64, 64));
+  EXPECT_EQ(model.multiple, 8);
+  EXPECT_EQ(model.unet, path("unet.ts"));
+  EXPECT_EQ(model.text_encoder, "");
+  EXPECT_EQ(model.defaults.schedule, "karras");
+  EXPECT_EQ(model.defaults.sag_scale, 1.0);
+  EXPECT_FALSE(model.defaults.sag_threshold);
+}
+
+TEST_F(SampleFiles, SaysWhatIsWrongWithAModelDirectory) {
+  write("unet.ts", "x");
+  EXPECT_EQ(mistake(kModel), "");
+  EXPECT_THAT(mistake("{"), HasSubstr("is no JSON"));
+  EXPECT_THAT(mistake("[]"), HasSubstr("must be an object"));
+  EXPECT_THAT(mistake("{}"), HasSubstr("\"format\" is missing"));
+  EXPECT_THAT(mistake(model_with("\"format\": 1", "\"format\": 2")), HasSubstr("only format 1"));
+  EXPECT_THAT(mistake(model_with("\"site\"", "\"sight\"")), HasSubstr("unknown key \"sight\""));
+  EXPECT_THAT(mistake(model_with("\"multiple\"", "\"multiples\"")),
+              HasSubstr("unknown key \"multiples\""));
+  EXPECT_THAT(mistake(model_with("\"edm\"", "\"edn\"")), HasSubstr("one of eps, v, x0, edm, flow"));
+  EXPECT_THAT(mistake(model_with("\"edm\"", "\"eps\"")), HasSubstr("unknown key \"sigma_data\""));
+  EXPECT_THAT(mistake(model_with("20", "\"20\"")), HasSubstr("\"steps\" must be a whole number"));
+  EXPECT_THAT(mistake(model_with("20", "2.5")), HasSubstr("\"steps\" must be a whole number"));
+  EXPECT_THAT(mistake(model_with("0.02", "0")),
+              HasSubstr("\"sigma_min\" must be a number greater than 0"));
+  EXPECT_THAT(mistake(model_with("[3, 64, 64]", "[3, 64]")),
+              HasSubstr("\"shape\" must be three whole numbers"));
+  EXPECT_THAT(mistake(model_with("[3, 64, 64]", "[3, 60, 64]")), HasSubstr("multiples of 8"));
+}
+
+TEST_F(SampleFiles, FileNamesStayInsideTheDirectory) {
+  write("unet.ts", "x");
+  for (const auto* name : {"../unet.ts", "/etc/passwd", "a/../../unet.ts", ""}) {
+    EXPECT_THAT(mistake(model_with("\"unet.ts\"", '"' + std::string(name) + '"')),
+                HasSubstr("\"unet\" must be"))
+        << name;
+  }
+  EXPECT_THAT(mistake(model_with("\"unet.ts\"", "\"missing.ts\"")),
+              HasSubstr("The model has no file"));
+}
+
+TEST_F(SampleFiles, MissingDirectoriesAndDescriptionsAreNamed) {
+  EXPECT_THROW(read_model_directory(path("nowhere")), UsageError);
+  EXPECT_THROW(read_model_directory(path("")), UsageError);
+}
+
+TEST_F(SampleFiles, TensorsComeBackAsSaved) {
+  const auto tensor = torch::arange(12, torch::kFloat).reshape({3, 4}).t().slice(0, 1, 3);
+  const auto file = write("t.pt", tensor_file_bytes(tensor.to(torch::kDouble)));
+  const auto back = read_tensor("--noise", file);
+  EXPECT_EQ(back.scalar_type(), torch::kFloat);
+  EXPECT_TRUE(back.is_contiguous());
+  EXPECT_TRUE(torch::equal(back, tensor));
+  EXPECT_LT(fs::file_size(file), 3000u) << "only the view is saved, not its storage";
+}
+
+TEST_F(SampleFiles, TensorsOfADictAreNamed) {
+  const std::string file = SAG_SOURCE_DIR "/tests/golden/runs/eps_euler_normal.pt";
+  EXPECT_THAT(read_tensor("--noise", file + ":noise").sizes(), testing::ElementsAre(1, 4, 16, 16));
+  try {
+    read_tensor("--noise", file);
+    FAIL();
+  } catch (const UsageError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("KEY one of"));
+  }
+  EXPECT_THROW(read_tensor("--noise", file + ":nothing"), UsageError);
+  EXPECT_THROW(read_tensor("--noise", path("missing.pt")), UsageError);
+}
+
+// Gives an edited copy of a saved tensor: its pickle is stored as it is, so its bytes can be
+// replaced by others of equal number.
+std::string edited(std::string bytes, const std::string& from, const std::string& to) {
+  const auto place = bytes.find(from);
+  EXPECT_NE(place, std::string::npos);
+  EXPECT_EQ(from.size(), to.size());
+  return bytes.replace(place, from.size(), to);
+}
+
+TEST_F(SampleFiles, DamagedTensorsAreRefused) {
+  const auto bytes = tensor_file_bytes(torch::ones({3, 4}));
+  for (const std::size_t length : {0u, 3u, 10u, 100u, 300u}) {
+    const auto file = write("short.pt", bytes.substr(0, length));
+    EXPECT_THROW(read_tensor("--noise", file), UsageError) << length;
+  }
+  const auto half = write("half.pt", bytes.substr(0, bytes.size() / 2));
+  EXPECT_THROW(read_tensor("--noise", half), UsageError);
+}
+
+TEST_F(SampleFiles, TensorsThatReachBeyondTheirDataAreRefused) {
+  // BININT1 3, BININT1 4, TUPLE: the sizes. 3 → 200.
+  const auto bytes = edited(tensor_file_bytes(torch::ones({3, 4})), "K\x03K\x04t", "K\xc8K\x04t");
+  EXPECT_THROW(read_tensor("--noise", write("beyond.pt", bytes)), UsageError);
+}
+
+TEST_F(SampleFiles, OldFilesGetTheCommandThatSavesThemAnew) {
+  const std::string magic("\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", 15);
+  try {
+    read_tensor("--cond", write("old.pt", magic + "rest"));
+    FAIL();
+  } catch (const UsageError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("torch before 1.6"));
+    EXPECT_THAT(error.what(), HasSubstr("python3 -c"));
+  }
+  try {
+    read_tensor("--cond", SAG_SOURCE_DIR "/tests/golden/comfy_sd15_tiny.ts");
+    FAIL();
+  } catch (const UsageError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("is a TorchScript model, not tensors"));
+  }
+}
+
+TEST_F(SampleFiles, OutputsAppearWholeOrNotAtAll) {
+  const auto file = write("out.png", "before");
+  {
+    OutputFile output("--out", file);
+    output.write("half");
+    EXPECT_EQ(read(file), "before");
+  }
+  EXPECT_EQ(read(file), "before");
+  EXPECT_EQ(count_files(), 1u) << "no temporary file stays";
+  OutputFile output("--out", file);
+  output.write("after");
+  output.commit();
+  EXPECT_EQ(read(file), "after");
+  EXPECT_EQ(count_files(), 1u);
+}
+
+TEST_F(SampleFiles, OutputsHaveTheUsualPermissions) {
+  const auto mask = ::umask(022);
+  OutputFile output("--out", path("out.png"));
+  output.write("x");
+  output.commit();
+  ::umask(mask);
+  EXPECT_EQ(fs::status(path("out.png")).permissions(), fs::perms(0644));
+}
+
+TEST_F(SampleFiles, OutputsFollowLinksAndLeaveDevicesAlone) {
+  const auto file = write("real.png", "before");
+  fs::create_symlink(file, path("link.png"));
+  OutputFile link("--out", path("link.png"));
+  link.write("after");
+  link.commit();
+  EXPECT_TRUE(fs::is_symlink(path("link.png")));
+  EXPECT_EQ(read(file), "after");
+
+  OutputFile null("--out", "/dev/null");
+  null.write("x");
+  null.commit();
+  EXPECT_TRUE(fs::is_character_file("/dev/null"));
+}
+
+TEST_F(SampleFiles, OutputsThatCannotBeAreRefusedAtOnce) {
+  EXPECT_THROW(OutputFile("--out", path("")), UsageError);
+  EXPECT_THROW(OutputFile("--out", path("nowhere/out.png")), UsageError);
+}
+
+}  // namespace
+}  // namespace sag_sample
