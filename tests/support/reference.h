@@ -24,7 +24,7 @@ inline std::int64_t reflect(std::int64_t i, std::int64_t side) {
 
 /// A full 2-D convolution with the outer product of both axes' weights.
 inline torch::Tensor reference_blur(const torch::Tensor& x, std::int64_t radius, double sigma) {
-  const auto source = x.to(torch::kDouble).contiguous();
+  const auto source = x.to(torch::kCPU, torch::kDouble).contiguous();
   const auto h = x.size(2), w = x.size(3);
   const auto ry = std::min(radius, h - 1), rx = std::min(radius, w - 1);
   auto out = torch::zeros_like(source);
