@@ -19,6 +19,8 @@ write_basic_package_version_file("${PROJECT_BINARY_DIR}/sag-config-version.cmake
 install(FILES "${PROJECT_BINARY_DIR}/sag-config.cmake" "${PROJECT_BINARY_DIR}/sag-config-version.cmake"
   DESTINATION "${sag_package_dir}")
 
+install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+
 if(TARGET sag-sample)
   install(TARGETS sag-sample RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
 endif()
