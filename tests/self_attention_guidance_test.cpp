@@ -214,6 +214,25 @@ TEST(Sag, PutsTheMapOfAnAreaWhereItBelongs) {
   EXPECT_TRUE(with_area(Area{16, 8, 0, 16}).isfinite().all().item<bool>());
 }
 
+TEST(Sag, MasksNothingWhereNoNegativeCountsWhateverTheRowLimit) {
+  const auto model = apply_self_attention_guidance({std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
+  const auto x = fill({2, 4, 16, 24}, .7, .3, 6);
+  auto left = toy_prompt(-1);
+  left.mask = torch::zeros({16, 24});
+  left.mask.narrow(1, 0, 12).fill_(1);
+  const auto denoise = [&](std::int64_t max_rows) {
+    CfgGuider guider(model, {toy_prompt(1)}, {left}, {.cond_scale = 7, .max_rows = max_rows});
+    const auto denoised = guider(x, 4);
+    const auto& mask = guider.report().evaluations.front().guidances.front().mask;
+    EXPECT_TRUE(mask.narrow(3, 0, 12).any().item<bool>());
+    EXPECT_FALSE(mask.narrow(3, 12, 12).any().item<bool>());
+    return denoised;
+  };
+  const auto whole = denoise(0);
+  EXPECT_LT(max_diff(denoise(1), whole), 1e-4);
+  EXPECT_LT(max_diff(denoise(3), whole), 1e-4);
+}
+
 TEST(Sag, RunsOnTwoThreadsFromOnePatchedModel) {
   const auto model = apply_self_attention_guidance({std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
   const auto sample_with = [&](double seed) {
@@ -306,6 +325,10 @@ TEST(SelfAttentionGuidanceStep, DoesNotEvaluateForNothing) {
   EXPECT_THROW(self_attention_guidance(x, x, x, map, never), std::logic_error);
   EXPECT_THROW(self_attention_guidance(x, x, thin, map, never), c10::ValueError);
   EXPECT_THROW(self_attention_guidance(x, x, x, map, never, {.scale = NAN}), c10::ValueError);
+  EXPECT_THROW(self_attention_guidance(x, x, x, map, {}), c10::ValueError);
+  EXPECT_THROW(self_attention_guidance(x.to(torch::kInt), x, x, map, never), c10::TypeError);
+  const auto small = [&](const torch::Tensor&) { return x.narrow(2, 0, 1); };
+  EXPECT_THROW(self_attention_guidance(x, x, x, map, small), c10::ValueError);
 }
 
 }  // namespace

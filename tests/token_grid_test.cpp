@@ -50,6 +50,7 @@ TEST(TokenGridOf, PositiveNumbersOnly) {
   EXPECT_THROW(token_grid(0, 8, 8), c10::ValueError);
   EXPECT_THROW(token_grid(4, -8, 8), c10::ValueError);
   EXPECT_THROW(token_grid(4, 8, 0), c10::ValueError);
+  EXPECT_THROW(token_grid(4, std::int64_t{1} << 62, 8), c10::ValueError);
 }
 
 }  // namespace

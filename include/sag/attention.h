@@ -54,7 +54,8 @@ using NextAttention = std::function<torch::Tensor(const AttentionCall&)>;
 
 /// Replaces the attention of a site. Returns the attention's output, [rows, heads, tokens, head_dim]:
 /// `next(call)` to leave it as it is, `call.v` to perturb it, and so on. The pass tells which rows are
-/// which. A hook must not keep tensors beyond the call unless it copies them. It may throw: the exception
+/// which. A hook must not keep tensors, the call, the pass or `next` beyond the call unless it copies the tensors.
+/// It is copied itself: state that it keeps must be shared, by reference or pointer. It may throw: the exception
 /// reaches whoever evaluates the model, with its own type, and the model works afterwards.
 using AttentionHook =
     std::function<torch::Tensor(const AttentionCall&, const Pass&, const NextAttention& next)>;
@@ -78,8 +79,8 @@ struct InstalledHook {
 /// Returns the hooks that are active at `sigma`, in their order.
 SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks, double sigma);
 
-/// While it lives, calls of `sag::attention` on this thread, and on threads that the UNet forks, run the
-/// hooks of their site: installed first is outermost. Scopes nest; the innermost counts.
+/// While it lives, calls of `sag::attention` on this thread, and on those that LibTorch forks for it
+/// (prim::fork, at::launch; not a std::thread), run the hooks of their site: installed first is outermost. Scopes nest; the innermost counts.
 /// Without a scope `sag::attention` is plain SDPA.
 class SAG_API AttentionScope {
  public:

@@ -17,7 +17,7 @@ namespace sag {
 /// scale: nothing means 1 / sqrt(head_dim).
 ///
 /// The queries × keys matrix never exists: blocks of query rows go through fp32 arithmetic, in working
-/// memory that does not grow with the number of queries. Sums run in a fixed order, so the result is the
+/// memory that does not grow with the number of queries (16 MiB of scores, or one row, and k in fp32). Sums run in a fixed order, so the result is the
 /// same in every run.
 ///
 /// Throws ValueError or TypeError on other shapes, dtypes and devices.

@@ -30,7 +30,7 @@ struct CalcCondBatchOptions {
 
 /// What `calc_cond_batch` did.
 struct CondBatch {
-  /// One denoised latent per request, fp32; undefined where no conditioning is active at sigma.
+  /// One denoised latent per request, fp32 (fp64 for fp64 x); undefined where no conditioning is active at sigma.
   std::vector<torch::Tensor> denoised;
   std::int64_t unet_calls = 0, unet_rows = 0;
 };

@@ -57,6 +57,10 @@ class SAG_API CfgGuider {
             const CfgGuiderOptions& options);
   CfgGuider(ModelPatcher model, std::vector<Conditioning> positive, std::vector<Conditioning> negative);
 
+  /// One guider, one run: samplers take it by reference, std::ref(guider).
+  CfgGuider(const CfgGuider&) = delete;
+  CfgGuider& operator=(const CfgGuider&) = delete;
+
   /// Returns the denoised latent, the shape of x, fp32 (fp64 for fp64 x).
   /// x: [images, channels, height, width], floating. Runs without gradients.
   /// Throws ValueError or TypeError on other x or sigma <= 0, and rethrows what hooks and functions threw;

@@ -33,6 +33,9 @@ struct Conditioning {
   double sigma_start = std::numeric_limits<double>::infinity(), sigma_end = 0.0;
 };
 
+/// Returns the conditioning with every tensor on `device`.
+SAG_API Conditioning to_device(Conditioning cond, torch::Device device);
+
 /// Returns whether the conditioning counts at `sigma`. ComfyUI: `get_area_and_mult`.
 SAG_API bool is_active(const Conditioning& cond, double sigma);
 

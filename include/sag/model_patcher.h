@@ -53,7 +53,8 @@ using PreCfgFunction = std::function<CfgPredictions(const CfgArgs&)>;
 /// predictions. (ComfyUI's returns x − denoised; this one returns denoised.)
 using CfgFunction = std::function<torch::Tensor(const CfgArgs&)>;
 
-/// What a post-CFG function gets. The predictions are those that entered the CFG formula.
+/// What a post-CFG function gets. The predictions are those that entered the CFG formula. Tensors may share
+/// memory: make new ones instead of writing to these.
 struct PostCfgArgs {
   /// The CFG result, or what the previous post-CFG function made of it.
   torch::Tensor denoised;
@@ -65,7 +66,7 @@ struct PostCfgArgs {
   StepContext& step;
   RunContext& run;
   /// Evaluates a branch once more, at another x of the same shape, in a pass whose rows belong to `owner`.
-  /// Returns the branch's denoised prediction.
+  /// Returns the branch's denoised prediction; undefined if it has no conditioning active at this sigma.
   std::function<torch::Tensor(const torch::Tensor& x, Branch branch, const Owner& owner)> predict;
 };
 using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;

@@ -18,7 +18,7 @@ struct TokenGrid {
 /// gives the right number wins, which is exact for every plain UNet. Otherwise (activations resized by
 /// another factor) the factors of `tokens` whose ratio is nearest to the latent's.
 ///
-/// Throws ValueError unless all three are positive.
+/// Throws ValueError unless all three are positive and below 2^31.
 /// ComfyUI: `create_blur_map`, whose search fails on primes and picks 18 × 8 for 16 × 9.
 SAG_API TokenGrid token_grid(std::int64_t tokens, std::int64_t height, std::int64_t width);
 

@@ -35,7 +35,8 @@ struct AttentionSiteInfo {
 class SAG_API UNet {
  public:
   virtual ~UNet();
-  /// Returns the raw network output, [rows, channels, height, width].
+  /// Returns the raw network output, [rows, channels, height, width]. Must not write to its inputs, and
+  /// must return a tensor that its next call leaves alone.
   virtual torch::Tensor forward(const UNetInput& input) const = 0;
   /// Returns the self-attentions that hooks can be set on, in order of execution.
   virtual std::vector<AttentionSiteInfo> attention_sites() const = 0;

@@ -98,7 +98,8 @@ torch::Tensor run_hooks(const AttentionScopeState& scope, std::string_view site,
 
 torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                         const AttentionOptions& options) {
-  const AttentionCall call{q, k, v, options.attn_mask, options.dropout_p, options.is_causal, options.scale,
+  const auto mask = options.attn_mask && options.attn_mask->defined() ? options.attn_mask : std::nullopt;
+  const AttentionCall call{q, k, v, mask, options.dropout_p, options.is_causal, options.scale,
                            options.enable_gqa};
   const auto* scope = current_attention_scope();
   return scope ? run_hooks(*scope, options.site, call) : plain_attention(call);

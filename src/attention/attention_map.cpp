@@ -34,12 +34,13 @@ torch::Tensor with_heads(const torch::Tensor& k, std::int64_t heads) {
   return k.size(1) == heads ? k : k.repeat_interleave(heads / k.size(1), 1);
 }
 
-// q: [images, heads, queries, head_dim], k: [images, heads, keys, head_dim] → [images, keys].
+// q: [images, heads, queries, head_dim] in its own dtype; k: [images, heads, keys, head_dim], scaled, in the
+// dtype of the sums → [images, keys].
 torch::Tensor map_of_images(const torch::Tensor& q, const torch::Tensor& k, std::int64_t rows_per_block) {
   const auto keys = k.transpose(-1, -2);
-  auto sums = at::zeros({q.size(0), q.size(1), k.size(2)}, q.options());
+  auto sums = at::zeros({q.size(0), q.size(1), k.size(2)}, k.options());
   for (std::int64_t begin = 0; begin < q.size(2); begin += rows_per_block) {
-    const auto rows = q.narrow(2, begin, std::min(rows_per_block, q.size(2) - begin));
+    const auto rows = q.narrow(2, begin, std::min(rows_per_block, q.size(2) - begin)).to(k.scalar_type());
     sums += at::matmul(rows, keys).softmax(-1).sum(2);
   }
   return sums.mean(1);
@@ -61,9 +62,8 @@ torch::Tensor attention_map(const torch::Tensor& q, const torch::Tensor& k, std:
   std::vector<torch::Tensor> maps;
   for (std::int64_t begin = 0; begin < images; begin += images_per_block) {
     const auto count = std::min(images_per_block, images - begin);
-    const auto block_q = q.narrow(0, begin, count).to(dtype) * head_scale;
-    const auto block_k = with_heads(k.narrow(0, begin, count).to(dtype), heads);
-    maps.push_back(map_of_images(block_q, block_k, rows_per_block));
+    const auto block_k = with_heads(k.narrow(0, begin, count).to(dtype) * head_scale, heads);
+    maps.push_back(map_of_images(q.narrow(0, begin, count), block_k, rows_per_block));
   }
   return at::cat(maps);
 }

@@ -57,7 +57,9 @@ torch::Tensor gaussian_blur_2d(const torch::Tensor& x, std::int64_t kernel_size,
   TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma >= 0,
                     "[gaussian_blur_2d] sigma must be finite and at least 0, got ", sigma, ".");
   if (sigma == 0) return x;
-  const auto radius = kernel_size > 0 ? kernel_size / 2 : static_cast<std::int64_t>(std::ceil(3 * sigma));
+  const auto longest = std::max(x.size(2), x.size(3));  // a radius beyond it is clamped anyway
+  const auto radius = kernel_size > 0 ? kernel_size / 2
+                                      : static_cast<std::int64_t>(std::min<double>(std::ceil(3 * sigma), longest));
   const auto wide = x.to(at::promote_types(x.scalar_type(), torch::kFloat));
   return blur_axis(blur_axis(wide, 2, radius, sigma), 3, radius, sigma).to(x.scalar_type());
 }

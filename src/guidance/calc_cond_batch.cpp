@@ -92,7 +92,7 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma, 
 
 bool same_tail(const torch::Tensor& a, const torch::Tensor& b) {
   if (a.defined() != b.defined()) return false;
-  return !a.defined() || a.sizes().slice(1) == b.sizes().slice(1);
+  return !a.defined() || (a.sizes().slice(1) == b.sizes().slice(1) && a.scalar_type() == b.scalar_type());
 }
 
 // Repeating tokens leaves cross-attention as it is, so contexts may differ in length; but not by so much

@@ -35,6 +35,12 @@ bool post_cfg_needs_uncond(const ModelPatcher& model, double sigma) {
   });
 }
 
+// Once a run, so that no step copies from the host.
+std::vector<Conditioning> on_device(std::vector<Conditioning> conds, torch::Device device) {
+  for (auto& cond : conds) cond = to_device(std::move(cond), device);
+  return conds;
+}
+
 bool any_active(const std::vector<Conditioning>& conds, double sigma) {
   return std::any_of(conds.begin(), conds.end(), [sigma](const auto& cond) { return is_active(cond, sigma); });
 }
@@ -83,7 +89,10 @@ std::map<std::string, std::int64_t> GuiderReport::skipped() const {
 
 CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
                      std::vector<Conditioning> negative, const CfgGuiderOptions& options)
-    : model_(std::move(model)), positive_(std::move(positive)), negative_(std::move(negative)), options_(options) {
+    : model_(std::move(model)),
+      positive_(on_device(std::move(positive), model_.unet().device())),
+      negative_(on_device(std::move(negative), model_.unet().device())),
+      options_(options) {
   TORCH_CHECK_VALUE(!positive_.empty() || !negative_.empty(),
                     "[CfgGuider] there must be at least one positive or negative conditioning.");
   check_options(options_);
@@ -128,7 +137,12 @@ CfgGuider::Predictions CfgGuider::evaluate(const torch::Tensor& x, double sigma,
   const auto args = [&] {
     return CfgArgs{predictions.cond_denoised, predictions.uncond_denoised, options_.cond_scale, x, sigma, step};
   };
-  for (const auto& function : model_.pre_cfg_functions()) predictions = function(args());
+  for (const auto& function : model_.pre_cfg_functions()) {
+    const auto before = predictions;
+    predictions = function(args());
+    if (before.cond_denoised.defined()) check_shape(predictions.cond_denoised, x, "pre-CFG function");
+    if (before.uncond_denoised.defined()) check_shape(predictions.uncond_denoised, x, "pre-CFG function");
+  }
   auto result = cfg(model_, args());
   check_shape(result, x, "CFG function");
 

@@ -24,6 +24,9 @@ void check_step(const torch::Tensor& denoised, const torch::Tensor& x, const tor
   TORCH_CHECK_VALUE(denoised.sizes() == x.sizes() && uncond_denoised.sizes() == x.sizes(),
                     "[self_attention_guidance] denoised and uncond_denoised must have the shape of x, ",
                     x.sizes(), ", got ", denoised.sizes(), " and ", uncond_denoised.sizes(), ".");
+  TORCH_CHECK_TYPE(x.is_floating_point() && denoised.is_floating_point() && uncond_denoised.is_floating_point(),
+                   "[self_attention_guidance] x, denoised and uncond_denoised must be floating, got ",
+                   x.scalar_type(), ", ", denoised.scalar_type(), " and ", uncond_denoised.scalar_type(), ".");
   TORCH_CHECK_VALUE(std::isfinite(step.scale) && std::isfinite(step.renoise_scale),
                     "[self_attention_guidance] scale and renoise_scale must be finite, got ", step.scale,
                     " and ", step.renoise_scale, ".");
@@ -37,13 +40,18 @@ torch::Tensor self_attention_guidance(
     const std::function<torch::Tensor(const torch::Tensor& x_again)>& predict_uncond,
     const SelfAttentionGuidanceStep& step) {
   check_step(denoised, x, uncond_denoised, step);
+  TORCH_CHECK_VALUE(predict_uncond, "[self_attention_guidance] predict_uncond must not be empty.");
   if (step.scale == 0 || step.blur_sigma == 0 || too_small(x)) return denoised;
   const auto degraded = create_blur_map(uncond_denoised, attn_map,
                                         {.blur_sigma = step.blur_sigma,
                                          .threshold = step.threshold,
                                          .kernel_size = step.kernel_size});
   const auto x_again = x + step.renoise_scale * (degraded - uncond_denoised);
-  return denoised + step.scale * (degraded - predict_uncond(x_again));
+  const auto again = predict_uncond(x_again);
+  TORCH_CHECK_VALUE(again.defined() && again.sizes() == x.sizes(),
+                    "[self_attention_guidance] predict_uncond must return the shape of x, ", x.sizes(), ", got ",
+                    again.defined() ? c10::str(again.sizes()) : "an undefined tensor", ".");
+  return denoised + step.scale * (degraded - again);
 }
 
 namespace {
@@ -101,7 +109,9 @@ void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass)
 // their predictions had. Cells that none covers stay 0.
 torch::Tensor combine_maps(const std::vector<StepContext::Record>& records, const torch::Tensor& x) {
   const auto& first = records.front();
-  if (records.size() == 1 && !first.rows.area) return upsample_attention_map(first.map, x.size(2), x.size(3));
+  const bool plain = records.size() == 1 && !first.rows.area && !first.rows.weight.defined() &&
+                     first.rows.count == x.size(0);
+  if (plain) return upsample_attention_map(first.map, x.size(2), x.size(3));
 
   const auto options = first.map.options();
   auto sum = at::zeros({x.size(0), 1, x.size(2), x.size(3)}, options), weights = at::zeros_like(sum);

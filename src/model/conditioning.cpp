@@ -30,6 +30,17 @@ void check_area(const Area& area, std::int64_t height, std::int64_t width, const
 
 }  // namespace
 
+Conditioning to_device(Conditioning cond, torch::Device device) {
+  const auto move = [device](torch::Tensor& t) {
+    if (t.defined()) t = t.to(device);
+  };
+  move(cond.context);
+  move(cond.y);
+  move(cond.mask);
+  for (auto& [name, tensor] : cond.extra) move(tensor);
+  return cond;
+}
+
 bool is_active(const Conditioning& cond, double sigma) {
   return cond.sigma_end <= sigma && sigma <= cond.sigma_start;
 }

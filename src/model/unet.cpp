@@ -40,6 +40,9 @@ std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) 
   const auto& name = found.front().name;
   const bool unique = std::count_if(sites.begin(), sites.end(),
                                     [&](const auto& info) { return info.name == name; }) == 1;
+  TORCH_CHECK_VALUE(unique || !found.front().path.empty(), "[resolve_attention_site] site \"", site.name(),
+                    "\" must have a name or a path of its own, but several are called \"", name, "\". ",
+                    list(sites));
   return unique ? name : found.front().path;
 }
 
