@@ -19,7 +19,8 @@ int main(int argc, char** argv) try {
   const auto sigmas = sag::get_sigmas("karras", model.model_sampling(), 20);
   sag::CfgGuider guider(guided, {prompt}, {negative}, {.cond_scale = 7.0, .sigmas = sigmas});
   const auto noise = torch::randn({1, 4, 16, 16});
-  const auto latent = sag::sample(sag::sample_euler, std::ref(guider), model.model_sampling(), noise, sigmas);
+  const auto latent =
+      sag::sample(sag::sample_euler, std::ref(guider), model.model_sampling(), noise, sigmas);
 
   std::cout << latent.sizes() << ", " << guider.report().guided() << " of "
             << guider.report().evaluations.size() << " evaluations guided\n";

@@ -1,5 +1,6 @@
-// A UNet written in C++ (torch::nn) that hooks can reach: its attention calls sag::attention in place of
-// scaled_dot_product_attention, and attention_sites() lists it. SAG and a hook of our own are patched on.
+// A UNet written in C++ (torch::nn) that hooks can reach: its attention calls sag::attention in
+// place of scaled_dot_product_attention, and attention_sites() lists it. SAG and a hook of our own
+// are patched on.
 #include <iostream>
 
 #include <torch/torch.h>
@@ -18,8 +19,10 @@ struct TinyUNetImpl : torch::nn::Module {
   }
 
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& context) {
-    const auto h = down(x) + text(context.mean(1)).unsqueeze(-1).unsqueeze(-1);  // [B, 32, H/4, W/4]
-    const auto parts = qkv(h.flatten(2).transpose(1, 2)).unflatten(-1, {3, 4, 8}).permute({2, 0, 3, 1, 4});
+    const auto h =
+        down(x) + text(context.mean(1)).unsqueeze(-1).unsqueeze(-1);  // [B, 32, H/4, W/4]
+    const auto parts =
+        qkv(h.flatten(2).transpose(1, 2)).unflatten(-1, {3, 4, 8}).permute({2, 0, 3, 1, 4});
     const auto out = sag::attention(parts[0], parts[1], parts[2], {.site = "middle.0.0"});
     return up(h + out.transpose(1, 2).flatten(2).transpose(1, 2).reshape_as(h));
   }
@@ -32,8 +35,12 @@ TORCH_MODULE(TinyUNet);
 
 class MyUNet final : public sag::UNet {
  public:
-  torch::Tensor forward(const sag::UNetInput& input) const override { return net_->forward(input.x, input.context); }
-  std::vector<sag::AttentionSiteInfo> attention_sites() const override { return {{.name = "middle.0.0"}}; }
+  torch::Tensor forward(const sag::UNetInput& input) const override {
+    return net_->forward(input.x, input.context);
+  }
+  std::vector<sag::AttentionSiteInfo> attention_sites() const override {
+    return {{.name = "middle.0.0"}};
+  }
   torch::Device device() const override { return torch::kCPU; }
   torch::ScalarType dtype() const override { return torch::kFloat; }
 
@@ -53,7 +60,9 @@ int main() {
   patched.set_attn1_replace(
       [&](const sag::AttentionCall& call, const sag::Pass& pass, const sag::NextAttention& next) {
         for (const auto& rows : pass.groups) {
-          auto& count = rows.owner != sag::Owner::main ? extra : rows.branch == sag::Branch::cond ? cond : uncond;
+          auto& count = rows.owner != sag::Owner::main     ? extra
+                        : rows.branch == sag::Branch::cond ? cond
+                                                           : uncond;
           count += rows.count;
         }
         return next(call);
@@ -61,10 +70,11 @@ int main() {
       {"middle", 0, 0});
 
   const auto sigmas = sag::get_sigmas("normal", model.model_sampling(), 10);
-  sag::CfgGuider guider(patched, {{.context = torch::randn({1, 8, 16})}}, {{.context = torch::zeros({1, 8, 16})}},
+  sag::CfgGuider guider(patched, {{.context = torch::randn({1, 8, 16})}},
+                        {{.context = torch::zeros({1, 8, 16})}},
                         {.cond_scale = 4.0, .sigmas = sigmas});
   const auto latent = sag::sample(sag::sample_heun, std::ref(guider), model.model_sampling(),
                                   torch::randn({2, 4, 32, 32}), sigmas);
-  std::cout << latent.sizes() << ": rows cond " << cond << ", uncond " << uncond << ", of SAG's own pass " << extra
-            << "\n";
+  std::cout << latent.sizes() << ": rows cond " << cond << ", uncond " << uncond
+            << ", of SAG's own pass " << extra << "\n";
 }

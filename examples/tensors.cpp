@@ -1,5 +1,5 @@
-// Self-Attention Guidance for those who have their own UNet, sampler and everything: tensors and one
-// callable. The "UNet" here is made up, so that the program runs as it is.
+// Self-Attention Guidance for those who have their own UNet, sampler and everything: tensors and
+// one callable. The "UNet" here is made up, so that the program runs as it is.
 #include <iostream>
 
 #include <torch/torch.h>
@@ -16,7 +16,8 @@ struct Prediction {
 
 // Stands for your own unconditional call of the UNet, with q and k kept on the way.
 Prediction my_unet(const torch::Tensor& x) {
-  const auto tokens = torch::avg_pool2d(x, 8).flatten(2).transpose(1, 2).unsqueeze(1);  // [B, 1, tokens, 4]
+  const auto tokens =
+      torch::avg_pool2d(x, 8).flatten(2).transpose(1, 2).unsqueeze(1);  // [B, 1, tokens, 4]
   return {.denoised = x * 0.9, .q = tokens * 3, .k = tokens * 3};
 }
 

@@ -23,15 +23,17 @@ TEST_P(AttentionMap, SumsOverQueriesLikeTheReference) {
 
 TEST_P(AttentionMap, MatchesTheNaiveFormAtAnySize) {
   torch::manual_seed(0);
-  const std::vector<std::vector<std::int64_t>> shapes = {
-      {1, 1, 1, 8}, {2, 3, 7, 5}, {3, 8, 64, 40}, {1, 5, 331, 32}, {2, 4, 1024, 16}, {1, 2, 4099, 8}};
+  const std::vector<std::vector<std::int64_t>> shapes = {{1, 1, 1, 8},     {2, 3, 7, 5},
+                                                         {3, 8, 64, 40},   {1, 5, 331, 32},
+                                                         {2, 4, 1024, 16}, {1, 2, 4099, 8}};
   for (const auto& shape : shapes) {
     const auto q = torch::randn(shape, device()), k = torch::randn(shape, device());
     const auto map = attention_map(q, k, 0.3);
     EXPECT_EQ(map.scalar_type(), torch::kFloat);
     EXPECT_EQ(map.sizes().vec(), (std::vector<std::int64_t>{shape[0], shape[2]}));
     EXPECT_LT(max_diff(map, test::reference_attention_map(q, k, 0.3)), 2e-5) << shape;
-    EXPECT_LT(max_diff(map.mean(1), torch::ones({shape[0]})), 1e-5) << "the average is 1 at " << shape;
+    EXPECT_LT(max_diff(map.mean(1), torch::ones({shape[0]})), 1e-5)
+        << "the average is 1 at " << shape;
   }
 }
 
@@ -39,15 +41,18 @@ TEST_P(AttentionMap, MatchesTheNaiveFormAtAnySize) {
 TEST_P(AttentionMap, KeepsFp32ForHalfPrecisionInputs) {
   torch::manual_seed(1);
   for (const auto dtype : {torch::kHalf, torch::kBFloat16}) {
-    const auto q = torch::randn({2, 4, 100, 32}, device()).to(dtype), k = torch::randn({2, 4, 100, 32}, device()).to(dtype);
+    const auto q = torch::randn({2, 4, 100, 32}, device()).to(dtype),
+               k = torch::randn({2, 4, 100, 32}, device()).to(dtype);
     const auto map = attention_map(q, k);
     EXPECT_EQ(map.scalar_type(), torch::kFloat);
-    EXPECT_LT(max_diff(map, test::reference_attention_map(q, k, 1 / std::sqrt(32.0))), 2e-5) << dtype;
+    EXPECT_LT(max_diff(map, test::reference_attention_map(q, k, 1 / std::sqrt(32.0))), 2e-5)
+        << dtype;
   }
 }
 
 TEST_P(AttentionMap, DoesNotOverflowInHalfPrecision) {
-  const auto q = torch::full({1, 1, 8, 64}, 100.0, device()).to(torch::kHalf);  // q·k = 640000 > 65504
+  const auto q =
+      torch::full({1, 1, 8, 64}, 100.0, device()).to(torch::kHalf);  // q·k = 640000 > 65504
   const auto map = attention_map(q, q);
   EXPECT_LT(max_diff(map, torch::ones({1, 8})), 1e-5);
 }
@@ -62,7 +67,8 @@ TEST_P(AttentionMap, TakesStridedViewsAndSharedKeyHeads) {
 
 TEST_P(AttentionMap, IsTheSameInEveryRun) {
   torch::manual_seed(3);
-  const auto q = torch::randn({2, 8, 700, 40}, device()), k = torch::randn({2, 8, 700, 40}, device());
+  const auto q = torch::randn({2, 8, 700, 40}, device()),
+             k = torch::randn({2, 8, 700, 40}, device());
   const auto first = attention_map(q, k);
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(torch::equal(attention_map(q, k), first));
 }

@@ -11,16 +11,23 @@ namespace sag {
 namespace {
 
 struct Inputs {
-  torch::Tensor q = torch::randn({2, 3, 5, 8}), k = torch::randn({2, 3, 5, 8}), v = torch::randn({2, 3, 5, 8});
+  torch::Tensor q = torch::randn({2, 3, 5, 8}), k = torch::randn({2, 3, 5, 8}),
+                v = torch::randn({2, 3, 5, 8});
 };
 
-torch::Tensor sdpa(const Inputs& in) { return at::scaled_dot_product_attention(in.q, in.k, in.v); }
+torch::Tensor sdpa(const Inputs& in) {
+  return at::scaled_dot_product_attention(in.q, in.k, in.v);
+}
 
 AttentionHook times(double factor) {
-  return [factor](const AttentionCall& call, const Pass&, const NextAttention& next) { return factor * next(call); };
+  return [factor](const AttentionCall& call, const Pass&, const NextAttention& next) {
+    return factor * next(call);
+  };
 }
 AttentionHook plus(double summand) {
-  return [summand](const AttentionCall& call, const Pass&, const NextAttention& next) { return next(call) + summand; };
+  return [summand](const AttentionCall& call, const Pass&, const NextAttention& next) {
+    return next(call) + summand;
+  };
 }
 
 /// A scope for tests of the attention alone.
@@ -51,8 +58,9 @@ TEST(Attention, HandsOnAllArguments) {
   const Inputs in;
   const auto mask = torch::randn({5, 5});
   const Scope scope({{"a", times(1), {}}});
-  EXPECT_TRUE(torch::equal(attention(in.q, in.k, in.v, {.site = "a", .attn_mask = mask, .scale = 0.5}),
-                           at::scaled_dot_product_attention(in.q, in.k, in.v, mask, 0.0, false, 0.5)));
+  EXPECT_TRUE(
+      torch::equal(attention(in.q, in.k, in.v, {.site = "a", .attn_mask = mask, .scale = 0.5}),
+                   at::scaled_dot_product_attention(in.q, in.k, in.v, mask, 0.0, false, 0.5)));
   EXPECT_TRUE(torch::equal(attention(in.q, in.k, in.v, {.site = "a", .is_causal = true}),
                            at::scaled_dot_product_attention(in.q, in.k, in.v, {}, 0.0, true)));
 }
@@ -65,7 +73,9 @@ TEST(Attention, RunsHooksFirstInstalledOutermost) {
 
 TEST(Attention, NeedNotCallTheNextHook) {
   const Inputs in;
-  const auto perturb = [](const AttentionCall& call, const Pass&, const NextAttention&) { return call.v; };
+  const auto perturb = [](const AttentionCall& call, const Pass&, const NextAttention&) {
+    return call.v;
+  };
   const Scope scope({{"a", times(2), {}}, {"a", perturb, {}}});
   EXPECT_TRUE(torch::equal(attention(in.q, in.k, in.v, {.site = "a"}), 2 * in.v));
 }
@@ -86,8 +96,12 @@ TEST(Attention, TellsHooksTheirPass) {
 
 TEST(Attention, RefusesAHooksWrongShape) {
   const Inputs in;
-  const auto wrong = [](const AttentionCall& call, const Pass&, const NextAttention&) { return call.v.narrow(2, 0, 1); };
-  const auto nothing = [](const AttentionCall&, const Pass&, const NextAttention&) { return torch::Tensor(); };
+  const auto wrong = [](const AttentionCall& call, const Pass&, const NextAttention&) {
+    return call.v.narrow(2, 0, 1);
+  };
+  const auto nothing = [](const AttentionCall&, const Pass&, const NextAttention&) {
+    return torch::Tensor();
+  };
   const Scope scope({{"a", wrong, {}}, {"b", nothing, {}}});
   EXPECT_THROW(attention(in.q, in.k, in.v, {.site = "a"}), c10::ValueError);
   EXPECT_THROW(attention(in.q, in.k, in.v, {.site = "b"}), c10::ValueError);
@@ -112,7 +126,8 @@ TEST(AttentionScope, ReachesThreadsThatAreForked) {
   const Inputs in;
   const Scope scope({{"a", times(2), {}}});
   torch::Tensor out;
-  c10::intrusive_ptr<c10::ivalue::Future> done = c10::make_intrusive<c10::ivalue::Future>(c10::NoneType::get());
+  c10::intrusive_ptr<c10::ivalue::Future> done =
+      c10::make_intrusive<c10::ivalue::Future>(c10::NoneType::get());
   at::launch([&] {
     out = attention(in.q, in.k, in.v, {.site = "a"});
     done->markCompleted();
@@ -124,7 +139,8 @@ TEST(AttentionScope, ReachesThreadsThatAreForked) {
 TEST(AttentionScope, EndsWhenAHookThrows) {
   struct Odd {};
   const Inputs in;
-  const auto throwing = [](const AttentionCall&, const Pass&, const NextAttention&) -> torch::Tensor { throw Odd{}; };
+  const auto throwing = [](const AttentionCall&, const Pass&,
+                           const NextAttention&) -> torch::Tensor { throw Odd{}; };
   EXPECT_THROW(
       {
         const Scope scope({{"a", throwing, {}}});
@@ -134,11 +150,13 @@ TEST(AttentionScope, EndsWhenAHookThrows) {
   EXPECT_TRUE(torch::equal(attention(in.q, in.k, in.v, {.site = "a"}), sdpa(in)));
 }
 
-TEST(AttentionScope, NeedsAStep) { EXPECT_THROW(AttentionScope({}, Pass{}), c10::ValueError); }
+TEST(AttentionScope, NeedsAStep) {
+  EXPECT_THROW(AttentionScope({}, Pass{}), c10::ValueError);
+}
 
 TEST(ActiveHooks, AreChosenBySigmaBeforeThePass) {
-  const std::vector<InstalledHook> hooks = {{"a", times(1), {}},
-                                            {"b", times(1), {.active = [](double sigma) { return sigma > 3; }}}};
+  const std::vector<InstalledHook> hooks = {
+      {"a", times(1), {}}, {"b", times(1), {.active = [](double sigma) { return sigma > 3; }}}};
   EXPECT_EQ(active_hooks(hooks, 5).size(), 2u);
   ASSERT_EQ(active_hooks(hooks, 2).size(), 1u);
   EXPECT_EQ(active_hooks(hooks, 2).front().site, "a");

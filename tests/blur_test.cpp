@@ -15,11 +15,14 @@ class Blur : public test::BackendTest {};
 
 TEST_P(Blur, IsAConvolutionWithTheOuterProduct) {
   torch::manual_seed(0);
-  for (const auto& [h, w] : {std::pair<std::int64_t, std::int64_t>{16, 24}, {5, 5}, {33, 7}, {3, 20}, {1, 9}, {1, 1}})
+  for (const auto& [h, w] :
+       {std::pair<std::int64_t, std::int64_t>{16, 24}, {5, 5}, {33, 7}, {3, 20}, {1, 9}, {1, 1}})
     for (const std::int64_t taps : {1, 3, 9, 13})
       for (const double sigma : {0.3, 2.0, 10.0}) {
         const auto x = torch::randn({2, 3, h, w}, device());
-        EXPECT_LT(max_diff(gaussian_blur_2d(x, taps, sigma), test::reference_blur(x, taps / 2, sigma)), 2e-6)
+        EXPECT_LT(
+            max_diff(gaussian_blur_2d(x, taps, sigma), test::reference_blur(x, taps / 2, sigma)),
+            2e-6)
             << h << " x " << w << ", " << taps << " taps, sigma " << sigma;
       }
 }
@@ -29,8 +32,12 @@ TEST_P(Blur, SpreadsAnImpulseLikeTheReference) {
   auto x = torch::zeros({1, 1, 6, 7});
   x[0][0][2][3] = 1;
   const auto y = gaussian_blur_2d(x.to(device()), 9, 2.0)[0][0];
-  EXPECT_LT(max_diff(y[0], torch::tensor({.032831, .037512, .044622, .050564, .044622, .037512, .032831})), 1e-6);
-  EXPECT_LT(max_diff(y[5], torch::tensor({.017573, .020078, .023885, .027065, .023885, .020078, .017573})), 1e-6);
+  EXPECT_LT(max_diff(y[0], torch::tensor(
+                               {.032831, .037512, .044622, .050564, .044622, .037512, .032831})),
+            1e-6);
+  EXPECT_LT(max_diff(y[5], torch::tensor(
+                               {.017573, .020078, .023885, .027065, .023885, .020078, .017573})),
+            1e-6);
 }
 
 TEST_P(Blur, KeepsTheDtypeAndSumsHalfPrecisionInFp32) {
@@ -56,7 +63,8 @@ TEST_P(Blur, WithKernelSize0IsAsWideAsSigmaNeeds) {
 
 // Golden toy.json, T8 and T9: x0 = fill((1,4,16,24),.11,.5,1) with the attention of T1.
 TEST_P(Blur, MapBlursWhatIsAttendedTo) {
-  const auto q = test::split_heads(fill({2, 6, 8}, .5, .1, 2), 2), k = test::split_heads(fill({2, 6, 8}, .3, .4, 2), 2);
+  const auto q = test::split_heads(fill({2, 6, 8}, .5, .1, 2), 2),
+             k = test::split_heads(fill({2, 6, 8}, .3, .4, 2), 2);
   const auto map = attention_map(q, k).to(device());
   const auto x0 = fill({1, 4, 16, 24}, .11, .5, 1).to(device());
   const auto blurred = create_blur_map(x0, map.narrow(0, 0, 1));
@@ -72,24 +80,29 @@ TEST_P(Blur, MapBlursWhatIsAttendedTo) {
 
 TEST_P(Blur, MapKeepsTheRestToTheBit) {
   const auto x0 = torch::randn({1, 4, 16, 16}, device());
-  const auto map = torch::tensor({{2.0, 0.5, 0.5, 1.0}}).to(device(), torch::kFloat);  // 2 × 2 tokens; 1 is not above 1
+  const auto map = torch::tensor({{2.0, 0.5, 0.5, 1.0}})
+                       .to(device(), torch::kFloat);  // 2 × 2 tokens; 1 is not above 1
   const auto blurred = create_blur_map(x0, map);
-  EXPECT_FALSE(torch::equal(blurred.narrow(2, 0, 8).narrow(3, 0, 8), x0.narrow(2, 0, 8).narrow(3, 0, 8)));
+  EXPECT_FALSE(
+      torch::equal(blurred.narrow(2, 0, 8).narrow(3, 0, 8), x0.narrow(2, 0, 8).narrow(3, 0, 8)));
   EXPECT_TRUE(torch::equal(blurred.narrow(2, 8, 8), x0.narrow(2, 8, 8)));
   EXPECT_TRUE(torch::equal(blurred.narrow(3, 8, 8), x0.narrow(3, 8, 8)));
 }
 
 TEST_P(Blur, MapTakesAMapOfLatentSize) {
   const auto x0 = torch::randn({2, 4, 17, 9}, device()), map = torch::rand({2, 6}, device()) * 2;
-  EXPECT_TRUE(torch::equal(create_blur_map(x0, upsample_attention_map(map, 17, 9)), create_blur_map(x0, map)));
+  EXPECT_TRUE(torch::equal(create_blur_map(x0, upsample_attention_map(map, 17, 9)),
+                           create_blur_map(x0, map)));
 }
 
 // Golden toy.json, T5: run lengths of the nearest rule, for instance 9 → 65.
 TEST_P(Blur, UpsamplesByTheNearestCell) {
   const auto runs = [&](std::int64_t tokens, std::int64_t side) {
-    const auto row = upsample_attention_map(torch::arange(tokens, device()).to(torch::kFloat).view({1, tokens}), 1, side);
+    const auto row = upsample_attention_map(
+        torch::arange(tokens, device()).to(torch::kFloat).view({1, tokens}), 1, side);
     std::vector<std::int64_t> lengths;
-    for (std::int64_t i = 0; i < tokens; ++i) lengths.push_back((row == i).sum().item<std::int64_t>());
+    for (std::int64_t i = 0; i < tokens; ++i)
+      lengths.push_back((row == i).sum().item<std::int64_t>());
     return lengths;
   };
   EXPECT_EQ(runs(9, 65), (std::vector<std::int64_t>{8, 7, 7, 7, 8, 7, 7, 7, 7}));

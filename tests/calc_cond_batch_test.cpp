@@ -41,7 +41,8 @@ TEST_P(CalcCondBatch, PutsWhatFitsIntoOneCall) {
   EXPECT_EQ(batch.unet_calls, 1);
   EXPECT_EQ(batch.unet_rows, 6);
   EXPECT_LT(max_diff(batch.denoised[1], alone(x(), prompt(1))), 1e-5);
-  EXPECT_LT(max_diff(batch.denoised[0], (alone(x(), prompt(-1)) + alone(x(), prompt(0.5))) / 2), 1e-5);
+  EXPECT_LT(max_diff(batch.denoised[0], (alone(x(), prompt(-1)) + alone(x(), prompt(0.5))) / 2),
+            1e-5);
 }
 
 TEST_P(CalcCondBatch, GivesTheSameWhateverTheRowLimit) {
@@ -49,11 +50,13 @@ TEST_P(CalcCondBatch, GivesTheSameWhateverTheRowLimit) {
       {.branch = Branch::uncond, .x = x(3), .conds = {prompt(-1), prompt(0.5)}},
       {.branch = Branch::cond, .x = x(3), .conds = {prompt(1)}}};
   const auto whole = run(requests);
-  for (const auto& [limit, calls] : {std::pair<std::int64_t, std::int64_t>{1, 9}, {2, 6}, {3, 3}, {4, 3}, {6, 2}, {9, 1}}) {
+  for (const auto& [limit, calls] :
+       {std::pair<std::int64_t, std::int64_t>{1, 9}, {2, 6}, {3, 3}, {4, 3}, {6, 2}, {9, 1}}) {
     const auto split = run(requests, limit);
     EXPECT_LE(split.unet_calls, calls) << limit << " rows";
     EXPECT_EQ(split.unet_rows, 9);
-    for (std::size_t i = 0; i < 2; ++i) EXPECT_LT(max_diff(split.denoised[i], whole.denoised[i]), 1e-5) << limit << " rows";
+    for (std::size_t i = 0; i < 2; ++i)
+      EXPECT_LT(max_diff(split.denoised[i], whole.denoised[i]), 1e-5) << limit << " rows";
   }
 }
 
@@ -70,8 +73,9 @@ TEST_P(CalcCondBatch, LabelsRowsForHooksInEverySplit) {
         },
         {"middle", 0, 0});
     StepContext step(4, 0, 16, 24);
-    const std::vector<CondRequest> requests = {{.branch = Branch::uncond, .x = x(3), .conds = {prompt(-1)}},
-                                               {.branch = Branch::cond, .x = x(3), .conds = {prompt(1)}}};
+    const std::vector<CondRequest> requests = {
+        {.branch = Branch::uncond, .x = x(3), .conds = {prompt(-1)}},
+        {.branch = Branch::cond, .x = x(3), .conds = {prompt(1)}}};
     calc_cond_batch(patched, requests, 4, step, {.max_rows = limit});
     EXPECT_EQ(seen, (std::map<std::int64_t, int>{{0, 1}, {1, 1}, {2, 1}})) << limit << " rows";
   }
@@ -88,10 +92,13 @@ TEST_P(CalcCondBatch, WeighsByStrengthAndMask) {
   left.mask.narrow(1, 0, 12).fill_(1);
   right.mask = 1 - left.mask;
   const auto halves = run({{.x = x(), .conds = {left, right}}}).denoised.front();
-  EXPECT_LT(max_diff(halves, torch::where(left.mask > 0, alone(x(), prompt(1)), alone(x(), prompt(-1)))), 1e-5);
+  EXPECT_LT(
+      max_diff(halves, torch::where(left.mask > 0, alone(x(), prompt(1)), alone(x(), prompt(-1)))),
+      1e-5);
 }
 
-// ComfyUI: `get_area_and_mult`: 8 cells of feather, fewer on small areas, none on the latent's edge.
+// ComfyUI: `get_area_and_mult`: 8 cells of feather, fewer on small areas, none on the latent's
+// edge.
 TEST_P(CalcCondBatch, EvaluatesAnAreaForItselfAndFeathersIt) {
   auto part = prompt(1);
   part.area = Area{16, 8, 0, 16};
@@ -122,7 +129,8 @@ TEST_P(CalcCondBatch, EvensOutPromptsOfDifferentLength) {
   EXPECT_LT(max_diff(batch.denoised[1], alone(x(), prompt(1))), 1e-5);
 
   const auto much_longer = Conditioning{.context = torch::full({1, 7, 1}, 1.0, device())};
-  EXPECT_EQ(run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {much_longer}}}).unet_calls, 2);
+  EXPECT_EQ(run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {much_longer}}}).unet_calls,
+            2);
 }
 
 TEST_P(CalcCondBatch, GivesEachImageItsOwnConditioning) {
@@ -136,7 +144,8 @@ TEST_P(CalcCondBatch, GivesEachImageItsOwnConditioning) {
 
 TEST_P(CalcCondBatch, TakesAnotherXPerRequest) {
   const auto other = x() * 0.5 + 1;
-  const auto batch = run({{.x = x(), .conds = {prompt(-1)}}, {.owner = Owner("g"), .x = other, .conds = {prompt(-1)}}});
+  const auto batch = run({{.x = x(), .conds = {prompt(-1)}},
+                          {.owner = Owner("g"), .x = other, .conds = {prompt(-1)}}});
   EXPECT_EQ(batch.unet_calls, 1);
   EXPECT_LT(max_diff(batch.denoised[1], alone(other, prompt(-1))), 1e-5);
 }

@@ -20,7 +20,9 @@ struct Toy {
   CfgGuider guider(const ModelPatcher& patched, double cond_scale = 7) const {
     return {patched, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = cond_scale}};
   }
-  torch::Tensor prediction(double prompt) const { return model.denoiser()(x, 4, toy_prompt(prompt)); }
+  torch::Tensor prediction(double prompt) const {
+    return model.denoiser()(x, 4, toy_prompt(prompt));
+  }
 };
 
 TEST(CfgGuider, IsClassifierFreeGuidance) {
@@ -63,9 +65,14 @@ TEST(CfgGuider, RunsFunctionsInTheOrderAdded) {
   const Toy toy;
   auto patched = toy.model.clone();
   const auto u = toy.prediction(-1), c = toy.prediction(1);
-  patched.set_pre_cfg_function([](const CfgArgs& args) { return CfgPredictions{args.cond_denoised + 1, args.uncond_denoised}; });
-  patched.set_pre_cfg_function([](const CfgArgs& args) { return CfgPredictions{args.cond_denoised * 2, args.uncond_denoised}; });
-  patched.set_cfg_function([](const CfgArgs& args) { return args.cond_denoised - args.uncond_denoised; });
+  patched.set_pre_cfg_function([](const CfgArgs& args) {
+    return CfgPredictions{args.cond_denoised + 1, args.uncond_denoised};
+  });
+  patched.set_pre_cfg_function([](const CfgArgs& args) {
+    return CfgPredictions{args.cond_denoised * 2, args.uncond_denoised};
+  });
+  patched.set_cfg_function(
+      [](const CfgArgs& args) { return args.cond_denoised - args.uncond_denoised; });
   patched.set_post_cfg_function([](const PostCfgArgs& args) { return args.denoised + 3; });
   patched.set_post_cfg_function([](const PostCfgArgs& args) { return args.denoised * 5; });
   EXPECT_LT(max_diff(toy.guider(patched)(toy.x, 4), ((c + 1) * 2 - u + 3) * 5), 1e-3);
@@ -82,7 +89,8 @@ TEST(CfgGuider, LetsAPostCfgFunctionPredictAgain) {
         return next(call);
       },
       {"middle", 0, 0});
-  patched.set_post_cfg_function([&](const PostCfgArgs& args) { return args.predict(args.x * 0.5, Branch::cond, owner); });
+  patched.set_post_cfg_function(
+      [&](const PostCfgArgs& args) { return args.predict(args.x * 0.5, Branch::cond, owner); });
   auto guider = toy.guider(patched);
   EXPECT_LT(max_diff(guider(toy.x, 4), toy.model.denoiser()(toy.x * 0.5, 4, toy_prompt(1))), 1e-5);
   EXPECT_EQ(owners, (std::vector<std::string>{"main", "main", "mine"}));

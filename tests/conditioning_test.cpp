@@ -7,7 +7,9 @@
 namespace sag {
 namespace {
 
-void check(const Conditioning& cond) { check_conditioning(cond, 2, 8, 12, "test"); }
+void check(const Conditioning& cond) {
+  check_conditioning(cond, 2, 8, 12, "test");
+}
 
 TEST(Conditioning, IsActiveOnAClosedInterval) {
   const Conditioning cond{.sigma_start = 5, .sigma_end = 1};
@@ -20,7 +22,9 @@ TEST(Conditioning, IsActiveOnAClosedInterval) {
 
 TEST(CheckConditioning, TakesWhatFits) {
   check({});
-  check({.context = torch::zeros({1, 77, 8}), .y = torch::zeros({2, 16}), .extra = {{"c", torch::zeros({1, 4})}}});
+  check({.context = torch::zeros({1, 77, 8}),
+         .y = torch::zeros({2, 16}),
+         .extra = {{"c", torch::zeros({1, 4})}}});
   check({.area = Area{4, 4, 6, 10}, .mask = torch::zeros({8, 12})});
   check({.mask = torch::zeros({2, 8, 12})});
 }

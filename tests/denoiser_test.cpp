@@ -41,20 +41,25 @@ TEST(Denoiser, BringsEveryTensorToTheUNet) {
   const auto unet = std::make_shared<Echo>(torch::kHalf);
   const auto denoised = Denoiser(unet, ModelSampling::flow({}))(
       torch::randn({3, 4, 8, 8}), 0.5,
-      {.context = torch::randn({1, 5, 6}), .y = torch::randn({3, 7}), .extra = {{"ids", torch::ones({1, 2}, torch::kLong)}}});
+      {.context = torch::randn({1, 5, 6}),
+       .y = torch::randn({3, 7}),
+       .extra = {{"ids", torch::ones({1, 2}, torch::kLong)}}});
   EXPECT_EQ(unet->seen.x.scalar_type(), torch::kHalf);
   EXPECT_EQ(unet->seen.timesteps.scalar_type(), torch::kFloat);
   EXPECT_EQ(unet->seen.context.sizes().vec(), (std::vector<std::int64_t>{3, 5, 6}));
   EXPECT_EQ(unet->seen.context.scalar_type(), torch::kHalf);
   EXPECT_EQ(unet->seen.extra.at("ids").scalar_type(), torch::kLong);
   EXPECT_EQ(unet->seen.extra.at("ids").size(0), 3);
-  EXPECT_EQ(denoised.scalar_type(), torch::kFloat) << "the arithmetic around the UNet stays in fp32";
+  EXPECT_EQ(denoised.scalar_type(), torch::kFloat)
+      << "the arithmetic around the UNet stays in fp32";
 }
 
 TEST(Denoiser, PromotesHalfAndKeepsDouble) {
   const Denoiser denoiser(std::make_shared<Echo>(torch::kFloat), ModelSampling::flow({}));
-  EXPECT_EQ(denoiser(torch::randn({1, 4, 8, 8}).to(torch::kHalf), 0.5, {}).scalar_type(), torch::kFloat);
-  EXPECT_EQ(denoiser(torch::randn({1, 4, 8, 8}, torch::kDouble), 0.5, {}).scalar_type(), torch::kDouble);
+  EXPECT_EQ(denoiser(torch::randn({1, 4, 8, 8}).to(torch::kHalf), 0.5, {}).scalar_type(),
+            torch::kFloat);
+  EXPECT_EQ(denoiser(torch::randn({1, 4, 8, 8}, torch::kDouble), 0.5, {}).scalar_type(),
+            torch::kDouble);
 }
 
 TEST(Denoiser, ChecksItsArguments) {

@@ -1,4 +1,5 @@
-// Whole runs of ComfyUI and diffusers over small UNets (golden/README.md), repeated through the public API.
+// Whole runs of ComfyUI and diffusers over small UNets (golden/README.md), repeated through the
+// public API.
 
 #include <filesystem>
 #include <fstream>
@@ -58,7 +59,8 @@ std::shared_ptr<TorchScriptUNet> load_unet(const std::string& file, torch::Devic
 
 ModelSampling sampling_of(const json& run) {
   if (run["prediction"] == "flow") {
-    return ModelSampling::flow({.shift = run["flow"]["shift"], .multiplier = run["flow"]["multiplier"]});
+    return ModelSampling::flow(
+        {.shift = run["flow"]["shift"], .multiplier = run["flow"]["multiplier"]});
   }
   return ModelSampling::discrete(parse_prediction(run["prediction"].get<std::string>()));
 }
@@ -96,29 +98,35 @@ TEST_P(ComfyUi, RunIsReproduced) {
   SampleOptions options{.latent = latent, .denoise_mask = tensor("denoise_mask")};
   DenoiseFunction denoise = std::ref(guider);
   if (tensor("inpaint_noise").defined()) {  // ComfyUI's ddim noises the kept part afresh
-    denoise = inpaint_model(denoise, model.model_sampling(), latent, tensor("inpaint_noise"), options.denoise_mask);
+    denoise = inpaint_model(denoise, model.model_sampling(), latent, tensor("inpaint_noise"),
+                            options.denoise_mask);
     options.denoise_mask = torch::Tensor();
   }
-  const auto samples = sample(get_sampler(run["sampler"].get<std::string>()), denoise, model.model_sampling(),
-                              tensor("noise"), sigmas, options) / factor;
+  const auto samples = sample(get_sampler(run["sampler"].get<std::string>()), denoise,
+                              model.model_sampling(), tensor("noise"), sigmas, options) /
+                       factor;
 
   const auto expected = tensor(run["samples"].get<std::string>().c_str());
-  const auto tolerance = (device.is_cuda() ? 1e-4 : kTolerance) * expected.abs().max().item<double>();
+  const auto tolerance =
+      (device.is_cuda() ? 1e-4 : kTolerance) * expected.abs().max().item<double>();
   EXPECT_LT(max_diff(samples, expected), tolerance);
 }
 
 std::string run_name(const testing::TestParamInfo<std::tuple<const char*, json>>& info) {
   auto name = std::get<1>(info.param)["id"].get<std::string>() + "_" + std::get<0>(info.param);
-  std::replace_if(name.begin(), name.end(), [](char c) { return !std::isalnum(c); }, '_');
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return !std::isalnum(c); }, '_');
   return name;
 }
-INSTANTIATE_TEST_SUITE_P(Golden, ComfyUi, testing::Combine(test::backends(), testing::ValuesIn(comfyui_runs())),
+INSTANTIATE_TEST_SUITE_P(Golden, ComfyUi,
+                         testing::Combine(test::backends(), testing::ValuesIn(comfyui_runs())),
                          run_name);
 
 TEST(GoldenData, IsAllThere) {
   std::map<std::string, int> per_unet;
   for (const auto& run : comfyui_runs()) {
-    EXPECT_TRUE(std::filesystem::exists(golden_dir() + "/" + run["file"].get<std::string>())) << run["id"];
+    EXPECT_TRUE(std::filesystem::exists(golden_dir() + "/" + run["file"].get<std::string>()))
+        << run["id"];
     ++per_unet[run["unet"]];
   }
   EXPECT_GE(per_unet["comfy_sd15_tiny.ts"], 30);
@@ -126,7 +134,8 @@ TEST(GoldenData, IsAllThere) {
   EXPECT_GE(per_unet["comfy_sd2v_tiny.ts"], 2);
 }
 
-// diffusers samples x / √(1 + σ²), blurs with sigma 1, and below guidance 1 has the conditional branch alone.
+// diffusers samples x / √(1 + σ²), blurs with sigma 1, and below guidance 1 has the conditional
+// branch alone.
 class Diffusers : public testing::TestWithParam<std::tuple<const char*, const char*>> {};
 
 TEST_P(Diffusers, DdimRunIsReproduced) {
@@ -134,11 +143,13 @@ TEST_P(Diffusers, DdimRunIsReproduced) {
   const torch::Device device(device_name);
   SAG_SKIP_WITHOUT_CUDA(device);
   const auto& runs = golden_index()["diffusers_runs"];
-  const auto& run = *std::find_if(runs.begin(), runs.end(), [id = id](const json& r) { return r["id"] == id; });
+  const auto& run =
+      *std::find_if(runs.begin(), runs.end(), [id = id](const json& r) { return r["id"] == id; });
   const test::Golden golden(run["file"], device);
 
-  auto model = apply_self_attention_guidance({load_unet(run["unet"], device), ModelSampling::discrete()},
-                                             {.scale = run["sag_scale"], .blur_sigma = run["blur_sigma"]});
+  auto model =
+      apply_self_attention_guidance({load_unet(run["unet"], device), ModelSampling::discrete()},
+                                    {.scale = run["sag_scale"], .blur_sigma = run["blur_sigma"]});
   auto sigmas = golden.numbers("sigmas");
   const auto last = golden.numbers("alphas_cumprod_prev").back();
   sigmas.push_back(std::sqrt((1 - last) / last));
@@ -147,17 +158,22 @@ TEST_P(Diffusers, DdimRunIsReproduced) {
   CfgGuider guider = guidance > 1 ? CfgGuider(model, {cond}, {uncond}, {.cond_scale = guidance})
                                   : CfgGuider(model, {}, {cond});
 
-  const auto x = sample_ddim(std::ref(guider), golden.get("latents") * std::sqrt(1 + sigmas.front() * sigmas.front()), sigmas);
+  const auto x =
+      sample_ddim(std::ref(guider),
+                  golden.get("latents") * std::sqrt(1 + sigmas.front() * sigmas.front()), sigmas);
   const auto samples = x / std::sqrt(1 + sigmas.back() * sigmas.back());
   const auto expected = golden.get("samples");
-  EXPECT_LT(max_diff(samples, expected), (device.is_cuda() ? 1e-4 : kTolerance) * expected.abs().max().item<double>());
+  EXPECT_LT(max_diff(samples, expected),
+            (device.is_cuda() ? 1e-4 : kTolerance) * expected.abs().max().item<double>());
 }
 INSTANTIATE_TEST_SUITE_P(Golden, Diffusers,
                          testing::Combine(test::backends(),
-                                          testing::Values("diff_ddim_16x16", "diff_ddim_16x24_b2", "diff_ddim_24x17",
-                                                          "diff_ddim_g1", "diff_ddim_g0_odd", "diff_ddim_nosag")),
+                                          testing::Values("diff_ddim_16x16", "diff_ddim_16x24_b2",
+                                                          "diff_ddim_24x17", "diff_ddim_g1",
+                                                          "diff_ddim_g0_odd", "diff_ddim_nosag")),
                          [](const auto& info) {
-                           return std::string(std::get<1>(info.param)) + "_" + std::get<0>(info.param);
+                           return std::string(std::get<1>(info.param)) + "_" +
+                                  std::get<0>(info.param);
                          });
 
 }  // namespace

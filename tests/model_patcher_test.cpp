@@ -5,16 +5,22 @@
 namespace sag {
 namespace {
 
-ModelPatcher toy() { return {std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}; }
+ModelPatcher toy() {
+  return {std::make_shared<test::ToyUNet>(), ModelSampling::discrete()};
+}
 
-torch::Tensor pass_on(const AttentionCall& call, const Pass&, const NextAttention& next) { return next(call); }
+torch::Tensor pass_on(const AttentionCall& call, const Pass&, const NextAttention& next) {
+  return next(call);
+}
 
 TEST(ModelPatcher, ClonesShareTheModelAndNoPatches) {
   auto model = toy();
   auto clone = model.clone();
   clone.set_attn1_replace(pass_on, {"middle", 0, 0});
   clone.set_post_cfg_function([](const PostCfgArgs& args) { return args.denoised; });
-  clone.set_pre_cfg_function([](const CfgArgs& args) { return CfgPredictions{args.cond_denoised, args.uncond_denoised}; });
+  clone.set_pre_cfg_function([](const CfgArgs& args) {
+    return CfgPredictions{args.cond_denoised, args.uncond_denoised};
+  });
   clone.set_cfg_function([](const CfgArgs& args) { return args.cond_denoised; });
   EXPECT_EQ(&model.unet(), &clone.unet());
   EXPECT_TRUE(model.attention_hooks().empty() && model.post_cfg_functions().empty() &&

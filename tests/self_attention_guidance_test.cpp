@@ -37,8 +37,9 @@ struct ToyResult {
 };
 
 ToyResult run(const ToyRun& toy, torch::Device device = torch::kCPU) {
-  const auto sampling = toy.prediction == Prediction::flow ? ModelSampling::flow({})
-                                                            : ModelSampling::discrete(toy.prediction);
+  const auto sampling = toy.prediction == Prediction::flow
+                            ? ModelSampling::flow({})
+                            : ModelSampling::discrete(toy.prediction);
   ModelPatcher model(std::make_shared<test::ToyUNet>(device), sampling);
   for (const auto& options : toy.sag) model = apply_self_attention_guidance(model, options);
   std::vector<Conditioning> negatives;
@@ -64,9 +65,18 @@ const std::vector<Golden> kGoldens = {
     {"T12", {}, {-2.842114, -0.246421, -6.716259, -2.545937}, 6243.8574},
     {"T13", {.sag = {kSag}}, {-3.503472, -2.202827, -5.858837, -2.740784}, 6241.373676},
     {"T14_no_sag", {.sigmas = {4, 0}}, {-4.292791, -2.343381, -7.197773, -4.059066}, 7986.710148},
-    {"T14", {.sigmas = {4, 0}, .sag = {kSag}}, {-4.657514, -3.385478, -6.416913, -4.368860}, 7986.743181},
-    {"T15", {.sag = {{.scale = -1, .blur_sigma = 1}}}, {-0.613078, 3.844987, -7.405267, -2.487843}, 7163.496012},
-    {"T16", {.cond_scale = 1, .sag = {kSag}}, {0.228555, 1.527738, -1.511618, 1.024782}, 2749.466776},
+    {"T14",
+     {.sigmas = {4, 0}, .sag = {kSag}},
+     {-4.657514, -3.385478, -6.416913, -4.368860},
+     7986.743181},
+    {"T15",
+     {.sag = {{.scale = -1, .blur_sigma = 1}}},
+     {-0.613078, 3.844987, -7.405267, -2.487843},
+     7163.496012},
+    {"T16",
+     {.cond_scale = 1, .sag = {kSag}},
+     {0.228555, 1.527738, -1.511618, 1.024782},
+     2749.466776},
     {"T17", {.cond_scale = 1}, {0.896883, 3.492578, -2.964271, 1.210637}, 4032.066184},
     {"T18",
      {.sag = {{.scale = .75, .sigma_start = 5, .sigma_end = 1}}},
@@ -76,7 +86,10 @@ const std::vector<Golden> kGoldens = {
      {.sag = {{.scale = .75, .sigma_start = 4, .sigma_end = 1.5}}},
      {-3.243425, -1.413695, -6.715827, -2.549601},
      6243.373595},
-    {"T20", {.prediction = Prediction::v, .sag = {kSag}}, {-0.979830, -0.774858, -1.269959, -0.901142}, 1643.082345},
+    {"T20",
+     {.prediction = Prediction::v, .sag = {kSag}},
+     {-0.979830, -0.774858, -1.269959, -0.901142},
+     1643.082345},
     {"T21",
      {.prediction = Prediction::flow, .sigmas = {1, .75, .5, .25, 0}},
      {-0.700147, -0.145357, -1.527921, -0.635644},
@@ -89,8 +102,14 @@ const std::vector<Golden> kGoldens = {
      {.sag = {kSag, {.scale = .25, .blur_sigma = 1}}},
      {-3.701168, -2.605481, -5.575083, -2.756134},
      6241.627677},
-    {"T26", {.sag = {kSag}, .sampler = sample_heun}, {-1.885284, -0.959453, -3.450225, -1.226830}, 3586.8808},
-    {"T27", {.sag = {kSag}, .sampler = sample_dpmpp_2m}, {-2.144064, -1.168253, -3.700621, -1.406419}, 4013.1545},
+    {"T26",
+     {.sag = {kSag}, .sampler = sample_heun},
+     {-1.885284, -0.959453, -3.450225, -1.226830},
+     3586.8808},
+    {"T27",
+     {.sag = {kSag}, .sampler = sample_dpmpp_2m},
+     {-2.144064, -1.168253, -3.700621, -1.406419},
+     4013.1545},
 };
 
 class Toy : public testing::TestWithParam<std::tuple<const char*, Golden>> {};
@@ -104,9 +123,11 @@ TEST_P(Toy, GivesTheReferencesNumbers) {
   EXPECT_LT(max_diff(at, torch::tensor(golden.at)), 2e-4);
   EXPECT_NEAR(samples.abs().sum(torch::kDouble).item<double>(), golden.sum_abs, 5e-3);
 }
-INSTANTIATE_TEST_SUITE_P(Reference, Toy, testing::Combine(test::backends(), testing::ValuesIn(kGoldens)),
+INSTANTIATE_TEST_SUITE_P(Reference, Toy,
+                         testing::Combine(test::backends(), testing::ValuesIn(kGoldens)),
                          [](const auto& info) {
-                           return std::string(std::get<1>(info.param).id) + "_" + std::get<0>(info.param);
+                           return std::string(std::get<1>(info.param).id) + "_" +
+                                  std::get<0>(info.param);
                          });
 
 // T19 and T31 of golden/toy.json.
@@ -117,7 +138,8 @@ TEST(Sag, GuidesEveryImageOfABatchForItself) {
 }
 
 TEST(Sag, GivesTheSameWhenRowsAreEvaluatedOneByOne) {
-  const auto whole = run({.images = 2, .sag = {kSag}}), split = run({.images = 2, .sag = {kSag}, .max_rows = 1});
+  const auto whole = run({.images = 2, .sag = {kSag}}),
+             split = run({.images = 2, .sag = {kSag}, .max_rows = 1});
   EXPECT_LT(max_diff(whole.samples, split.samples), 1e-3);
   EXPECT_EQ(whole.report.unet_rows(), split.report.unet_rows());
 }
@@ -150,7 +172,8 @@ TEST_P(SagWithNothingToDo, EvaluatesNothingAndChangesNoBit) {
 }
 INSTANTIATE_TEST_SUITE_P(
     Reasons, SagWithNothingToDo,
-    testing::Values(Idle{"scale_0", {.scale = 0}, "scale is 0"}, Idle{"blur_0", {.blur_sigma = 0}, "blur_sigma is 0"},
+    testing::Values(Idle{"scale_0", {.scale = 0}, "scale is 0"},
+                    Idle{"blur_0", {.blur_sigma = 0}, "blur_sigma is 0"},
                     Idle{"window", {.sigma_start = 0.4}, "sigma is outside the window"}),
     [](const auto& info) { return info.param.name; });
 
@@ -175,22 +198,26 @@ TEST(Sag, LeavesTheModelItWasAppliedToAlone) {
 TEST(Sag, SaysWhyItCannotGuide) {
   const auto skipped = [](const ToyRun& toy) { return run(toy).report.skipped(); };
   using Counts = std::map<std::string, std::int64_t>;
-  EXPECT_EQ(skipped({.sag = {kSag}, .negatives = {}}), (Counts{{"there is no unconditional prediction at this sigma", 4}}));
-  EXPECT_EQ(skipped({.sag = {kSag}, .height = 4}), (Counts{{"a side of the latent is 4 or less", 4}}));
+  EXPECT_EQ(skipped({.sag = {kSag}, .negatives = {}}),
+            (Counts{{"there is no unconditional prediction at this sigma", 4}}));
+  EXPECT_EQ(skipped({.sag = {kSag}, .height = 4}),
+            (Counts{{"a side of the latent is 4 or less", 4}}));
   EXPECT_TRUE(torch::equal(run({.sag = {kSag}, .height = 4}).samples, run({.height = 4}).samples));
 }
 
 TEST(Sag, WorksOnEverySmallLatent) {
   for (std::int64_t height = 5; height <= 17; ++height)
     for (const std::int64_t width : {5, 8, 9, 16, 24, 50}) {
-      const auto guided = run({.sigmas = {4, 1, 0}, .sag = {kSag}, .height = height, .width = width});
+      const auto guided =
+          run({.sigmas = {4, 1, 0}, .sag = {kSag}, .height = height, .width = width});
       ASSERT_TRUE(guided.samples.isfinite().all().item<bool>()) << height << " x " << width;
       ASSERT_EQ(guided.report.guided(), 2) << height << " x " << width;
     }
 }
 
 TEST(Sag, AveragesTheMapsOfSeveralNegatives) {
-  // Twice the same negative is the same as once; another one changes the result; their order does not.
+  // Twice the same negative is the same as once; another one changes the result; their order does
+  // not.
   const auto once = run({.sag = {kSag}}).samples;
   EXPECT_LT(max_diff(run({.sag = {kSag}, .negatives = {-1, -1}}).samples, once), 1e-4);
   const auto mixed = run({.sag = {kSag}, .negatives = {-1, 40}}).samples;
@@ -200,7 +227,8 @@ TEST(Sag, AveragesTheMapsOfSeveralNegatives) {
 
 TEST(Sag, PutsTheMapOfAnAreaWhereItBelongs) {
   // The area covers the latent: the same as without one. Half of it: guided, and finite.
-  auto model = apply_self_attention_guidance({std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
+  auto model = apply_self_attention_guidance(
+      {std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
   const auto x = fill({1, 4, 16, 24}, .7, .3, 6);
   const auto with_area = [&](std::optional<Area> area) {
     auto part = toy_prompt(-1);
@@ -215,7 +243,8 @@ TEST(Sag, PutsTheMapOfAnAreaWhereItBelongs) {
 }
 
 TEST(Sag, MasksNothingWhereNoNegativeCountsWhateverTheRowLimit) {
-  const auto model = apply_self_attention_guidance({std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
+  const auto model = apply_self_attention_guidance(
+      {std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
   const auto x = fill({2, 4, 16, 24}, .7, .3, 6);
   auto left = toy_prompt(-1);
   left.mask = torch::zeros({16, 24});
@@ -234,7 +263,8 @@ TEST(Sag, MasksNothingWhereNoNegativeCountsWhateverTheRowLimit) {
 }
 
 TEST(Sag, RunsOnTwoThreadsFromOnePatchedModel) {
-  const auto model = apply_self_attention_guidance({std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
+  const auto model = apply_self_attention_guidance(
+      {std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
   const auto sample_with = [&](double seed) {
     CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
     const std::vector<double> sigmas = {10, 4, 1.5, .5, 0};
@@ -242,7 +272,9 @@ TEST(Sag, RunsOnTwoThreadsFromOnePatchedModel) {
   };
   const auto expected_a = sample_with(.3), expected_b = sample_with(.9);
   torch::Tensor a, b;
-  std::thread other([&] { for (int i = 0; i < 5; ++i) a = sample_with(.3); });
+  std::thread other([&] {
+    for (int i = 0; i < 5; ++i) a = sample_with(.3);
+  });
   for (int i = 0; i < 5; ++i) b = sample_with(.9);
   other.join();
   EXPECT_TRUE(torch::equal(a, expected_a));
@@ -269,15 +301,22 @@ TEST(Sag, StandsBesideAHookThatPerturbsAnotherPass) {
   const auto denoise = [&](const ModelPatcher& model) {
     return CfgGuider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7})(x, 4);
   };
-  const auto plain = denoise(base), sag = denoise(apply_self_attention_guidance(base, kSag)), pag = denoise(with_pag(base));
+  const auto plain = denoise(base), sag = denoise(apply_self_attention_guidance(base, kSag)),
+             pag = denoise(with_pag(base));
   EXPECT_GT(max_diff(pag, plain), 0.05) << "the perturbation perturbs";
-  EXPECT_LT(max_diff(denoise(with_pag(apply_self_attention_guidance(base, kSag))), sag + (pag - plain)), 1e-4);
-  EXPECT_LT(max_diff(denoise(apply_self_attention_guidance(with_pag(base), kSag)), sag + (pag - plain)), 1e-4);
+  EXPECT_LT(
+      max_diff(denoise(with_pag(apply_self_attention_guidance(base, kSag))), sag + (pag - plain)),
+      1e-4);
+  EXPECT_LT(
+      max_diff(denoise(apply_self_attention_guidance(with_pag(base), kSag)), sag + (pag - plain)),
+      1e-4);
 }
 
 TEST(Sag, RefusesOptionsOutOfRange) {
   const ModelPatcher model(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
-  const auto apply = [&](const SelfAttentionGuidanceOptions& options) { apply_self_attention_guidance(model, options); };
+  const auto apply = [&](const SelfAttentionGuidanceOptions& options) {
+    apply_self_attention_guidance(model, options);
+  };
   EXPECT_THROW(apply({.scale = NAN}), c10::ValueError);
   EXPECT_THROW(apply({.blur_sigma = -1}), c10::ValueError);
   EXPECT_THROW(apply({.threshold = INFINITY}), c10::ValueError);
@@ -301,23 +340,30 @@ TEST(SagDefaults, AreComfyUis) {
 // Level 1: the formula in float64 for every kind of noisy latent.
 TEST(SelfAttentionGuidanceStep, SteersAwayFromTheDegradedPrediction) {
   torch::manual_seed(0);
-  const auto x = torch::randn({2, 4, 16, 16}, torch::kDouble), u = torch::randn({2, 4, 16, 16}, torch::kDouble),
+  const auto x = torch::randn({2, 4, 16, 16}, torch::kDouble),
+             u = torch::randn({2, 4, 16, 16}, torch::kDouble),
              r = torch::randn({2, 4, 16, 16}, torch::kDouble);
   const auto map = torch::rand({2, 4}) * 2;
   torch::Tensor asked;
-  const auto predict = [&](const torch::Tensor& x_again) { return asked = x_again, x_again * 0.25; };
-  const auto result = self_attention_guidance(r, x, u, map, predict, {.scale = 2, .renoise_scale = 0.3});
+  const auto predict = [&](const torch::Tensor& x_again) {
+    return asked = x_again, x_again * 0.25;
+  };
+  const auto result =
+      self_attention_guidance(r, x, u, map, predict, {.scale = 2, .renoise_scale = 0.3});
 
   const auto mask = upsample_attention_map(map, 16, 16) > 1;
   const auto degraded = torch::where(mask, test::reference_blur(u, 4, 2), u);
   EXPECT_LT(max_diff(asked, x + 0.3 * (degraded - u)), 1e-12);
   EXPECT_LT(max_diff(result, r + 2 * (degraded - asked * 0.25)), 1e-12);
-  EXPECT_TRUE(torch::equal(asked.masked_select(~mask), x.masked_select(~mask))) << "x stays where nothing is blurred";
+  EXPECT_TRUE(torch::equal(asked.masked_select(~mask), x.masked_select(~mask)))
+      << "x stays where nothing is blurred";
 }
 
 TEST(SelfAttentionGuidanceStep, DoesNotEvaluateForNothing) {
   const auto x = torch::randn({1, 4, 16, 16}), map = torch::rand({1, 4});
-  const auto never = [](const torch::Tensor&) -> torch::Tensor { throw std::logic_error("evaluated"); };
+  const auto never = [](const torch::Tensor&) -> torch::Tensor {
+    throw std::logic_error("evaluated");
+  };
   EXPECT_TRUE(torch::equal(self_attention_guidance(x, x, x, map, never, {.scale = 0}), x));
   EXPECT_TRUE(torch::equal(self_attention_guidance(x, x, x, map, never, {.blur_sigma = 0}), x));
   const auto thin = x.narrow(2, 0, 4);

@@ -32,15 +32,16 @@ TEST(TokenGridOf, SizesTheReferenceFailsOn) {
 }
 
 TEST(TokenGridOf, ActivationsResizedByAnotherFactorHaveTheNearestShape) {
-  EXPECT_EQ(token_grid(24, 64, 96), (TokenGrid{4, 6}));   // Kohya's deep shrink, factor 2
+  EXPECT_EQ(token_grid(24, 64, 96), (TokenGrid{4, 6}));  // Kohya's deep shrink, factor 2
   EXPECT_EQ(token_grid(11 * 13, 65, 77), (TokenGrid{11, 13}));
-  EXPECT_EQ(token_grid(7, 64, 64), (TokenGrid{1, 7}));    // a prime has no better one
+  EXPECT_EQ(token_grid(7, 64, 64), (TokenGrid{1, 7}));  // a prime has no better one
   EXPECT_EQ(token_grid(7, 96, 12), (TokenGrid{7, 1}));
 }
 
 TEST(TokenGridOf, NeverFails) {
   for (std::int64_t tokens = 1; tokens <= 300; ++tokens)
-    for (const auto& [height, width] : {std::pair<std::int64_t, std::int64_t>{64, 64}, {5, 90}, {33, 64}, {1, 1}}) {
+    for (const auto& [height, width] :
+         {std::pair<std::int64_t, std::int64_t>{64, 64}, {5, 90}, {33, 64}, {1, 1}}) {
       const auto grid = token_grid(tokens, height, width);
       ASSERT_EQ(grid.rows * grid.cols, tokens);
     }

@@ -163,7 +163,8 @@ TEST_P(GoldenUNet, GivesTheRecordedOutputWithAndWithoutAHook) {
   for (const char* call : {"a", "b"}) {
     const auto in = input(call);
     const auto expected = tensor(call, "out");
-    // Recorded on another CPU: kernels for AVX-512 were seen to differ by 1.02e-6. See golden/README.md.
+    // Recorded on another CPU: kernels for AVX-512 were seen to differ by 1.02e-6. See
+    // golden/README.md.
     EXPECT_LT(relative_error(unet->forward(in), expected), 2e-5);
     const Hooked hooked(*unet, in, {GetParam().site});
     EXPECT_TRUE(torch::equal(hooked.out, unet->forward(in)));

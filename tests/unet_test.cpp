@@ -35,16 +35,21 @@ std::string message_of(const AttentionSite& site) {
 TEST(ResolveAttentionSite, TakesNamePathAndOrdinal) {
   EXPECT_EQ(resolve_attention_site(kUNet, {"input", 4, 0}), "input.4.0");
   EXPECT_EQ(resolve_attention_site(kUNet, AttentionSite("#2")), "input.4.0");
-  EXPECT_EQ(resolve_attention_site(kUNet, AttentionSite("unet.input_blocks.4.1.transformer_blocks.0.attn1")), "input.4.0");
+  EXPECT_EQ(resolve_attention_site(
+                kUNet, AttentionSite("unet.input_blocks.4.1.transformer_blocks.0.attn1")),
+            "input.4.0");
 }
 
 TEST(ResolveAttentionSite, ReturnsThePathWhereANameIsNotUnique) {
-  EXPECT_EQ(resolve_attention_site(kUNet, AttentionSite("#8")), "control.middle_block.1.transformer_blocks.0.attn1");
+  EXPECT_EQ(resolve_attention_site(kUNet, AttentionSite("#8")),
+            "control.middle_block.1.transformer_blocks.0.attn1");
 }
 
 TEST(ResolveAttentionSite, ListsTheSitesWhenThereIsNoneOrMoreThanOne) {
   EXPECT_THAT(message_of({"output", 3, 0}), testing::HasSubstr("got \"output.3.0\""));
-  EXPECT_THAT(message_of({"output", 3, 0}), testing::HasSubstr("input.4.0  unet.input_blocks.4.1.transformer_blocks.0.attn1  #2"));
+  EXPECT_THAT(
+      message_of({"output", 3, 0}),
+      testing::HasSubstr("input.4.0  unet.input_blocks.4.1.transformer_blocks.0.attn1  #2"));
   EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("fits 2"));
   EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("control.middle_block.1"));
   EXPECT_THROW(resolve_attention_site(ListedUNet({}), {"middle", 0, 0}), c10::ValueError);

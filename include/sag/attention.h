@@ -28,8 +28,8 @@ class SAG_API AttentionSite {
   /// ComfyUI's key: block "input", "middle" or "output", the block's number, and the index of the
   /// transformer block inside it. {"middle", 0, 0} has the name "middle.0.0".
   AttentionSite(std::string block, std::int64_t number, std::int64_t transformer_index = 0);
-  /// Any name a UNet knows: "middle.0.0", "mid_block.attentions.0.transformer_blocks.0.attn1", or "#6",
-  /// the attention that runs seventh. Throws ValueError when empty.
+  /// Any name a UNet knows: "middle.0.0", "mid_block.attentions.0.transformer_blocks.0.attn1", or
+  /// "#6", the attention that runs seventh. Throws ValueError when empty.
   explicit AttentionSite(std::string name);
 
   const std::string& name() const { return name_; }
@@ -41,7 +41,10 @@ class SAG_API AttentionSite {
 
 /// One call of scaled dot-product attention, with SDPA's own arguments.
 struct AttentionCall {
-  torch::Tensor q = {}, k = {}, v = {};  ///< [rows, heads, tokens, head_dim] (or heads folded into rows: Pass::select)
+  torch::Tensor
+      q = {},
+      k = {},
+      v = {};  ///< [rows, heads, tokens, head_dim] (or heads folded into rows: Pass::select)
   std::optional<torch::Tensor> attn_mask = {};
   double dropout_p = 0.0;
   bool is_causal = false;
@@ -52,20 +55,22 @@ struct AttentionCall {
 /// Continues with the next hook of the site, and at the end with SDPA.
 using NextAttention = std::function<torch::Tensor(const AttentionCall&)>;
 
-/// Replaces the attention of a site. Returns the attention's output, [rows, heads, tokens, head_dim]:
-/// `next(call)` to leave it as it is, `call.v` to perturb it, and so on. The pass tells which rows are
-/// which. A hook must not keep tensors, the call, the pass or `next` beyond the call unless it copies the tensors.
-/// It is copied itself: state that it keeps must be shared, by reference or pointer. It may throw: the exception
-/// reaches whoever evaluates the model, with its own type, and the model works afterwards.
+/// Replaces the attention of a site. Returns the attention's output, [rows, heads, tokens,
+/// head_dim]: `next(call)` to leave it as it is, `call.v` to perturb it, and so on. The pass tells
+/// which rows are which. A hook must not keep tensors, the call, the pass or `next` beyond the call
+/// unless it copies the tensors. It is copied itself: state that it keeps must be shared, by
+/// reference or pointer. It may throw: the exception reaches whoever evaluates the model, with its
+/// own type, and the model works afterwards.
 using AttentionHook =
     std::function<torch::Tensor(const AttentionCall&, const Pass&, const NextAttention& next)>;
 
 struct AttentionHookOptions {
-  /// Whether the hook runs at this sigma. Asked once before the pass, never inside it. Empty: always.
+  /// Whether the hook runs at this sigma. Asked once before the pass, never inside it. Empty:
+  /// always.
   std::function<bool(double sigma)> active = {};
-  /// True if the hook may run inside a captured CUDA graph: it launches the same device work for the same
-  /// shapes and pass layout, and keeps what it computes with StepContext::record. Host code of such a
-  /// hook runs when a graph is captured, not when it is replayed.
+  /// True if the hook may run inside a captured CUDA graph: it launches the same device work for
+  /// the same shapes and pass layout, and keeps what it computes with StepContext::record. Host
+  /// code of such a hook runs when a graph is captured, not when it is replayed.
   bool capturable = false;
 };
 
@@ -79,9 +84,9 @@ struct InstalledHook {
 /// Returns the hooks that are active at `sigma`, in their order.
 SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks, double sigma);
 
-/// While it lives, calls of `sag::attention` on this thread, and on those that LibTorch forks for it
-/// (prim::fork, at::launch; not a std::thread), run the hooks of their site: installed first is outermost. Scopes nest; the innermost counts.
-/// Without a scope `sag::attention` is plain SDPA.
+/// While it lives, calls of `sag::attention` on this thread, and on those that LibTorch forks for
+/// it (prim::fork, at::launch; not a std::thread), run the hooks of their site: installed first is
+/// outermost. Scopes nest; the innermost counts. Without a scope `sag::attention` is plain SDPA.
 class SAG_API AttentionScope {
  public:
   /// `hooks` must be active (see `active_hooks`); `pass.step` must not be null.
@@ -90,13 +95,13 @@ class SAG_API AttentionScope {
   AttentionScope(const AttentionScope&) = delete;
   AttentionScope& operator=(const AttentionScope&) = delete;
 
-  /// Rethrows what a hook threw inside the UNet. A hook's exception cannot travel through an interpreter
-  /// without losing its type, so the op keeps it and runs plain attention: whoever owns the scope calls
-  /// this after the UNet returned.
+  /// Rethrows what a hook threw inside the UNet. A hook's exception cannot travel through an
+  /// interpreter without losing its type, so the op keeps it and runs plain attention: whoever owns
+  /// the scope calls this after the UNet returned.
   void rethrow_if_failed() const;
 
-  /// Returns the sites that have a hook in the innermost scope of this thread, in the order in which they
-  /// were hooked. A UNet that rewrites its graph looks here.
+  /// Returns the sites that have a hook in the innermost scope of this thread, in the order in
+  /// which they were hooked. A UNet that rewrites its graph looks here.
   static std::vector<std::string> hooked_sites();
 
  private:
@@ -118,8 +123,8 @@ struct AttentionOptions {
 /// `at::scaled_dot_product_attention`; without a scope it is that function, to the bit.
 /// q: [rows, heads, tokens, head_dim]; k, v: [rows, heads, key tokens, head_dim].
 /// TorchScript and AOTInductor models reach the same code as the op `sag::attention`.
-SAG_API torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                const AttentionOptions& options);
+SAG_API torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k,
+                                const torch::Tensor& v, const AttentionOptions& options);
 
 /// Makes sure that the op `sag::attention` is registered. Called by everything that loads models; a
 /// program that links the static library and loads models itself calls it once.

@@ -8,17 +8,17 @@
 
 namespace sag {
 
-/// Returns how much attention each key token receives: softmax(q kᵀ · scale), the mean over heads, then
-/// the sum over queries. [B, key tokens] fp32 (fp64 for fp64 input). If there are as many queries as keys
-/// the values of a row average to exactly 1, so 1 means "its fair share".
+/// Returns how much attention each key token receives: softmax(q kᵀ · scale), the mean over heads,
+/// then the sum over queries. [B, key tokens] fp32 (fp64 for fp64 input). If there are as many
+/// queries as keys the values of a row average to exactly 1, so 1 means "its fair share".
 ///
-/// q: [B, heads, query tokens, head_dim]; k: [B, key heads, key tokens, head_dim], fp16, bf16, fp32 or
-/// fp64, any strides, CPU or CUDA. Key heads must divide heads (grouped-query attention).
-/// scale: nothing means 1 / sqrt(head_dim).
+/// q: [B, heads, query tokens, head_dim]; k: [B, key heads, key tokens, head_dim], fp16, bf16, fp32
+/// or fp64, any strides, CPU or CUDA. Key heads must divide heads (grouped-query attention). scale:
+/// nothing means 1 / sqrt(head_dim).
 ///
-/// The queries × keys matrix never exists: blocks of query rows go through fp32 arithmetic, in working
-/// memory that does not grow with the number of queries (16 MiB of scores, or one row, and k in fp32). Sums run in a fixed order, so the result is the
-/// same in every run.
+/// The queries × keys matrix never exists: blocks of query rows go through fp32 arithmetic, in
+/// working memory that does not grow with the number of queries (16 MiB of scores, or one row, and
+/// k in fp32). Sums run in a fixed order, so the result is the same in every run.
 ///
 /// Throws ValueError or TypeError on other shapes, dtypes and devices.
 /// Source: Hong et al. 2023, section 4.2; ComfyUI: `attn_and_record`, `create_blur_map`.

@@ -23,22 +23,24 @@ struct CondRequest {
 };
 
 struct CalcCondBatchOptions {
-  /// At most so many rows in one UNet call; 0: no limit. The limit changes memory and speed, never the
-  /// result (but for the rounding of another batch size).
+  /// At most so many rows in one UNet call; 0: no limit. The limit changes memory and speed, never
+  /// the result (but for the rounding of another batch size).
   std::int64_t max_rows = 0;
 };
 
 /// What `calc_cond_batch` did.
 struct CondBatch {
-  /// One denoised latent per request, fp32 (fp64 for fp64 x); undefined where no conditioning is active at sigma.
+  /// One denoised latent per request, fp32 (fp64 for fp64 x); undefined where no conditioning is
+  /// active at sigma.
   std::vector<torch::Tensor> denoised;
   std::int64_t unet_calls = 0, unet_rows = 0;
 };
 
-/// Evaluates several predictions in as few UNet calls as fit together (same size, same tensors but for
-/// the number of tokens, which is evened out by repeating them), under the model's attention hooks.
-/// Conditionings of one request are averaged per latent cell by strength and mask; inside an area with a
-/// feathered edge of up to 8 cells. Rows keep the order of requests, conditionings and images.
+/// Evaluates several predictions in as few UNet calls as fit together (same size, same tensors but
+/// for the number of tokens, which is evened out by repeating them), under the model's attention
+/// hooks. Conditionings of one request are averaged per latent cell by strength and mask; inside an
+/// area with a feathered edge of up to 8 cells. Rows keep the order of requests, conditionings and
+/// images.
 ///
 /// Throws ValueError or TypeError when a conditioning does not fit x; rethrows what a hook threw.
 /// ComfyUI: `calc_cond_batch`, `get_area_and_mult`.

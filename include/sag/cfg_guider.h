@@ -37,25 +37,28 @@ struct SAG_API GuiderReport {
 struct CfgGuiderOptions {
   /// 1: the conditional prediction alone, and no unconditional rows unless a guidance needs them.
   double cond_scale = 1.0;
-  /// The run's sigmas, as the sampler gets them: an evaluation at σ belongs to step i, the largest i with
-  /// sigmas[i] >= σ, so that Heun's corrector counts as the next step. Empty: every evaluation is step 0.
+  /// The run's sigmas, as the sampler gets them: an evaluation at σ belongs to step i, the largest
+  /// i with sigmas[i] >= σ, so that Heun's corrector counts as the next step. Empty: every
+  /// evaluation is step 0.
   std::vector<double> sigmas = {};
   /// At most so many rows in one UNet call; 0: no limit. See `CalcCondBatchOptions`.
   std::int64_t max_rows = 0;
 };
 
-/// Classifier-free guidance and all that is patched onto the model: the function `denoised = guider(x, σ)`
-/// that samplers call. One guider is one run: it holds the report and what guidances keep from step to
-/// step. The patched model may be shared with other guiders on other threads.
+/// Classifier-free guidance and all that is patched onto the model: the function `denoised =
+/// guider(x, σ)` that samplers call. One guider is one run: it holds the report and what guidances
+/// keep from step to step. The patched model may be shared with other guiders on other threads.
 /// ComfyUI: `CFGGuider`, `sampling_function`, `cfg_function`.
 class SAG_API CfgGuider {
  public:
-  /// Several positives or negatives are averaged (see `calc_cond_batch`). Without positives the result is
-  /// the unconditional prediction, guided: this is how an unconditional picture is drawn.
-  /// Throws ValueError when both are empty, on a scale that is not finite, and on sigmas that do not fall.
-  CfgGuider(ModelPatcher model, std::vector<Conditioning> positive, std::vector<Conditioning> negative,
-            const CfgGuiderOptions& options);
-  CfgGuider(ModelPatcher model, std::vector<Conditioning> positive, std::vector<Conditioning> negative);
+  /// Several positives or negatives are averaged (see `calc_cond_batch`). Without positives the
+  /// result is the unconditional prediction, guided: this is how an unconditional picture is drawn.
+  /// Throws ValueError when both are empty, on a scale that is not finite, and on sigmas that do
+  /// not fall.
+  CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
+            std::vector<Conditioning> negative, const CfgGuiderOptions& options);
+  CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
+            std::vector<Conditioning> negative);
 
   /// One guider, one run: samplers take it by reference, std::ref(guider).
   CfgGuider(const CfgGuider&) = delete;
@@ -63,8 +66,8 @@ class SAG_API CfgGuider {
 
   /// Returns the denoised latent, the shape of x, fp32 (fp64 for fp64 x).
   /// x: [images, channels, height, width], floating. Runs without gradients.
-  /// Throws ValueError or TypeError on other x or sigma <= 0, and rethrows what hooks and functions threw;
-  /// the guider and the model work afterwards.
+  /// Throws ValueError or TypeError on other x or sigma <= 0, and rethrows what hooks and functions
+  /// threw; the guider and the model work afterwards.
   torch::Tensor operator()(const torch::Tensor& x, double sigma);
 
   /// Both predictions a CFG++ sampler needs.
@@ -72,7 +75,8 @@ class SAG_API CfgGuider {
     torch::Tensor denoised;
     torch::Tensor uncond_denoised;  ///< before any post-CFG function
   };
-  /// Like operator(), with the unconditional prediction, which is then evaluated at cond_scale 1 too.
+  /// Like operator(), with the unconditional prediction, which is then evaluated at cond_scale 1
+  /// too.
   Predictions predict_both(const torch::Tensor& x, double sigma);
 
   const GuiderReport& report() const { return report_; }

@@ -13,8 +13,8 @@
 
 namespace sag {
 
-/// What a prompt gives to the UNet, and where, how much and when it counts (ComfyUI: a `cond` entry).
-/// Tensors with a first dimension of 1 are repeated for every image of a batch.
+/// What a prompt gives to the UNet, and where, how much and when it counts (ComfyUI: a `cond`
+/// entry). Tensors with a first dimension of 1 are repeated for every image of a batch.
 struct Conditioning {
   /// Text for cross-attention, [1 or images, tokens, width]. Undefined for UNets that take none.
   torch::Tensor context = {};
@@ -39,9 +39,10 @@ SAG_API Conditioning to_device(Conditioning cond, torch::Device device);
 /// Returns whether the conditioning counts at `sigma`. ComfyUI: `get_area_and_mult`.
 SAG_API bool is_active(const Conditioning& cond, double sigma);
 
-/// Throws ValueError, IndexError or TypeError, naming `caller`, unless the conditioning fits a latent of
-/// `images` × `height` × `width`: dimensions and first sizes of its tensors, floating dtypes, a mask of
-/// the latent's size, an area that touches the latent, a finite strength, sigma_end <= sigma_start.
+/// Throws ValueError, IndexError or TypeError, naming `caller`, unless the conditioning fits a
+/// latent of `images` × `height` × `width`: dimensions and first sizes of its tensors, floating
+/// dtypes, a mask of the latent's size, an area that touches the latent, a finite strength,
+/// sigma_end <= sigma_start.
 SAG_API void check_conditioning(const Conditioning& cond, std::int64_t images, std::int64_t height,
                                 std::int64_t width, const char* caller);
 

@@ -49,12 +49,12 @@ struct CfgPredictions {
 };
 using PreCfgFunction = std::function<CfgPredictions(const CfgArgs&)>;
 
-/// Returns the denoised latent in place of uncond + (cond − uncond)·cond_scale. Called only with both
-/// predictions. (ComfyUI's returns x − denoised; this one returns denoised.)
+/// Returns the denoised latent in place of uncond + (cond − uncond)·cond_scale. Called only with
+/// both predictions. (ComfyUI's returns x − denoised; this one returns denoised.)
 using CfgFunction = std::function<torch::Tensor(const CfgArgs&)>;
 
-/// What a post-CFG function gets. The predictions are those that entered the CFG formula. Tensors may share
-/// memory: make new ones instead of writing to these.
+/// What a post-CFG function gets. The predictions are those that entered the CFG formula. Tensors
+/// may share memory: make new ones instead of writing to these.
 struct PostCfgArgs {
   /// The CFG result, or what the previous post-CFG function made of it.
   torch::Tensor denoised;
@@ -65,8 +65,9 @@ struct PostCfgArgs {
   const ModelSampling& model_sampling;
   StepContext& step;
   RunContext& run;
-  /// Evaluates a branch once more, at another x of the same shape, in a pass whose rows belong to `owner`.
-  /// Returns the branch's denoised prediction; undefined if it has no conditioning active at this sigma.
+  /// Evaluates a branch once more, at another x of the same shape, in a pass whose rows belong to
+  /// `owner`. Returns the branch's denoised prediction; undefined if it has no conditioning active
+  /// at this sigma.
   std::function<torch::Tensor(const torch::Tensor& x, Branch branch, const Owner& owner)> predict;
 };
 using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;
@@ -83,9 +84,9 @@ struct InstalledPostCfg {
   PostCfgOptions options;
 };
 
-/// A model and what has been patched onto it. Copies share the weights and own their patches: patching
-/// one never shows in another. A patched model is read-only while it is used, so one may serve several
-/// threads. ComfyUI: `ModelPatcher`.
+/// A model and what has been patched onto it. Copies share the weights and own their patches:
+/// patching one never shows in another. A patched model is read-only while it is used, so one may
+/// serve several threads. ComfyUI: `ModelPatcher`.
 class SAG_API ModelPatcher {
  public:
   ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling);

@@ -21,7 +21,8 @@ namespace sag {
 /// | flow | (1 − σ)·x0 + σ·n | x | x − σ·out |
 enum class Prediction { eps, v, x0, edm, flow };
 
-/// Returns the prediction called "eps", "v", "x0", "edm" or "flow"; throws ValueError on other names.
+/// Returns the prediction called "eps", "v", "x0", "edm" or "flow"; throws ValueError on other
+/// names.
 SAG_API Prediction parse_prediction(std::string_view name);
 /// Returns the prediction's name.
 SAG_API const char* to_string(Prediction prediction);
@@ -39,21 +40,23 @@ struct EdmSamplingOptions {
   double sigma_data = 0.5, sigma_min = 0.002, sigma_max = 80.0;
 };
 
-/// The constants of a rectified-flow model: σ = shift·u / (1 + (shift − 1)·u), timestep = σ·multiplier.
+/// The constants of a rectified-flow model: σ = shift·u / (1 + (shift − 1)·u), timestep =
+/// σ·multiplier.
 struct FlowSamplingOptions {
   double shift = 1.0, multiplier = 1000.0;
 };
 
 /// How a model's σ, timesteps, inputs and outputs hang together. ComfyUI: `ModelSampling` and its
-/// prediction classes, formula for formula. σ is a host number; tensors keep their dtype, in which the
-/// arithmetic is done (fp32 is meant).
+/// prediction classes, formula for formula. σ is a host number; tensors keep their dtype, in which
+/// the arithmetic is done (fp32 is meant).
 class SAG_API ModelSampling {
  public:
   /// A model with a table of noise levels; `prediction` is eps, v or x0.
   static ModelSampling discrete(Prediction prediction, const DiscreteSamplingOptions& options);
   static ModelSampling discrete(Prediction prediction = Prediction::eps);
   /// A model whose table is given: ᾱ of every timestep, falling, each in (0, 1).
-  static ModelSampling from_alphas_cumprod(Prediction prediction, const std::vector<double>& alphas_cumprod);
+  static ModelSampling from_alphas_cumprod(Prediction prediction,
+                                           const std::vector<double>& alphas_cumprod);
   static ModelSampling edm(const EdmSamplingOptions& options);
   static ModelSampling flow(const FlowSamplingOptions& options);
 
@@ -63,27 +66,29 @@ class SAG_API ModelSampling {
   double sigma_min() const { return sigmas_.front(); }
   double sigma_max() const { return sigmas_.back(); }
 
-  /// Returns what the UNet takes as timestep: the index of the nearest ln σ (eps, v, x0), ln σ / 4 (edm),
-  /// σ·multiplier (flow). `sigma` must be > 0, for flow >= 0.
+  /// Returns what the UNet takes as timestep: the index of the nearest ln σ (eps, v, x0), ln σ / 4
+  /// (edm), σ·multiplier (flow). `sigma` must be > 0, for flow >= 0.
   double timestep(double sigma) const;
-  /// Returns the σ of a timestep, its inverse, computed in fp32; between entries of the table ln σ is
-  /// interpolated.
+  /// Returns the σ of a timestep, its inverse, computed in fp32; between entries of the table ln σ
+  /// is interpolated.
   double sigma(double timestep) const;
-  /// Returns the σ at which a share `percent` in [0, 1] of the model's timesteps is over: infinity at 0
-  /// (flow: 1), 0 at 1. ComfyUI: `percent_to_sigma`.
+  /// Returns the σ at which a share `percent` in [0, 1] of the model's timesteps is over: infinity
+  /// at 0 (flow: 1), 0 at 1. ComfyUI: `percent_to_sigma`.
   double percent_to_sigma(double percent) const;
 
   /// Returns the UNet's input for the noisy latent x.
   torch::Tensor calculate_input(double sigma, const torch::Tensor& x) const;
   /// Returns the clean latent that the UNet's output stands for.
-  torch::Tensor calculate_denoised(double sigma, const torch::Tensor& output, const torch::Tensor& x) const;
-  /// Returns `latent` noised to σ. `max_denoise`: start from pure noise of the model's whole variance,
-  /// noise·√(1 + σ²) + latent for models with x = x0 + σ·n.
+  torch::Tensor calculate_denoised(double sigma, const torch::Tensor& output,
+                                   const torch::Tensor& x) const;
+  /// Returns `latent` noised to σ. `max_denoise`: start from pure noise of the model's whole
+  /// variance, noise·√(1 + σ²) + latent for models with x = x0 + σ·n.
   torch::Tensor noise_scaling(double sigma, const torch::Tensor& noise, const torch::Tensor& latent,
                               bool max_denoise = false) const;
   /// Returns the latent at the end of a run that stopped at σ: flow divides by 1 − σ.
   torch::Tensor inverse_noise_scaling(double sigma, const torch::Tensor& latent) const;
-  /// Returns a(σ) of x = a·x0 + σ·n: 1, or 1 − σ for flow. Re-noising a changed x0 adds a·change to x.
+  /// Returns a(σ) of x = a·x0 + σ·n: 1, or 1 − σ for flow. Re-noising a changed x0 adds a·change to
+  /// x.
   double renoise_scale(double sigma) const;
 
  private:

@@ -11,12 +11,14 @@
 
 namespace sag {
 
-/// Returns unit Gaussian noise for a sampler's step from sigma to sigma_next, the shape of the latent.
+/// Returns unit Gaussian noise for a sampler's step from sigma to sigma_next, the shape of the
+/// latent.
 using NoiseSampler = std::function<torch::Tensor(double sigma, double sigma_next)>;
 
-/// Unit Gaussian noise that depends on seeds alone: drawn on the CPU in fp32, one generator per image, so
-/// it is the same on every device, and an image does not depend on the rest of its batch. An image's first
-/// draw is what PyTorch's `torch.manual_seed(seed); torch.randn(image_shape)` gives on the CPU.
+/// Unit Gaussian noise that depends on seeds alone: drawn on the CPU in fp32, one generator per
+/// image, so it is the same on every device, and an image does not depend on the rest of its batch.
+/// An image's first draw is what PyTorch's `torch.manual_seed(seed); torch.randn(image_shape)`
+/// gives on the CPU.
 class SAG_API SeededNoise {
  public:
   /// One seed per image. Throws ValueError when there is none.
@@ -28,8 +30,8 @@ class SAG_API SeededNoise {
   /// Returns the number of images, one per seed.
   std::int64_t images() const;
 
-  /// Draws the next noise, [seeds, image_shape…] fp32 on `device`. The first draw is the start noise,
-  /// later ones are unrelated to it.
+  /// Draws the next noise, [seeds, image_shape…] fp32 on `device`. The first draw is the start
+  /// noise, later ones are unrelated to it.
   torch::Tensor draw(torch::IntArrayRef image_shape, torch::Device device);
 
  private:
@@ -37,8 +39,9 @@ class SAG_API SeededNoise {
   std::unique_ptr<State> state_;
 };
 
-/// Returns a sampler's noise that goes on drawing from `noise`, for latents of the shape, dtype and device
-/// of x. `noise` is shared, not copied. Throws ValueError unless x has one image per seed.
-SAG_API NoiseSampler seeded_noise_sampler(std::shared_ptr<SeededNoise> noise, const torch::Tensor& x);
+/// Returns a sampler's noise that goes on drawing from `noise`, for latents of the shape, dtype and
+/// device of x. `noise` is shared, not copied. Throws ValueError unless x has one image per seed.
+SAG_API NoiseSampler seeded_noise_sampler(std::shared_ptr<SeededNoise> noise,
+                                          const torch::Tensor& x);
 
 }  // namespace sag

@@ -41,8 +41,8 @@ struct Area {
   bool operator==(const Area&) const = default;
 };
 
-/// Rows of a UNet batch that belong together: one conditioning of one branch, asked for by one owner,
-/// one row per image. A row limit can split a group over several UNet calls.
+/// Rows of a UNet batch that belong together: one conditioning of one branch, asked for by one
+/// owner, one row per image. A row limit can split a group over several UNet calls.
 struct SAG_API RowGroup {
   std::int64_t begin = 0, count = 0;
   /// The image that the first row shows; row `begin + i` shows image `image + i`.
@@ -78,10 +78,10 @@ struct SAG_API Pass {
   std::int64_t size() const;
   /// Returns the groups of a branch that `owner` asked for.
   std::vector<RowGroup> rows(Branch branch, const Owner& owner = Owner::main) const;
-  /// Returns the group's rows of q, k or v as [count, heads, tokens, head_dim], a view. UNets lay heads
-  /// out in three ways, and all are taken: [rows, heads, tokens, head_dim],
-  /// [rows * heads, tokens, head_dim] and [rows * heads, 1, tokens, head_dim].
-  /// Throws ValueError when the first dimension is no multiple of the pass's rows.
+  /// Returns the group's rows of q, k or v as [count, heads, tokens, head_dim], a view. UNets lay
+  /// heads out in three ways, and all are taken: [rows, heads, tokens, head_dim], [rows * heads,
+  /// tokens, head_dim] and [rows * heads, 1, tokens, head_dim]. Throws ValueError when the first
+  /// dimension is no multiple of the pass's rows.
   torch::Tensor select(const RowGroup& group, const torch::Tensor& t) const;
 };
 

@@ -29,15 +29,15 @@ struct SamplerProgress {
 struct SamplerOptions {
   /// Called once a step. Returning false ends the run: the sampler returns `denoised` of that step.
   std::function<bool(const SamplerProgress&)> callback = {};
-  /// Fresh noise for samplers that add some. Empty: the second and later draws of `SeededNoise` with seeds
-  /// 0, 1, 2, …
+  /// Fresh noise for samplers that add some. Empty: the second and later draws of `SeededNoise`
+  /// with seeds 0, 1, 2, …
   NoiseSampler noise_sampler = {};
   /// Share of fresh noise in ancestral samplers, 0 … 1.
   double eta = 1.0;
   /// Factor on fresh noise.
   double s_noise = 1.0;
-  /// True for flow models (x = (1 − σ)·x0 + σ·n), whose ancestral steps re-noise differently. `sample` sets
-  /// it from the model.
+  /// True for flow models (x = (1 − σ)·x0 + σ·n), whose ancestral steps re-noise differently.
+  /// `sample` sets it from the model.
   bool flow = false;
 };
 
@@ -50,45 +50,51 @@ using Sampler = torch::Tensor (*)(const DenoiseFunction& model, torch::Tensor x,
 
 /// Euler's method on dx/dσ = (x − denoised) / σ. k-diffusion: `sample_euler`.
 SAG_API torch::Tensor sample_euler(const DenoiseFunction& model, torch::Tensor x,
-                                   std::span<const double> sigmas, const SamplerOptions& options = {});
+                                   std::span<const double> sigmas,
+                                   const SamplerOptions& options = {});
 /// Euler steps with fresh noise. k-diffusion: `sample_euler_ancestral`.
 SAG_API torch::Tensor sample_euler_ancestral(const DenoiseFunction& model, torch::Tensor x,
                                              std::span<const double> sigmas,
                                              const SamplerOptions& options = {});
-/// Heun's method, two evaluations a step. Karras et al. 2022, algorithm 1; k-diffusion: `sample_heun`.
+/// Heun's method, two evaluations a step. Karras et al. 2022, algorithm 1; k-diffusion:
+/// `sample_heun`.
 SAG_API torch::Tensor sample_heun(const DenoiseFunction& model, torch::Tensor x,
-                                  std::span<const double> sigmas, const SamplerOptions& options = {});
+                                  std::span<const double> sigmas,
+                                  const SamplerOptions& options = {});
 /// DPM-Solver++(2M), Lu et al. 2022. k-diffusion: `sample_dpmpp_2m`.
 SAG_API torch::Tensor sample_dpmpp_2m(const DenoiseFunction& model, torch::Tensor x,
-                                      std::span<const double> sigmas, const SamplerOptions& options = {});
+                                      std::span<const double> sigmas,
+                                      const SamplerOptions& options = {});
 /// DDIM with eta 0, which is Euler's method in these coordinates. ComfyUI: `ddim`.
 SAG_API torch::Tensor sample_ddim(const DenoiseFunction& model, torch::Tensor x,
-                                  std::span<const double> sigmas, const SamplerOptions& options = {});
+                                  std::span<const double> sigmas,
+                                  const SamplerOptions& options = {});
 
 /// Returns the names that `get_sampler` knows: "euler", "euler_ancestral", …
 SAG_API std::span<const std::string_view> sampler_names();
 /// Returns a sampler by name. Throws ValueError on unknown names, listing the known ones.
 SAG_API Sampler get_sampler(std::string_view name);
 
-/// Throws ValueError unless the sigmas are finite, fall strictly, are positive but for a last 0, and are
-/// at least two.
+/// Throws ValueError unless the sigmas are finite, fall strictly, are positive but for a last 0,
+/// and are at least two.
 SAG_API void check_sigmas(std::span<const double> sigmas, const char* caller);
 
 struct SampleOptions {
   /// Clean start image, the shape of `noise`. Undefined: zeros.
   torch::Tensor latent = {};
-  /// Where to repaint `latent`, [height, width] or [images or 1, 1, height, width], 1 = repaint, 0 = keep.
+  /// Where to repaint `latent`, [height, width] or [images or 1, 1, height, width], 1 = repaint, 0
+  /// = keep.
   torch::Tensor denoise_mask = {};
   SamplerOptions sampler = {};
 };
 
-/// Runs a whole sampling: noises the start image to sigmas[0], samples, and undoes the model's scaling at
-/// the end. noise: unit Gaussian [images, channels, height, width] on the model's device. At the model's
-/// highest σ, within 1e-5 of it or above, the start has the whole variance (`noise_scaling` with
-/// max_denoise). Throws ValueError or TypeError on other arguments, and when a given tensor holds NaN or
-/// infinity. ComfyUI: `KSAMPLER.sample`.
-SAG_API torch::Tensor sample(Sampler sampler, const DenoiseFunction& model, const ModelSampling& sampling,
-                             const torch::Tensor& noise, std::span<const double> sigmas,
-                             const SampleOptions& options = {});
+/// Runs a whole sampling: noises the start image to sigmas[0], samples, and undoes the model's
+/// scaling at the end. noise: unit Gaussian [images, channels, height, width] on the model's
+/// device. At the model's highest σ, within 1e-5 of it or above, the start has the whole variance
+/// (`noise_scaling` with max_denoise). Throws ValueError or TypeError on other arguments, and when
+/// a given tensor holds NaN or infinity. ComfyUI: `KSAMPLER.sample`.
+SAG_API torch::Tensor sample(Sampler sampler, const DenoiseFunction& model,
+                             const ModelSampling& sampling, const torch::Tensor& noise,
+                             std::span<const double> sigmas, const SampleOptions& options = {});
 
 }  // namespace sag

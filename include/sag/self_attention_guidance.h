@@ -23,22 +23,23 @@ struct SelfAttentionGuidanceStep {
   double renoise_scale = 1.0;
 };
 
-/// Returns the denoised latent, steered away from what the model predicts when the parts that it attends
-/// to are blurred:
+/// Returns the denoised latent, steered away from what the model predicts when the parts that it
+/// attends to are blurred:
 ///
 ///     degraded = create_blur_map(uncond_denoised, attn_map)
 ///     x_again  = x + renoise_scale · (degraded − uncond_denoised)
 ///     result   = denoised + scale · (degraded − predict_uncond(x_again))
 ///
-/// denoised: the CFG result; x: the noisy latent; uncond_denoised: the unconditional prediction at x; all
-/// [B, C, H, W]. attn_map: what `attention_map` returned for the unconditional rows of the same UNet
-/// call, [B, tokens], or [B, 1, H, W]. predict_uncond: one more unconditional prediction, at the same σ.
-/// It is not called, and `denoised` comes back as it is, if scale or blur_sigma is 0 or a side of the
-/// latent is 4 or less.
+/// denoised: the CFG result; x: the noisy latent; uncond_denoised: the unconditional prediction at
+/// x; all [B, C, H, W]. attn_map: what `attention_map` returned for the unconditional rows of the
+/// same UNet call, [B, tokens], or [B, 1, H, W]. predict_uncond: one more unconditional prediction,
+/// at the same σ. It is not called, and `denoised` comes back as it is, if scale or blur_sigma is 0
+/// or a side of the latent is 4 or less.
 ///
-/// The formula holds for every prediction type, as it is written in predictions of the clean latent.
-/// Throws ValueError or TypeError on other arguments. Exceptions of `predict_uncond` pass through.
-/// Source: Hong et al. 2023, equation 10 and algorithm 1; ComfyUI: `SelfAttentionGuidance.patch`.
+/// The formula holds for every prediction type, as it is written in predictions of the clean
+/// latent. Throws ValueError or TypeError on other arguments. Exceptions of `predict_uncond` pass
+/// through. Source: Hong et al. 2023, equation 10 and algorithm 1; ComfyUI:
+/// `SelfAttentionGuidance.patch`.
 SAG_API torch::Tensor self_attention_guidance(
     const torch::Tensor& denoised, const torch::Tensor& x, const torch::Tensor& uncond_denoised,
     const torch::Tensor& attn_map,
@@ -64,17 +65,19 @@ struct SelfAttentionGuidanceOptions {
   AttentionSite site = {"middle", 0, 0};
 };
 
-/// Returns a clone of `model` that guides itself: a hook records the attention map of the unconditional
-/// rows while the UNet runs, and a post-CFG function turns it into `self_attention_guidance`.
+/// Returns a clone of `model` that guides itself: a hook records the attention map of the
+/// unconditional rows while the UNet runs, and a post-CFG function turns it into
+/// `self_attention_guidance`.
 ///
-/// Where it cannot guide (no unconditional prediction, a side of the latent 4 or less, the site did not
-/// run) the CFG result stays, and the guider's report says why. Outside the window, and with scale or
-/// blur_sigma 0, it evaluates nothing and changes no bit. At cond_scale 1 it has the unconditional rows
-/// evaluated while it is active. Several negatives: their maps are averaged per latent cell with the
-/// weights of the prediction, before the comparison. Applied twice, each works as if alone, in order.
+/// Where it cannot guide (no unconditional prediction, a side of the latent 4 or less, the site did
+/// not run) the CFG result stays, and the guider's report says why. Outside the window, and with
+/// scale or blur_sigma 0, it evaluates nothing and changes no bit. At cond_scale 1 it has the
+/// unconditional rows evaluated while it is active. Several negatives: their maps are averaged per
+/// latent cell with the weights of the prediction, before the comparison. Applied twice, each works
+/// as if alone, in order.
 ///
 /// Throws ValueError when an option is out of its range, or the UNet has no such site.
-SAG_API ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
-                                                   const SelfAttentionGuidanceOptions& options = {});
+SAG_API ModelPatcher apply_self_attention_guidance(
+    const ModelPatcher& model, const SelfAttentionGuidanceOptions& options = {});
 
 }  // namespace sag

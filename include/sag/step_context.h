@@ -19,14 +19,15 @@ struct GuidanceNote {
   bool guided = false;
   /// Why it did not guide; empty when it did.
   std::string reason = {};
-  /// Where the guidance changed the picture, [images, 1, height, width] bool on the latent's device;
-  /// undefined if it has no such mask. A tensor, so that nothing waits for the device inside a step.
+  /// Where the guidance changed the picture, [images, 1, height, width] bool on the latent's
+  /// device; undefined if it has no such mask. A tensor, so that nothing waits for the device
+  /// inside a step.
   torch::Tensor mask = {};
 };
 
-/// What belongs to one evaluation of the denoiser: hooks write to it while the UNet runs, guidances read
-/// it afterwards, and it dies with the evaluation. That is why no attention map can go stale, leak into
-/// a clone or be shared between threads.
+/// What belongs to one evaluation of the denoiser: hooks write to it while the UNet runs, guidances
+/// read it afterwards, and it dies with the evaluation. That is why no attention map can go stale,
+/// leak into a clone or be shared between threads.
 class SAG_API StepContext {
  public:
   /// `height` and `width` are the latent's.
@@ -43,15 +44,16 @@ class SAG_API StepContext {
     torch::Tensor map;
   };
 
-  /// Keeps `map` for the guidance `owner`. Safe from several threads. Recording the same rows again keeps
-  /// the later map.
+  /// Keeps `map` for the guidance `owner`. Safe from several threads. Recording the same rows again
+  /// keeps the later map.
   void record(const Owner& owner, const RowGroup& rows, torch::Tensor map);
   /// Returns what was recorded for `owner`, in the order of recording.
   std::vector<Record> records(const Owner& owner) const;
 
   /// Notes that `owner` guided; `mask` is described at `GuidanceNote::mask`.
   void guided(const Owner& owner, torch::Tensor mask = {});
-  /// Notes that `owner` could not or need not guide, and why. The first reason of an evaluation stays.
+  /// Notes that `owner` could not or need not guide, and why. The first reason of an evaluation
+  /// stays.
   void skipped(const Owner& owner, std::string reason);
   /// Returns the reason noted for `owner`, or an empty text.
   std::string skip_reason(const Owner& owner) const;

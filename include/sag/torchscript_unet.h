@@ -19,29 +19,32 @@ namespace sag {
 
 struct TorchScriptUNetOptions {
   torch::Device device = torch::kCPU;
-  /// The dtype to run in. Nothing: fp32 on the CPU, whatever the file holds (half precision is some 60
-  /// times slower there), the file's own elsewhere.
+  /// The dtype to run in. Nothing: fp32 on the CPU, whatever the file holds (half precision is some
+  /// 60 times slower there), the file's own elsewhere.
   std::optional<torch::ScalarType> dtype = {};
 };
 
-/// A UNet from a TorchScript archive, traced, scripted or frozen, in ComfyUI's (LDM's) or diffusers'
-/// naming, whose self-attentions can be hooked. Its attention must be `scaled_dot_product_attention`.
+/// A UNet from a TorchScript archive, traced, scripted or frozen, in ComfyUI's (LDM's) or
+/// diffusers' naming, whose self-attentions can be hooked. Its attention must be
+/// `scaled_dot_product_attention`.
 ///
-/// The arguments of the file's `forward` are, in this order: x, timesteps, context (if it takes one), and
-/// further ones by name: "y", and those of `Conditioning::extra`; ones with a default may be missing.
-/// Its result is a tensor, or a tuple, list or dict that holds the tensor ("sample", "out", or the first).
+/// The arguments of the file's `forward` are, in this order: x, timesteps, context (if it takes
+/// one), and further ones by name: "y", and those of `Conditioning::extra`; ones with a default may
+/// be missing. Its result is a tensor, or a tuple, list or dict that holds the tensor ("sample",
+/// "out", or the first).
 ///
-/// The archive's module is never edited. `forward` runs a private, flattened copy of its graph, in which
-/// the hooked attention, and nothing else, is replaced by the op `sag::attention`; a copy is made per set
-/// of hooked sites, on first use. May be used from several threads.
+/// The archive's module is never edited. `forward` runs a private, flattened copy of its graph, in
+/// which the hooked attention, and nothing else, is replaced by the op `sag::attention`; a copy is
+/// made per set of hooked sites, on first use. May be used from several threads.
 class SAG_API TorchScriptUNet final : public UNet {
  public:
-  /// Loads an archive. Throws ValueError, in one sentence, when the file cannot be read, is truncated, is
-  /// no TorchScript archive, or has no self-attention that could be hooked.
+  /// Loads an archive. Throws ValueError, in one sentence, when the file cannot be read, is
+  /// truncated, is no TorchScript archive, or has no self-attention that could be hooked.
   static std::shared_ptr<TorchScriptUNet> load(const std::string& path,
                                                const TorchScriptUNetOptions& options);
   static std::shared_ptr<TorchScriptUNet> load(const std::string& path);
-  /// Wraps a loaded module as it is: its device, its dtype, its weights, shared. It must be in eval mode.
+  /// Wraps a loaded module as it is: its device, its dtype, its weights, shared. It must be in eval
+  /// mode.
   static std::shared_ptr<TorchScriptUNet> from_module(const torch::jit::Module& module);
   ~TorchScriptUNet() override;
 

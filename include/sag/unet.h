@@ -14,10 +14,11 @@ namespace sag {
 
 /// The arguments of one UNet call, rows first.
 struct UNetInput {
-  torch::Tensor x = {};          ///< [rows, channels, height, width], scaled for the network, the UNet's dtype
-  torch::Tensor timesteps = {};  ///< [rows] fp32
-  torch::Tensor context = {};    ///< [rows, tokens, width], or undefined
-  torch::Tensor y = {};          ///< [rows, features], or undefined
+  torch::Tensor x =
+      {};  ///< [rows, channels, height, width], scaled for the network, the UNet's dtype
+  torch::Tensor timesteps = {};                     ///< [rows] fp32
+  torch::Tensor context = {};                       ///< [rows, tokens, width], or undefined
+  torch::Tensor y = {};                             ///< [rows, features], or undefined
   std::map<std::string, torch::Tensor> extra = {};  ///< by argument name, each [rows, …]
 };
 
@@ -35,8 +36,8 @@ struct AttentionSiteInfo {
 class SAG_API UNet {
  public:
   virtual ~UNet();
-  /// Returns the raw network output, [rows, channels, height, width]. Must not write to its inputs, and
-  /// must return a tensor that its next call leaves alone.
+  /// Returns the raw network output, [rows, channels, height, width]. Must not write to its inputs,
+  /// and must return a tensor that its next call leaves alone.
   virtual torch::Tensor forward(const UNetInput& input) const = 0;
   /// Returns the self-attentions that hooks can be set on, in order of execution.
   virtual std::vector<AttentionSiteInfo> attention_sites() const = 0;

@@ -12,7 +12,8 @@ namespace sag {
 AttentionSite::AttentionSite(std::string block, std::int64_t number, std::int64_t transformer_index)
     : AttentionSite(c10::str(block, ".", number, ".", transformer_index)) {
   TORCH_CHECK_VALUE(!block.empty() && number >= 0 && transformer_index >= 0,
-                    "[AttentionSite] block must not be empty and both numbers at least 0, got \"", name_, "\".");
+                    "[AttentionSite] block must not be empty and both numbers at least 0, got \"",
+                    name_, "\".");
 }
 
 AttentionSite::AttentionSite(std::string name) : name_(std::move(name)) {
@@ -60,7 +61,8 @@ std::vector<std::string> AttentionScope::hooked_sites() {
   std::vector<std::string> sites;
   if (const auto* scope = current_attention_scope())
     for (const auto& hook : scope->hooks)
-      if (std::find(sites.begin(), sites.end(), hook.site) == sites.end()) sites.push_back(hook.site);
+      if (std::find(sites.begin(), sites.end(), hook.site) == sites.end())
+        sites.push_back(hook.site);
   return sites;
 }
 
@@ -71,8 +73,8 @@ torch::Tensor plain_attention(const AttentionCall& call) {
 
 namespace {
 
-torch::Tensor run_chain(const AttentionScopeState& scope, std::span<const InstalledHook* const> chain,
-                        const AttentionCall& call) {
+torch::Tensor run_chain(const AttentionScopeState& scope,
+                        std::span<const InstalledHook* const> chain, const AttentionCall& call) {
   if (chain.empty()) return plain_attention(call);
   const auto next = [&scope, rest = chain.subspan(1)](const AttentionCall& changed) {
     return run_chain(scope, rest, changed);
@@ -82,25 +84,28 @@ torch::Tensor run_chain(const AttentionScopeState& scope, std::span<const Instal
 
 }  // namespace
 
-torch::Tensor run_hooks(const AttentionScopeState& scope, std::string_view site, const AttentionCall& call) {
+torch::Tensor run_hooks(const AttentionScopeState& scope, std::string_view site,
+                        const AttentionCall& call) {
   std::vector<const InstalledHook*> chain;
   for (const auto& hook : scope.hooks)
     if (hook.site == site) chain.push_back(&hook);
   auto out = run_chain(scope, chain, call);
-  TORCH_CHECK_VALUE(out.defined() && out.dim() == call.q.dim() &&
-                        out.sizes().slice(0, out.dim() - 1) == call.q.sizes().slice(0, call.q.dim() - 1) &&
-                        out.size(-1) == call.v.size(-1),
-                    "[attention] the hooks of site \"", site, "\" must return the shape of q with v's last size, ",
-                    "q ", call.q.sizes(), " and v ", call.v.sizes(), ", got ",
-                    out.defined() ? c10::str(out.sizes()) : "an undefined tensor", ".");
+  TORCH_CHECK_VALUE(
+      out.defined() && out.dim() == call.q.dim() &&
+          out.sizes().slice(0, out.dim() - 1) == call.q.sizes().slice(0, call.q.dim() - 1) &&
+          out.size(-1) == call.v.size(-1),
+      "[attention] the hooks of site \"", site,
+      "\" must return the shape of q with v's last size, ", "q ", call.q.sizes(), " and v ",
+      call.v.sizes(), ", got ", out.defined() ? c10::str(out.sizes()) : "an undefined tensor", ".");
   return out;
 }
 
 torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                         const AttentionOptions& options) {
-  const auto mask = options.attn_mask && options.attn_mask->defined() ? options.attn_mask : std::nullopt;
-  const AttentionCall call{q, k, v, mask, options.dropout_p, options.is_causal, options.scale,
-                           options.enable_gqa};
+  const auto mask =
+      options.attn_mask && options.attn_mask->defined() ? options.attn_mask : std::nullopt;
+  const AttentionCall call{
+      q, k, v, mask, options.dropout_p, options.is_causal, options.scale, options.enable_gqa};
   const auto* scope = current_attention_scope();
   return scope ? run_hooks(*scope, options.site, call) : plain_attention(call);
 }

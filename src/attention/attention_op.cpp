@@ -9,9 +9,11 @@
 namespace sag {
 namespace {
 
-torch::Tensor attention_op(const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value,
-                           const std::optional<torch::Tensor>& attn_mask, double dropout_p, bool is_causal,
-                           std::optional<double> scale, bool enable_gqa, std::string_view site) {
+torch::Tensor attention_op(const torch::Tensor& query, const torch::Tensor& key,
+                           const torch::Tensor& value,
+                           const std::optional<torch::Tensor>& attn_mask, double dropout_p,
+                           bool is_causal, std::optional<double> scale, bool enable_gqa,
+                           std::string_view site) {
   const AttentionCall call{query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa};
   auto* scope = current_attention_scope();
   // Contiguous, as the Meta kernel promises to graph compilers.
@@ -26,9 +28,11 @@ torch::Tensor attention_op(const torch::Tensor& query, const torch::Tensor& key,
 }
 
 torch::Tensor attention_meta(const torch::Tensor& query, const torch::Tensor& /*key*/,
-                             const torch::Tensor& value, const std::optional<torch::Tensor>& /*attn_mask*/,
-                             double /*dropout_p*/, bool /*is_causal*/, std::optional<double> /*scale*/,
-                             bool /*enable_gqa*/, std::string_view /*site*/) {
+                             const torch::Tensor& value,
+                             const std::optional<torch::Tensor>& /*attn_mask*/,
+                             double /*dropout_p*/, bool /*is_causal*/,
+                             std::optional<double> /*scale*/, bool /*enable_gqa*/,
+                             std::string_view /*site*/) {
   auto sizes = query.sym_sizes().vec();
   sizes.back() = value.sym_size(-1);
   return at::empty_symint(sizes, query.options());
@@ -44,9 +48,14 @@ void ensure_ops_registered() {}  // lives here: who calls it links the registrat
 // CONSERVATIVE, because hooks have effects that the graph does not show.
 TORCH_LIBRARY(sag, m) {
   m.def(torch::schema(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float "
+      "dropout_p=0.0, "
       "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, str site=\"\") -> Tensor",
       c10::AliasAnalysisKind::CONSERVATIVE));
 }
-TORCH_LIBRARY_IMPL(sag, CompositeExplicitAutograd, m) { m.impl("attention", sag::attention_op); }
-TORCH_LIBRARY_IMPL(sag, Meta, m) { m.impl("attention", sag::attention_meta); }
+TORCH_LIBRARY_IMPL(sag, CompositeExplicitAutograd, m) {
+  m.impl("attention", sag::attention_op);
+}
+TORCH_LIBRARY_IMPL(sag, Meta, m) {
+  m.impl("attention", sag::attention_meta);
+}

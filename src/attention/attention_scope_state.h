@@ -30,7 +30,8 @@ struct AttentionScopeState final : c10::DebugInfoBase {
 AttentionScopeState* current_attention_scope();
 
 /// Runs the site's hooks in `scope`, or plain SDPA if it has none.
-torch::Tensor run_hooks(const AttentionScopeState& scope, std::string_view site, const AttentionCall& call);
+torch::Tensor run_hooks(const AttentionScopeState& scope, std::string_view site,
+                        const AttentionCall& call);
 
 /// Runs `at::scaled_dot_product_attention`.
 torch::Tensor plain_attention(const AttentionCall& call);

@@ -13,7 +13,9 @@ const std::string& Owner::name() const {
   return name_ ? *name_ : main_pass;
 }
 
-torch::Tensor RowGroup::of(const torch::Tensor& t) const { return t.narrow(0, begin, count); }
+torch::Tensor RowGroup::of(const torch::Tensor& t) const {
+  return t.narrow(0, begin, count);
+}
 
 std::int64_t Pass::size() const {
   return groups.empty() ? 0 : groups.back().begin + groups.back().count;
@@ -35,9 +37,10 @@ torch::Tensor Pass::select(const RowGroup& group, const torch::Tensor& t) const 
   const auto heads_in_rows = t.size(0) / size();
   if (t.dim() == 4 && heads_in_rows == 1) return group.of(t);
 
-  TORCH_CHECK_VALUE(t.dim() == 3 || t.size(1) == 1,
-                    "[Pass::select] heads must lie either in the rows or in the second dimension, got shape ",
-                    t.sizes(), " for ", size(), " rows.");
+  TORCH_CHECK_VALUE(
+      t.dim() == 3 || t.size(1) == 1,
+      "[Pass::select] heads must lie either in the rows or in the second dimension, got shape ",
+      t.sizes(), " for ", size(), " rows.");
   const auto tokens = t.dim() == 3 ? t : t.squeeze(1);  // [rows * heads, tokens, head_dim]
   return group.of(tokens.unflatten(0, {size(), heads_in_rows}));
 }

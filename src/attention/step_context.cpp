@@ -10,13 +10,14 @@ bool same_rows(const RowGroup& a, const RowGroup& b) {
 
 }  // namespace
 
-StepContext::StepContext(double sigma, std::int64_t step_index, std::int64_t height, std::int64_t width)
+StepContext::StepContext(double sigma, std::int64_t step_index, std::int64_t height,
+                         std::int64_t width)
     : sigma_(sigma), step_index_(step_index), height_(height), width_(width) {}
 
 void StepContext::record(const Owner& owner, const RowGroup& rows, torch::Tensor map) {
   TORCH_CHECK_VALUE(map.dim() == 2 && map.size(0) == rows.count,
-                    "[StepContext::record] map must have shape [", rows.count, ", tokens], got ", map.sizes(),
-                    ".");
+                    "[StepContext::record] map must have shape [", rows.count, ", tokens], got ",
+                    map.sizes(), ".");
   const std::lock_guard lock(mutex_);
   for (auto& [by, record] : records_) {
     if (by == owner && same_rows(record.rows, rows)) {

@@ -14,8 +14,8 @@ namespace {
 void check_latent(const torch::Tensor& t, const char* what, const char* caller) {
   TORCH_CHECK_VALUE(t.dim() == 4 && t.numel() > 0, "[", caller, "] ", what,
                     " must have shape [B, C, H, W], none of them 0, got ", t.sizes(), ".");
-  TORCH_CHECK_TYPE(t.is_floating_point(), "[", caller, "] ", what, " must be floating, got ", t.scalar_type(),
-                   ".");
+  TORCH_CHECK_TYPE(t.is_floating_point(), "[", caller, "] ", what, " must be floating, got ",
+                   t.scalar_type(), ".");
 }
 
 // Weights of the taps at 0, 1, … radius; together with their mirror images they add up to 1.
@@ -31,9 +31,11 @@ std::vector<double> gaussian_weights(std::int64_t radius, double sigma) {
   return weights;
 }
 
-// Blurs [B, C, H, W] along H (dim 2) or W (dim 3). A sum of shifted pictures instead of a convolution:
-// its weights are host numbers, so nothing is copied to the device, and cuDNN's TF32 cannot touch it.
-torch::Tensor blur_axis(const torch::Tensor& x, std::int64_t dim, std::int64_t radius, double sigma) {
+// Blurs [B, C, H, W] along H (dim 2) or W (dim 3). A sum of shifted pictures instead of a
+// convolution: its weights are host numbers, so nothing is copied to the device, and cuDNN's TF32
+// cannot touch it.
+torch::Tensor blur_axis(const torch::Tensor& x, std::int64_t dim, std::int64_t radius,
+                        double sigma) {
   const auto side = x.size(dim);
   const auto reach = std::min(radius, side - 1);  // reflection needs a neighbour for every tap
   const auto weights = gaussian_weights(reach, sigma);
@@ -51,24 +53,29 @@ torch::Tensor blur_axis(const torch::Tensor& x, std::int64_t dim, std::int64_t r
 
 torch::Tensor gaussian_blur_2d(const torch::Tensor& x, std::int64_t kernel_size, double sigma) {
   check_latent(x, "x", "gaussian_blur_2d");
-  TORCH_CHECK_VALUE(kernel_size >= 0 && (kernel_size == 0 || kernel_size % 2 == 1),
-                    "[gaussian_blur_2d] kernel_size must be odd, or 0 for as wide as sigma needs, got ",
-                    kernel_size, ".");
+  TORCH_CHECK_VALUE(
+      kernel_size >= 0 && (kernel_size == 0 || kernel_size % 2 == 1),
+      "[gaussian_blur_2d] kernel_size must be odd, or 0 for as wide as sigma needs, got ",
+      kernel_size, ".");
   TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma >= 0,
                     "[gaussian_blur_2d] sigma must be finite and at least 0, got ", sigma, ".");
   if (sigma == 0) return x;
   const auto longest = std::max(x.size(2), x.size(3));  // a radius beyond it is clamped anyway
-  const auto radius = kernel_size > 0 ? kernel_size / 2
-                                      : static_cast<std::int64_t>(std::min<double>(std::ceil(3 * sigma), longest));
+  const auto radius =
+      kernel_size > 0 ? kernel_size / 2
+                      : static_cast<std::int64_t>(std::min<double>(std::ceil(3 * sigma), longest));
   const auto wide = x.to(at::promote_types(x.scalar_type(), torch::kFloat));
   return blur_axis(blur_axis(wide, 2, radius, sigma), 3, radius, sigma).to(x.scalar_type());
 }
 
-torch::Tensor upsample_attention_map(const torch::Tensor& attn_map, std::int64_t height, std::int64_t width) {
-  TORCH_CHECK_VALUE(attn_map.dim() == 2 && attn_map.numel() > 0,
-                    "[upsample_attention_map] attn_map must have shape [B, tokens], none of them 0, got ",
-                    attn_map.sizes(), ".");
-  TORCH_CHECK_TYPE(attn_map.is_floating_point(), "[upsample_attention_map] attn_map must be floating, got ",
+torch::Tensor upsample_attention_map(const torch::Tensor& attn_map, std::int64_t height,
+                                     std::int64_t width) {
+  TORCH_CHECK_VALUE(
+      attn_map.dim() == 2 && attn_map.numel() > 0,
+      "[upsample_attention_map] attn_map must have shape [B, tokens], none of them 0, got ",
+      attn_map.sizes(), ".");
+  TORCH_CHECK_TYPE(attn_map.is_floating_point(),
+                   "[upsample_attention_map] attn_map must be floating, got ",
                    attn_map.scalar_type(), ".");
   const auto grid = token_grid(attn_map.size(1), height, width);
   return at::upsample_nearest2d(attn_map.view({-1, 1, grid.rows, grid.cols}), {height, width});
@@ -77,16 +84,18 @@ torch::Tensor upsample_attention_map(const torch::Tensor& attn_map, std::int64_t
 torch::Tensor create_blur_map(const torch::Tensor& x0, const torch::Tensor& attn_map,
                               const BlurMapOptions& options) {
   check_latent(x0, "x0", "create_blur_map");
-  TORCH_CHECK_VALUE(std::isfinite(options.threshold), "[create_blur_map] threshold must be finite, got ",
-                    options.threshold, ".");
+  TORCH_CHECK_VALUE(std::isfinite(options.threshold),
+                    "[create_blur_map] threshold must be finite, got ", options.threshold, ".");
   const auto height = x0.size(2), width = x0.size(3);
   const auto map = attn_map.dim() == 2 ? upsample_attention_map(attn_map, height, width) : attn_map;
   TORCH_CHECK_VALUE(map.dim() == 4 && map.size(0) == x0.size(0) && map.size(1) == 1 &&
                         map.size(2) == height && map.size(3) == width,
-                    "[create_blur_map] attn_map must have shape [", x0.size(0), ", tokens] or [", x0.size(0),
-                    ", 1, ", height, ", ", width, "] for x0 ", x0.sizes(), ", got ", attn_map.sizes(), ".");
-  TORCH_CHECK_VALUE(map.device() == x0.device(), "[create_blur_map] attn_map must be on x0's device ",
-                    x0.device(), ", got ", attn_map.device(), ".");
+                    "[create_blur_map] attn_map must have shape [", x0.size(0), ", tokens] or [",
+                    x0.size(0), ", 1, ", height, ", ", width, "] for x0 ", x0.sizes(), ", got ",
+                    attn_map.sizes(), ".");
+  TORCH_CHECK_VALUE(map.device() == x0.device(),
+                    "[create_blur_map] attn_map must be on x0's device ", x0.device(), ", got ",
+                    attn_map.device(), ".");
   const auto blurred = gaussian_blur_2d(x0, options.kernel_size, options.blur_sigma);
   return at::where(map > options.threshold, blurred, x0);
 }

@@ -16,12 +16,13 @@ namespace {
 struct Item {
   std::size_t request = 0;
   const Conditioning* cond = nullptr;
-  RowGroup rows;     // all but `begin`
-  torch::Tensor x;   // the rows' noisy latent, cropped to the area
+  RowGroup rows;    // all but `begin`
+  torch::Tensor x;  // the rows' noisy latent, cropped to the area
 };
 
 Area clipped(const Area& area, std::int64_t height, std::int64_t width) {
-  return {std::min(area.height, height - area.y), std::min(area.width, width - area.x), area.y, area.x};
+  return {std::min(area.height, height - area.y), std::min(area.width, width - area.x), area.y,
+          area.x};
 }
 
 torch::Tensor crop(const torch::Tensor& t, const std::optional<Area>& area) {
@@ -46,8 +47,10 @@ void feather(torch::Tensor& weight, const Area& area, std::int64_t height, std::
   fade(3, area.width, area.x > 0, area.x + area.width < width);
 }
 
-// Returns how much each cell of the prediction counts, [1 or images, 1, h, w]; undefined: 1 everywhere.
-torch::Tensor weight_of(const Conditioning& cond, const std::optional<Area>& area, const torch::Tensor& x) {
+// Returns how much each cell of the prediction counts, [1 or images, 1, h, w]; undefined: 1
+// everywhere.
+torch::Tensor weight_of(const Conditioning& cond, const std::optional<Area>& area,
+                        const torch::Tensor& x) {
   const auto height = x.size(2), width = x.size(3);
   if (!cond.mask.defined() && !area && cond.strength == 1) return {};
   const auto options = x.options().dtype(torch::kFloat);
@@ -55,13 +58,14 @@ torch::Tensor weight_of(const Conditioning& cond, const std::optional<Area>& are
     const auto mask = cond.mask.dim() == 2 ? cond.mask.unsqueeze(0) : cond.mask;
     return crop(mask.unsqueeze(1).to(options), area) * cond.strength;
   }
-  auto weight = torch::full({1, 1, area ? area->height : height, area ? area->width : width}, cond.strength,
-                            options);
+  auto weight = torch::full({1, 1, area ? area->height : height, area ? area->width : width},
+                            cond.strength, options);
   if (area) feather(weight, *area, height, width);
   return weight;
 }
 
-std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma, std::int64_t max_rows) {
+std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma,
+                           std::int64_t max_rows) {
   std::vector<Item> items;
   for (std::size_t r = 0; r < requests.size(); ++r) {
     const auto& request = requests[r];
@@ -72,7 +76,8 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma, 
       const auto& cond = request.conds[entry];
       check_conditioning(cond, images, height, width, "calc_cond_batch");
       if (!is_active(cond, sigma)) continue;
-      const auto area = cond.area ? std::optional(clipped(*cond.area, height, width)) : std::nullopt;
+      const auto area =
+          cond.area ? std::optional(clipped(*cond.area, height, width)) : std::nullopt;
       const auto weight = weight_of(cond, area, x);
       for (std::int64_t image = 0; image < images; image += rows_at_once) {
         const auto count = std::min(rows_at_once, images - image);
@@ -92,11 +97,12 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma, 
 
 bool same_tail(const torch::Tensor& a, const torch::Tensor& b) {
   if (a.defined() != b.defined()) return false;
-  return !a.defined() || (a.sizes().slice(1) == b.sizes().slice(1) && a.scalar_type() == b.scalar_type());
+  return !a.defined() ||
+         (a.sizes().slice(1) == b.sizes().slice(1) && a.scalar_type() == b.scalar_type());
 }
 
-// Repeating tokens leaves cross-attention as it is, so contexts may differ in length; but not by so much
-// that the repetition costs more than another call (ComfyUI: `CONDCrossAttn.can_concat`).
+// Repeating tokens leaves cross-attention as it is, so contexts may differ in length; but not by so
+// much that the repetition costs more than another call (ComfyUI: `CONDCrossAttn.can_concat`).
 bool contexts_fit(const torch::Tensor& a, const torch::Tensor& b) {
   if (!a.defined() || !b.defined()) return a.defined() == b.defined();
   const auto common = std::lcm(a.size(1), b.size(1));
@@ -107,10 +113,10 @@ bool fits_together(const Item& a, const Item& b) {
   const auto same_extra = [](const auto& p, const auto& q) {
     return p.first == q.first && same_tail(p.second, q.second);
   };
-  return a.x.sizes().slice(1) == b.x.sizes().slice(1) && contexts_fit(a.cond->context, b.cond->context) &&
-         same_tail(a.cond->y, b.cond->y) &&
-         std::equal(a.cond->extra.begin(), a.cond->extra.end(), b.cond->extra.begin(), b.cond->extra.end(),
-                    same_extra);
+  return a.x.sizes().slice(1) == b.x.sizes().slice(1) &&
+         contexts_fit(a.cond->context, b.cond->context) && same_tail(a.cond->y, b.cond->y) &&
+         std::equal(a.cond->extra.begin(), a.cond->extra.end(), b.cond->extra.begin(),
+                    b.cond->extra.end(), same_extra);
 }
 
 // Takes the first item and all later ones that fit into one UNet call with it.
@@ -162,7 +168,8 @@ Conditioning joined_conditioning(const std::vector<Item>& batch) {
   });
   joined.y = join(batch, [](const Item& item) { return item.cond->y; });
   for (const auto& [name, tensor] : batch.front().cond->extra)
-    joined.extra[name] = join(batch, [&name](const Item& item) { return item.cond->extra.at(name); });
+    joined.extra[name] =
+        join(batch, [&name](const Item& item) { return item.cond->extra.at(name); });
   return joined;
 }
 
@@ -194,8 +201,8 @@ torch::Tensor evaluate(const ModelPatcher& model, const std::vector<Item>& batch
   }
 }
 
-/// A request's prediction in the making: the weighted sum of its parts, and what they weigh together
-/// (undefined: 1 everywhere, which is the case of one conditioning on the whole latent).
+/// A request's prediction in the making: the weighted sum of its parts, and what they weigh
+/// together (undefined: 1 everywhere, which is the case of one conditioning on the whole latent).
 struct Sum {
   torch::Tensor value, weight;
 };
@@ -208,10 +215,13 @@ void add(Sum& sum, const Item& item, const torch::Tensor& denoised, const torch:
   }
   if (!sum.weight.defined()) {
     const std::vector<std::int64_t> cells = {x.size(0), 1, x.size(2), x.size(3)};
-    sum.weight = sum.value.defined() ? at::ones(cells, denoised.options()) : at::zeros(cells, denoised.options());
+    sum.weight = sum.value.defined() ? at::ones(cells, denoised.options())
+                                     : at::zeros(cells, denoised.options());
     sum.value = sum.value.defined() ? sum.value.clone() : at::zeros(x.sizes(), denoised.options());
   }
-  const auto part = [&](const torch::Tensor& t) { return crop(t.narrow(0, rows.image, rows.count), rows.area); };
+  const auto part = [&](const torch::Tensor& t) {
+    return crop(t.narrow(0, rows.image, rows.count), rows.area);
+  };
   part(sum.value).add_(rows.weight.defined() ? denoised * rows.weight : denoised);
   part(sum.weight).add_(rows.weight.defined() ? rows.weight : at::ones({1}, denoised.options()));
 }
@@ -226,17 +236,18 @@ void check_requests(std::span<const CondRequest> requests, const CalcCondBatchOp
   TORCH_CHECK_VALUE(options.max_rows >= 0, "[calc_cond_batch] max_rows must be at least 0, got ",
                     options.max_rows, ".");
   for (const auto& request : requests) {
-    TORCH_CHECK_VALUE(request.x.defined() && request.x.dim() == 4 && request.x.numel() > 0,
-                      "[calc_cond_batch] x must have shape [images, channels, height, width], none of them 0, "
-                      "got ",
-                      request.x.defined() ? c10::str(request.x.sizes()) : "an undefined tensor", ".");
+    TORCH_CHECK_VALUE(
+        request.x.defined() && request.x.dim() == 4 && request.x.numel() > 0,
+        "[calc_cond_batch] x must have shape [images, channels, height, width], none of them 0, "
+        "got ",
+        request.x.defined() ? c10::str(request.x.sizes()) : "an undefined tensor", ".");
   }
 }
 
 }  // namespace
 
-CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests, double sigma,
-                          StepContext& step, const CalcCondBatchOptions& options) {
+CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests,
+                          double sigma, StepContext& step, const CalcCondBatchOptions& options) {
   check_requests(requests, options);
   const torch::NoGradGuard no_grad;
   CondBatch result;

@@ -10,29 +10,34 @@ namespace sag {
 namespace {
 
 void check_options(const CfgGuiderOptions& options) {
-  TORCH_CHECK_VALUE(std::isfinite(options.cond_scale), "[CfgGuider] cond_scale must be finite, got ",
-                    options.cond_scale, ".");
-  TORCH_CHECK_VALUE(options.max_rows >= 0, "[CfgGuider] max_rows must be at least 0, got ", options.max_rows,
-                    ".");
-  const auto falls = std::adjacent_find(options.sigmas.begin(), options.sigmas.end(),
-                                        [](double a, double b) { return !(a > b); }) == options.sigmas.end();
+  TORCH_CHECK_VALUE(std::isfinite(options.cond_scale),
+                    "[CfgGuider] cond_scale must be finite, got ", options.cond_scale, ".");
+  TORCH_CHECK_VALUE(options.max_rows >= 0, "[CfgGuider] max_rows must be at least 0, got ",
+                    options.max_rows, ".");
+  const auto falls =
+      std::adjacent_find(options.sigmas.begin(), options.sigmas.end(),
+                         [](double a, double b) { return !(a > b); }) == options.sigmas.end();
   TORCH_CHECK_VALUE(falls, "[CfgGuider] sigmas must fall strictly.");
 }
 
 // The largest i with sigmas[i] >= sigma; 0 before the first.
 std::int64_t step_of(const std::vector<double>& sigmas, double sigma) {
-  const auto after = std::partition_point(sigmas.begin(), sigmas.end(), [sigma](double s) { return s >= sigma; });
+  const auto after =
+      std::partition_point(sigmas.begin(), sigmas.end(), [sigma](double s) { return s >= sigma; });
   return std::max<std::int64_t>(after - sigmas.begin() - 1, 0);
 }
 
 // ComfyUI's tolerance for "cfg is 1".
-bool is_one(double cond_scale) { return std::abs(cond_scale - 1.0) <= 1e-9 * std::max(std::abs(cond_scale), 1.0); }
+bool is_one(double cond_scale) {
+  return std::abs(cond_scale - 1.0) <= 1e-9 * std::max(std::abs(cond_scale), 1.0);
+}
 
 bool post_cfg_needs_uncond(const ModelPatcher& model, double sigma) {
   const auto& functions = model.post_cfg_functions();
-  return std::any_of(functions.begin(), functions.end(), [sigma](const InstalledPostCfg& installed) {
-    return installed.options.needs_uncond && installed.options.needs_uncond(sigma);
-  });
+  return std::any_of(
+      functions.begin(), functions.end(), [sigma](const InstalledPostCfg& installed) {
+        return installed.options.needs_uncond && installed.options.needs_uncond(sigma);
+      });
 }
 
 // Once a run, so that no step copies from the host.
@@ -42,7 +47,8 @@ std::vector<Conditioning> on_device(std::vector<Conditioning> conds, torch::Devi
 }
 
 bool any_active(const std::vector<Conditioning>& conds, double sigma) {
-  return std::any_of(conds.begin(), conds.end(), [sigma](const auto& cond) { return is_active(cond, sigma); });
+  return std::any_of(conds.begin(), conds.end(),
+                     [sigma](const auto& cond) { return is_active(cond, sigma); });
 }
 
 torch::Tensor cfg(const ModelPatcher& model, const CfgArgs& args) {
@@ -73,10 +79,11 @@ std::int64_t GuiderReport::unet_rows() const {
 }
 
 std::int64_t GuiderReport::guided() const {
-  return std::count_if(evaluations.begin(), evaluations.end(), [](const EvaluationReport& evaluation) {
-    return std::any_of(evaluation.guidances.begin(), evaluation.guidances.end(),
-                       [](const GuidanceNote& note) { return note.guided; });
-  });
+  return std::count_if(
+      evaluations.begin(), evaluations.end(), [](const EvaluationReport& evaluation) {
+        return std::any_of(evaluation.guidances.begin(), evaluation.guidances.end(),
+                           [](const GuidanceNote& note) { return note.guided; });
+      });
 }
 
 std::map<std::string, std::int64_t> GuiderReport::skipped() const {
@@ -98,7 +105,8 @@ CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
   check_options(options_);
 }
 
-CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive, std::vector<Conditioning> negative)
+CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
+                     std::vector<Conditioning> negative)
     : CfgGuider(std::move(model), std::move(positive), std::move(negative), CfgGuiderOptions{}) {}
 
 torch::Tensor CfgGuider::operator()(const torch::Tensor& x, double sigma) {
@@ -110,9 +118,10 @@ CfgGuider::Predictions CfgGuider::predict_both(const torch::Tensor& x, double si
 }
 
 CfgGuider::Predictions CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_uncond) {
-  TORCH_CHECK_VALUE(x.defined() && x.dim() == 4 && x.numel() > 0,
-                    "[CfgGuider] x must have shape [images, channels, height, width], none of them 0, got ",
-                    x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
+  TORCH_CHECK_VALUE(
+      x.defined() && x.dim() == 4 && x.numel() > 0,
+      "[CfgGuider] x must have shape [images, channels, height, width], none of them 0, got ",
+      x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
   TORCH_CHECK_VALUE(any_active(positive_, sigma) || any_active(negative_, sigma),
                     "[CfgGuider] no conditioning is active at sigma ", sigma, ".");
   const torch::NoGradGuard no_grad;
@@ -126,29 +135,39 @@ CfgGuider::Predictions CfgGuider::evaluate(const torch::Tensor& x, double sigma,
     return batch.denoised;
   };
 
-  const bool needs_uncond = keep_uncond || !is_one(options_.cond_scale) || !any_active(positive_, sigma) ||
-                            post_cfg_needs_uncond(model_, sigma);
+  const bool needs_uncond = keep_uncond || !is_one(options_.cond_scale) ||
+                            !any_active(positive_, sigma) || post_cfg_needs_uncond(model_, sigma);
   const std::vector<CondRequest> requests = {
-      {.branch = Branch::uncond, .x = x, .conds = needs_uncond ? negative_ : std::vector<Conditioning>{}},
+      {.branch = Branch::uncond,
+       .x = x,
+       .conds = needs_uncond ? negative_ : std::vector<Conditioning>{}},
       {.branch = Branch::cond, .x = x, .conds = positive_}};
   const auto denoised = evaluate_batch(requests);
 
   CfgPredictions predictions{.cond_denoised = denoised[1], .uncond_denoised = denoised[0]};
   const auto args = [&] {
-    return CfgArgs{predictions.cond_denoised, predictions.uncond_denoised, options_.cond_scale, x, sigma, step};
+    return CfgArgs{predictions.cond_denoised,
+                   predictions.uncond_denoised,
+                   options_.cond_scale,
+                   x,
+                   sigma,
+                   step};
   };
   for (const auto& function : model_.pre_cfg_functions()) {
     const auto before = predictions;
     predictions = function(args());
-    if (before.cond_denoised.defined()) check_shape(predictions.cond_denoised, x, "pre-CFG function");
-    if (before.uncond_denoised.defined()) check_shape(predictions.uncond_denoised, x, "pre-CFG function");
+    if (before.cond_denoised.defined())
+      check_shape(predictions.cond_denoised, x, "pre-CFG function");
+    if (before.uncond_denoised.defined())
+      check_shape(predictions.uncond_denoised, x, "pre-CFG function");
   }
   auto result = cfg(model_, args());
   check_shape(result, x, "CFG function");
 
   const auto predict = [&](const torch::Tensor& x_again, Branch branch, const Owner& owner) {
     check_shape(x_again, x, "prediction's new x");
-    const CondRequest request{branch, owner, x_again, branch == Branch::cond ? positive_ : negative_};
+    const CondRequest request{branch, owner, x_again,
+                              branch == Branch::cond ? positive_ : negative_};
     return evaluate_batch({&request, 1}).front();
   };
   for (const auto& installed : model_.post_cfg_functions()) {

@@ -14,22 +14,27 @@ namespace sag {
 namespace {
 
 // ComfyUI: `SelfAttentionGuidance.patch`; below this the blur would be most of the picture.
-bool too_small(const torch::Tensor& x) { return std::min(x.size(2), x.size(3)) <= 4; }
+bool too_small(const torch::Tensor& x) {
+  return std::min(x.size(2), x.size(3)) <= 4;
+}
 
-void check_step(const torch::Tensor& denoised, const torch::Tensor& x, const torch::Tensor& uncond_denoised,
-                const SelfAttentionGuidanceStep& step) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0,
-                    "[self_attention_guidance] x must have shape [B, C, H, W], none of them 0, got ", x.sizes(),
-                    ".");
-  TORCH_CHECK_VALUE(denoised.sizes() == x.sizes() && uncond_denoised.sizes() == x.sizes(),
-                    "[self_attention_guidance] denoised and uncond_denoised must have the shape of x, ",
-                    x.sizes(), ", got ", denoised.sizes(), " and ", uncond_denoised.sizes(), ".");
-  TORCH_CHECK_TYPE(x.is_floating_point() && denoised.is_floating_point() && uncond_denoised.is_floating_point(),
-                   "[self_attention_guidance] x, denoised and uncond_denoised must be floating, got ",
-                   x.scalar_type(), ", ", denoised.scalar_type(), " and ", uncond_denoised.scalar_type(), ".");
+void check_step(const torch::Tensor& denoised, const torch::Tensor& x,
+                const torch::Tensor& uncond_denoised, const SelfAttentionGuidanceStep& step) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && x.numel() > 0,
+      "[self_attention_guidance] x must have shape [B, C, H, W], none of them 0, got ", x.sizes(),
+      ".");
+  TORCH_CHECK_VALUE(
+      denoised.sizes() == x.sizes() && uncond_denoised.sizes() == x.sizes(),
+      "[self_attention_guidance] denoised and uncond_denoised must have the shape of x, ",
+      x.sizes(), ", got ", denoised.sizes(), " and ", uncond_denoised.sizes(), ".");
+  TORCH_CHECK_TYPE(
+      x.is_floating_point() && denoised.is_floating_point() && uncond_denoised.is_floating_point(),
+      "[self_attention_guidance] x, denoised and uncond_denoised must be floating, got ",
+      x.scalar_type(), ", ", denoised.scalar_type(), " and ", uncond_denoised.scalar_type(), ".");
   TORCH_CHECK_VALUE(std::isfinite(step.scale) && std::isfinite(step.renoise_scale),
-                    "[self_attention_guidance] scale and renoise_scale must be finite, got ", step.scale,
-                    " and ", step.renoise_scale, ".");
+                    "[self_attention_guidance] scale and renoise_scale must be finite, got ",
+                    step.scale, " and ", step.renoise_scale, ".");
 }
 
 }  // namespace
@@ -49,7 +54,8 @@ torch::Tensor self_attention_guidance(
   const auto x_again = x + step.renoise_scale * (degraded - uncond_denoised);
   const auto again = predict_uncond(x_again);
   TORCH_CHECK_VALUE(again.defined() && again.sizes() == x.sizes(),
-                    "[self_attention_guidance] predict_uncond must return the shape of x, ", x.sizes(), ", got ",
+                    "[self_attention_guidance] predict_uncond must return the shape of x, ",
+                    x.sizes(), ", got ",
                     again.defined() ? c10::str(again.sizes()) : "an undefined tensor", ".");
   return denoised + step.scale * (degraded - again);
 }
@@ -58,26 +64,31 @@ namespace {
 
 void check_options(const SelfAttentionGuidanceOptions& options) {
   constexpr auto* where = "[apply_self_attention_guidance] ";
-  TORCH_CHECK_VALUE(std::isfinite(options.scale), where, "scale must be finite, got ", options.scale, ".");
+  TORCH_CHECK_VALUE(std::isfinite(options.scale), where, "scale must be finite, got ",
+                    options.scale, ".");
   TORCH_CHECK_VALUE(std::isfinite(options.blur_sigma) && options.blur_sigma >= 0, where,
                     "blur_sigma must be finite and at least 0, got ", options.blur_sigma, ".");
   TORCH_CHECK_VALUE(std::isfinite(options.threshold), where, "threshold must be finite, got ",
                     options.threshold, ".");
-  TORCH_CHECK_VALUE(options.kernel_size == 0 || (options.kernel_size > 0 && options.kernel_size % 2 == 1), where,
-                    "kernel_size must be odd, or 0 for as wide as blur_sigma needs, got ", options.kernel_size,
-                    ".");
+  TORCH_CHECK_VALUE(
+      options.kernel_size == 0 || (options.kernel_size > 0 && options.kernel_size % 2 == 1), where,
+      "kernel_size must be odd, or 0 for as wide as blur_sigma needs, got ", options.kernel_size,
+      ".");
   TORCH_CHECK_VALUE(options.sigma_end <= options.sigma_start, where,
                     "sigma_end must be at most sigma_start, got ", options.sigma_end, " and ",
                     options.sigma_start, ".");
 }
 
 // Turns a window in percent into one in sigma.
-SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options, const ModelSampling& sampling) {
+SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options,
+                                         const ModelSampling& sampling) {
   for (const auto& percent : {options.start_percent, options.end_percent})
-    TORCH_CHECK_VALUE(!percent || (*percent >= 0 && *percent <= 1),
-                      "[apply_self_attention_guidance] start_percent and end_percent must be in [0, 1], got ",
-                      *percent, ".");
-  if (options.start_percent) options.sigma_start = sampling.percent_to_sigma(*options.start_percent);
+    TORCH_CHECK_VALUE(
+        !percent || (*percent >= 0 && *percent <= 1),
+        "[apply_self_attention_guidance] start_percent and end_percent must be in [0, 1], got ",
+        *percent, ".");
+  if (options.start_percent)
+    options.sigma_start = sampling.percent_to_sigma(*options.start_percent);
   if (options.end_percent) options.sigma_end = sampling.percent_to_sigma(*options.end_percent);
   return options;
 }
@@ -86,7 +97,8 @@ SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options, c
 const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigma) {
   if (options.scale == 0) return "scale is 0";
   if (options.blur_sigma == 0) return "blur_sigma is 0";
-  if (sigma > options.sigma_start || sigma < options.sigma_end) return "sigma is outside the window";
+  if (sigma > options.sigma_start || sigma < options.sigma_end)
+    return "sigma is outside the window";
   return nullptr;
 }
 
@@ -105,20 +117,24 @@ void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass)
   }
 }
 
-// Brings every recorded map to its place in the latent and averages them per cell, with the weights that
-// their predictions had. Cells that none covers stay 0.
-torch::Tensor combine_maps(const std::vector<StepContext::Record>& records, const torch::Tensor& x) {
+// Brings every recorded map to its place in the latent and averages them per cell, with the weights
+// that their predictions had. Cells that none covers stay 0.
+torch::Tensor combine_maps(const std::vector<StepContext::Record>& records,
+                           const torch::Tensor& x) {
   const auto& first = records.front();
   const bool plain = records.size() == 1 && !first.rows.area && !first.rows.weight.defined() &&
                      first.rows.count == x.size(0);
   if (plain) return upsample_attention_map(first.map, x.size(2), x.size(3));
 
   const auto options = first.map.options();
-  auto sum = at::zeros({x.size(0), 1, x.size(2), x.size(3)}, options), weights = at::zeros_like(sum);
+  auto sum = at::zeros({x.size(0), 1, x.size(2), x.size(3)}, options),
+       weights = at::zeros_like(sum);
   for (const auto& [rows, map] : records) {
     const auto area = rows.area.value_or(Area{x.size(2), x.size(3), 0, 0});
     const auto part = [&, &rows = rows](const torch::Tensor& t) {
-      return t.narrow(0, rows.image, rows.count).narrow(2, area.y, area.height).narrow(3, area.x, area.width);
+      return t.narrow(0, rows.image, rows.count)
+          .narrow(2, area.y, area.height)
+          .narrow(3, area.x, area.width);
     };
     const auto weight = rows.weight.defined() ? rows.weight.to(options) : at::ones({1}, options);
     part(sum).add_(upsample_attention_map(map, area.height, area.width) * weight);
@@ -127,13 +143,15 @@ torch::Tensor combine_maps(const std::vector<StepContext::Record>& records, cons
   return at::where(weights != 0, sum / weights, 0.0);
 }
 
-torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& options, const PostCfgArgs& args) {
+torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& options,
+                    const PostCfgArgs& args) {
   const auto skip = [&](const char* reason) {
     args.step.skipped(owner, reason);
     return args.denoised;
   };
   if (const auto* reason = idle_reason(options, args.sigma)) return skip(reason);
-  if (!args.uncond_denoised.defined()) return skip("there is no unconditional prediction at this sigma");
+  if (!args.uncond_denoised.defined())
+    return skip("there is no unconditional prediction at this sigma");
   if (too_small(args.x)) return skip("a side of the latent is 4 or less");
   const auto records = args.step.records(owner);
   if (records.empty()) return skip("the attention of the site did not run");
@@ -156,7 +174,8 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
                                            const SelfAttentionGuidanceOptions& given) {
   const auto options = with_sigmas(given, model.model_sampling());
   check_options(options);
-  const Owner owner("self_attention_guidance");  // tells this SAG's records and rows from all others
+  const Owner owner(
+      "self_attention_guidance");  // tells this SAG's records and rows from all others
   const auto active = [options](double sigma) { return !idle_reason(options, sigma); };
 
   auto patched = model.clone();

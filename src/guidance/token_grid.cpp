@@ -9,19 +9,22 @@ namespace sag {
 
 TokenGrid token_grid(std::int64_t tokens, std::int64_t height, std::int64_t width) {
   constexpr std::int64_t kLargest = std::int64_t{1} << 31;  // products of two still fit
-  TORCH_CHECK_VALUE(tokens > 0 && height > 0 && width > 0 && std::max({tokens, height, width}) < kLargest,
-                    "[token_grid] tokens, height and width must be positive and below 2^31, got ", tokens, ", ",
-                    height, " and ", width, ".");
+  TORCH_CHECK_VALUE(
+      tokens > 0 && height > 0 && width > 0 && std::max({tokens, height, width}) < kLargest,
+      "[token_grid] tokens, height and width must be positive and below 2^31, got ", tokens, ", ",
+      height, " and ", width, ".");
   // ⌈⌈n/2⌉/2⌉ = ⌈n/4⌉, so repeated halving visits every grid of a plain UNet.
   for (TokenGrid grid{height, width};; grid = {(grid.rows + 1) / 2, (grid.cols + 1) / 2}) {
     if (grid.rows * grid.cols == tokens) return grid;
     if (grid.rows == 1 && grid.cols == 1) break;
   }
 
-  // No halving fits: of all factorisations take the one nearest in shape, by the logarithm of the ratio.
+  // No halving fits: of all factorisations take the one nearest in shape, by the logarithm of the
+  // ratio.
   const auto ratio = static_cast<double>(height) / static_cast<double>(width);
   const auto distance = [ratio](const TokenGrid& grid) {
-    return std::abs(std::log(static_cast<double>(grid.rows) / static_cast<double>(grid.cols) / ratio));
+    return std::abs(
+        std::log(static_cast<double>(grid.rows) / static_cast<double>(grid.cols) / ratio));
   };
   TokenGrid best{1, tokens};
   const auto consider = [&](const TokenGrid& grid) {

@@ -6,15 +6,16 @@ namespace sag {
 namespace {
 
 void check_rows(const torch::Tensor& t, std::int64_t images, const char* what, const char* caller) {
-  TORCH_CHECK_VALUE(t.dim() >= 1 && (t.size(0) == 1 || t.size(0) == images), "[", caller, "] ", what,
-                    " must have 1 or ", images, " rows, got shape ", t.sizes(), ".");
+  TORCH_CHECK_VALUE(t.dim() >= 1 && (t.size(0) == 1 || t.size(0) == images), "[", caller, "] ",
+                    what, " must have 1 or ", images, " rows, got shape ", t.sizes(), ".");
 }
 
-void check_mask(const torch::Tensor& mask, std::int64_t images, std::int64_t height, std::int64_t width,
-                const char* caller) {
-  TORCH_CHECK_TYPE(mask.is_floating_point(), "[", caller, "] mask must be floating, got ", mask.scalar_type(),
-                   ".");
-  const bool fits = (mask.dim() == 2 || mask.dim() == 3) && mask.size(-2) == height && mask.size(-1) == width;
+void check_mask(const torch::Tensor& mask, std::int64_t images, std::int64_t height,
+                std::int64_t width, const char* caller) {
+  TORCH_CHECK_TYPE(mask.is_floating_point(), "[", caller, "] mask must be floating, got ",
+                   mask.scalar_type(), ".");
+  const bool fits =
+      (mask.dim() == 2 || mask.dim() == 3) && mask.size(-2) == height && mask.size(-1) == width;
   TORCH_CHECK_VALUE(fits, "[", caller, "] mask must have the latent's size, [", height, ", ", width,
                     "] or [images, ", height, ", ", width, "], got shape ", mask.sizes(), ".");
   if (mask.dim() == 3) check_rows(mask, images, "mask", caller);
@@ -22,10 +23,11 @@ void check_mask(const torch::Tensor& mask, std::int64_t images, std::int64_t hei
 
 void check_area(const Area& area, std::int64_t height, std::int64_t width, const char* caller) {
   TORCH_CHECK_VALUE(area.height > 0 && area.width > 0 && area.y >= 0 && area.x >= 0, "[", caller,
-                    "] area must have positive sides and start at 0 or after, got ", area.height, " x ",
-                    area.width, " at (", area.y, ", ", area.x, ").");
-  TORCH_CHECK_VALUE(area.y < height && area.x < width, "[", caller, "] area must touch the latent of ", height,
-                    " x ", width, ", got ", area.height, " x ", area.width, " at (", area.y, ", ", area.x, ").");
+                    "] area must have positive sides and start at 0 or after, got ", area.height,
+                    " x ", area.width, " at (", area.y, ", ", area.x, ").");
+  TORCH_CHECK_VALUE(area.y < height && area.x < width, "[", caller,
+                    "] area must touch the latent of ", height, " x ", width, ", got ", area.height,
+                    " x ", area.width, " at (", area.y, ", ", area.x, ").");
 }
 
 }  // namespace
@@ -49,9 +51,10 @@ void check_conditioning(const Conditioning& cond, std::int64_t images, std::int6
                         std::int64_t width, const char* caller) {
   if (cond.context.defined()) {
     TORCH_CHECK_VALUE(cond.context.dim() == 3 && cond.context.size(1) > 0, "[", caller,
-                      "] context must have shape [rows, tokens, width], got ", cond.context.sizes(), ".");
-    TORCH_CHECK_TYPE(cond.context.is_floating_point(), "[", caller, "] context must be floating, got ",
-                     cond.context.scalar_type(), ".");
+                      "] context must have shape [rows, tokens, width], got ", cond.context.sizes(),
+                      ".");
+    TORCH_CHECK_TYPE(cond.context.is_floating_point(), "[", caller,
+                     "] context must be floating, got ", cond.context.scalar_type(), ".");
     check_rows(cond.context, images, "context", caller);
   }
   if (cond.y.defined()) {
@@ -60,7 +63,8 @@ void check_conditioning(const Conditioning& cond, std::int64_t images, std::int6
     check_rows(cond.y, images, "y", caller);
   }
   for (const auto& [name, tensor] : cond.extra) {
-    TORCH_CHECK_VALUE(tensor.defined(), "[", caller, "] extra input \"", name, "\" must be a tensor.");
+    TORCH_CHECK_VALUE(tensor.defined(), "[", caller, "] extra input \"", name,
+                      "\" must be a tensor.");
     check_rows(tensor, images, ("extra input \"" + name + "\"").c_str(), caller);
   }
   TORCH_CHECK_VALUE(std::isfinite(cond.strength), "[", caller, "] strength must be finite, got ",

@@ -6,7 +6,8 @@
 namespace sag {
 namespace {
 
-// Brings a conditioning tensor to the UNet: one row per row of x, floating ones in the UNet's dtype.
+// Brings a conditioning tensor to the UNet: one row per row of x, floating ones in the UNet's
+// dtype.
 torch::Tensor to_rows(const torch::Tensor& t, std::int64_t rows, const UNet& unet) {
   if (!t.defined()) return t;
   const auto moved = t.to(unet.device(), t.is_floating_point() ? unet.dtype() : t.scalar_type());
@@ -17,14 +18,16 @@ torch::Tensor to_rows(const torch::Tensor& t, std::int64_t rows, const UNet& une
 }
 
 void check_x(const torch::Tensor& x, double sigma, const UNet& unet) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0,
-                    "[Denoiser] x must have shape [rows, channels, height, width], none of them 0, got ",
-                    x.sizes(), ".");
-  TORCH_CHECK_TYPE(x.is_floating_point(), "[Denoiser] x must be floating, got ", x.scalar_type(), ".");
-  TORCH_CHECK_VALUE(x.device() == unet.device(), "[Denoiser] x must be on the UNet's device ", unet.device(),
-                    ", got ", x.device(), ".");
-  TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma > 0, "[Denoiser] sigma must be finite and > 0, got ", sigma,
-                    ".");
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && x.numel() > 0,
+      "[Denoiser] x must have shape [rows, channels, height, width], none of them 0, got ",
+      x.sizes(), ".");
+  TORCH_CHECK_TYPE(x.is_floating_point(), "[Denoiser] x must be floating, got ", x.scalar_type(),
+                   ".");
+  TORCH_CHECK_VALUE(x.device() == unet.device(), "[Denoiser] x must be on the UNet's device ",
+                    unet.device(), ", got ", x.device(), ".");
+  TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma > 0,
+                    "[Denoiser] sigma must be finite and > 0, got ", sigma, ".");
 }
 
 }  // namespace
@@ -34,22 +37,24 @@ Denoiser::Denoiser(std::shared_ptr<const UNet> unet, ModelSampling sampling)
   TORCH_CHECK_VALUE(unet_, "[Denoiser] unet must not be null.");
 }
 
-torch::Tensor Denoiser::operator()(const torch::Tensor& x, double sigma, const Conditioning& cond) const {
+torch::Tensor Denoiser::operator()(const torch::Tensor& x, double sigma,
+                                   const Conditioning& cond) const {
   check_x(x, sigma, *unet_);
   const auto rows = x.size(0);
   check_conditioning(cond, rows, x.size(2), x.size(3), "Denoiser");
 
   const auto wide = x.to(at::promote_types(x.scalar_type(), torch::kFloat));
-  UNetInput input{
-      .x = sampling_.calculate_input(sigma, wide).to(unet_->dtype()),
-      .timesteps = torch::full({rows}, sampling_.timestep(sigma), wide.options().dtype(torch::kFloat)),
-      .context = to_rows(cond.context, rows, *unet_),
-      .y = to_rows(cond.y, rows, *unet_)};
+  UNetInput input{.x = sampling_.calculate_input(sigma, wide).to(unet_->dtype()),
+                  .timesteps = torch::full({rows}, sampling_.timestep(sigma),
+                                           wide.options().dtype(torch::kFloat)),
+                  .context = to_rows(cond.context, rows, *unet_),
+                  .y = to_rows(cond.y, rows, *unet_)};
   for (const auto& [name, tensor] : cond.extra) input.extra[name] = to_rows(tensor, rows, *unet_);
 
   const auto output = unet_->forward(input);
-  TORCH_CHECK_VALUE(output.sizes() == x.sizes(), "[Denoiser] the UNet must return the shape of its input, ",
-                    x.sizes(), ", got ", output.sizes(), ".");
+  TORCH_CHECK_VALUE(output.sizes() == x.sizes(),
+                    "[Denoiser] the UNet must return the shape of its input, ", x.sizes(), ", got ",
+                    output.sizes(), ".");
   return sampling_.calculate_denoised(sigma, output.to(wide.scalar_type()), wide);
 }
 

@@ -10,7 +10,9 @@ void RunContext::keep(const Owner& owner, std::int64_t step_index, torch::Tensor
     return kept.owner == owner && kept.step_index < step_index;
   });
   const auto latest_earlier = earlier == kept_.rend() ? step_index : earlier->step_index;
-  std::erase_if(kept_, [&](const Kept& kept) { return kept.owner == owner && kept.step_index != latest_earlier; });
+  std::erase_if(kept_, [&](const Kept& kept) {
+    return kept.owner == owner && kept.step_index != latest_earlier;
+  });
   kept_.push_back({owner, step_index, std::move(value)});
 }
 
@@ -42,7 +44,8 @@ ModelPatcher& ModelPatcher::set_cfg_function(CfgFunction function) {
   return *this;
 }
 
-ModelPatcher& ModelPatcher::set_post_cfg_function(PostCfgFunction function, PostCfgOptions options) {
+ModelPatcher& ModelPatcher::set_post_cfg_function(PostCfgFunction function,
+                                                  PostCfgOptions options) {
   TORCH_CHECK_VALUE(function, "[ModelPatcher::set_post_cfg_function] function must not be empty.");
   post_cfg_.push_back({std::move(function), std::move(options)});
   return *this;

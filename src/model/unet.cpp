@@ -33,16 +33,19 @@ std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) 
   std::vector<AttentionSiteInfo> found;
   std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
                [&](const auto& info) { return answers_to(info, site.name()); });
-  TORCH_CHECK_VALUE(!found.empty(), "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
+  TORCH_CHECK_VALUE(!found.empty(),
+                    "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
                     site.name(), "\". ", list(sites));
-  TORCH_CHECK_VALUE(found.size() == 1, "[resolve_attention_site] site must name one self-attention, but \"",
-                    site.name(), "\" fits ", found.size(), "; use its path or #ordinal. ", list(found));
+  TORCH_CHECK_VALUE(
+      found.size() == 1, "[resolve_attention_site] site must name one self-attention, but \"",
+      site.name(), "\" fits ", found.size(), "; use its path or #ordinal. ", list(found));
   const auto& name = found.front().name;
   const bool unique = std::count_if(sites.begin(), sites.end(),
                                     [&](const auto& info) { return info.name == name; }) == 1;
-  TORCH_CHECK_VALUE(unique || !found.front().path.empty(), "[resolve_attention_site] site \"", site.name(),
-                    "\" must have a name or a path of its own, but several are called \"", name, "\". ",
-                    list(sites));
+  TORCH_CHECK_VALUE(unique || !found.front().path.empty(), "[resolve_attention_site] site \"",
+                    site.name(),
+                    "\" must have a name or a path of its own, but several are called \"", name,
+                    "\". ", list(sites));
   return unique ? name : found.front().path;
 }
 

@@ -1,5 +1,5 @@
-// Uses the library as another project would. It names no function of the file that registers sag::attention: the
-// registration has to be there all the same, in a static sag too.
+// Uses the library as another project would. It names no function of the file that registers
+// sag::attention: the registration has to be there all the same, in a static sag too.
 
 #include <iostream>
 

@@ -12,7 +12,9 @@
 
 namespace sag::test {
 
-inline std::string golden_dir() { return SAG_TEST_DATA_DIR; }
+inline std::string golden_dir() {
+  return SAG_TEST_DATA_DIR;
+}
 
 /// The tensors of one file, on a device.
 class Golden {

@@ -11,8 +11,10 @@
 namespace sag::test {
 
 /// softmax(q kᵀ · scale): head mean, query sum. q, k: [B, heads, tokens, head_dim].
-inline torch::Tensor reference_attention_map(const torch::Tensor& q, const torch::Tensor& k, double scale) {
-  const auto scores = torch::matmul(q.to(torch::kDouble), k.to(torch::kDouble).transpose(-1, -2)) * scale;
+inline torch::Tensor reference_attention_map(const torch::Tensor& q, const torch::Tensor& k,
+                                             double scale) {
+  const auto scores =
+      torch::matmul(q.to(torch::kDouble), k.to(torch::kDouble).transpose(-1, -2)) * scale;
   return scores.softmax(-1).mean(1).sum(1);
 }
 
@@ -30,7 +32,9 @@ inline torch::Tensor reference_blur(const torch::Tensor& x, std::int64_t radius,
   auto out = torch::zeros_like(source);
   const auto in = source.accessor<double, 4>();
   auto o = out.accessor<double, 4>();
-  const auto weight = [sigma](std::int64_t t) { return std::exp(-0.5 * static_cast<double>(t * t) / (sigma * sigma)); };
+  const auto weight = [sigma](std::int64_t t) {
+    return std::exp(-0.5 * static_cast<double>(t * t) / (sigma * sigma));
+  };
   double total = 0;
   for (auto dy = -ry; dy <= ry; ++dy)
     for (auto dx = -rx; dx <= rx; ++dx) total += weight(dy) * weight(dx);
@@ -40,13 +44,17 @@ inline torch::Tensor reference_blur(const torch::Tensor& x, std::int64_t radius,
         for (std::int64_t z = 0; z < w; ++z)
           for (auto dy = -ry; dy <= ry; ++dy)
             for (auto dx = -rx; dx <= rx; ++dx)
-              o[b][c][y][z] += weight(dy) * weight(dx) / total * in[b][c][reflect(y + dy, h)][reflect(z + dx, w)];
+              o[b][c][y][z] += weight(dy) * weight(dx) / total *
+                               in[b][c][reflect(y + dy, h)][reflect(z + dx, w)];
   return out;
 }
 
 /// The largest absolute difference.
 inline double max_diff(const torch::Tensor& a, const torch::Tensor& b) {
-  return (a.to(torch::kCPU, torch::kDouble) - b.to(torch::kCPU, torch::kDouble)).abs().max().item<double>();
+  return (a.to(torch::kCPU, torch::kDouble) - b.to(torch::kCPU, torch::kDouble))
+      .abs()
+      .max()
+      .item<double>();
 }
 
 }  // namespace sag::test

@@ -33,12 +33,14 @@ class ToyUNet final : public UNet {
     rows += input.x.size(0);
     const auto pooled = torch::avg_pool2d(input.x, 8, {}, 0, true);
     const auto tokens = pooled.flatten(2).transpose(1, 2);  // [N, tokens, 4]
-    const auto q = split_heads(6 * tokens, 2), k = split_heads(5 * tokens, 2), v = split_heads(tokens, 2);
+    const auto q = split_heads(6 * tokens, 2), k = split_heads(5 * tokens, 2),
+               v = split_heads(tokens, 2);
     const auto out = attention(q, k, v, {.site = "middle.0.0"});
     const auto picture = out.transpose(1, 2).flatten(2).transpose(1, 2).reshape(pooled.sizes());
     const auto up = picture.repeat_interleave(8, 2).repeat_interleave(8, 3);
     const auto c = input.context.mean({1, 2}).view({-1, 1, 1, 1});
-    return 0.5 * input.x + 0.3 * up.narrow(2, 0, input.x.size(2)).narrow(3, 0, input.x.size(3)) + 0.1 * c;
+    return 0.5 * input.x + 0.3 * up.narrow(2, 0, input.x.size(2)).narrow(3, 0, input.x.size(3)) +
+           0.1 * c;
   }
   std::vector<AttentionSiteInfo> attention_sites() const override {
     return {{.name = "middle.0.0", .ordinal = 0}};
