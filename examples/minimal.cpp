@@ -12,7 +12,7 @@ int main(int argc, char** argv) try {
   const sag::ModelPatcher model(unet, sag::ModelSampling::discrete(sag::Prediction::eps));
   const auto guided = sag::apply_self_attention_guidance(model, {.scale = 0.75, .blur_sigma = 2.0});
 
-  // Your text encoder's output; a width of 32 fits the UNets in tests/golden.
+  // Your text encoder's output; a width of 32 fits tests/golden/comfy_sd15_tiny.ts.
   const sag::Conditioning prompt{.context = torch::randn({1, 77, 32})};
   const sag::Conditioning negative{.context = torch::zeros({1, 77, 32})};
 

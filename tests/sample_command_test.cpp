@@ -189,7 +189,7 @@ TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
            path("report.json"), "--save-latent", path("latent.pt")});
   ASSERT_EQ(finished.code, 0) << finished.err;
   EXPECT_THAT(finished.out, HasSubstr("3 pictures on cpu"));
-  EXPECT_THAT(finished.out, HasSubstr("steps guided"));
+  EXPECT_THAT(finished.out, HasSubstr("evaluations guided"));
   const auto sheet = picture("sheet.png");
   EXPECT_GT(sheet.width, 3 * 32);
   EXPECT_GT(sheet.height, 3 * 32);

@@ -203,7 +203,7 @@ TEST(SampleReport, CountsWhatWasGuidedAndWhyNot) {
   EXPECT_EQ(totals.rows, 7);
   EXPECT_EQ(totals.seconds, 3);
   EXPECT_EQ(guidance_summary(totals),
-            "1 of 2 steps guided, 50 % of the picture masked; 1 not guided: outside the window");
+            "1 of 2 evaluations guided, 50 % of the picture masked; 1 not guided: outside the window");
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ Totals total(const std::vector<RunReport>& runs) {
 
 std::string guidance_summary(const Totals& totals) {
   if (totals.steps == 0) return "not asked for self-attention guidance";
-  std::string text = fmt::format("{} of {} steps guided", totals.guided, totals.steps);
+  std::string text = fmt::format("{} of {} evaluations guided", totals.guided, totals.steps);
   if (totals.guided > 0)
     text += fmt::format(", {:.0f} % of the picture masked", 100 * totals.masked);
   for (const auto& [reason, count] : totals.skipped)

@@ -185,8 +185,12 @@ torch::Tensor pick(const std::string& option, const Place& place, const c10::IVa
                                  option, place.file));
   }
   constexpr std::size_t kShown = 12;
-  const std::string more = keys.size() > kShown ? ", ..." : "";
+  const std::string more = keys.size() > kShown ? " and others" : "";
   keys.resize(std::min(keys.size(), kShown));
+  if (!place.key.empty()) {
+    throw UsageError(fmt::format("{}: \"{}\" has no tensor \"{}\"; it has {}{}.", option,
+                                 place.file, place.key, fmt::join(keys, ", "), more));
+  }
   throw UsageError(
       fmt::format("{}: \"{}\" holds a dict; name one of its tensors as {}:KEY, KEY one of {}{}.",
                   option, place.file, place.file, fmt::join(keys, ", "), more));

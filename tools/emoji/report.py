@@ -20,7 +20,7 @@ def markdown(report):
              f"over the sets. The judge names {report['judge_top1_on_real_glyphs']:.1%} of the real glyphs. Real pictures measured in the same way have FD "
              f"{number(floors['named'], 2)} where each is another glyph, as in the rows with cfg, and {number(floors['at_random'], 2)} where glyphs come "
              "at random, as in the unconditional rows.", "",
-             "| row | FD | change of FD | plain SAG minus this | top-1 | evaluations |", "|---|---|---|---|---|---|"]
+             "| row | FD | change of FD | plain SAG minus this | top-1 | UNet rows a picture |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
         lines.append(f"| {row['name'].replace('<=', '≤').replace('sigma', 'σ')} | {number(row['fd'], 2)} | {number(row.get('change'), 2, '+')} | "
                      f"{number(row.get('plain_sag_minus_this'), 2, '+')} | {number(row.get('top1'), 3)} | {row['evaluations']} |")
