@@ -17,6 +17,12 @@ torch::Tensor to_rows(const torch::Tensor& t, std::int64_t rows, const UNet& une
   return moved.expand(sizes);
 }
 
+// A device without a number ("cuda") is any of its kind.
+bool is_on(const torch::Tensor& t, torch::Device device) {
+  return t.device().type() == device.type() &&
+         (!device.has_index() || t.device().index() == device.index());
+}
+
 void check_x(const torch::Tensor& x, double sigma, const UNet& unet) {
   TORCH_CHECK_VALUE(
       x.dim() == 4 && x.numel() > 0,
@@ -24,7 +30,7 @@ void check_x(const torch::Tensor& x, double sigma, const UNet& unet) {
       x.sizes(), ".");
   TORCH_CHECK_TYPE(x.is_floating_point(), "[Denoiser] x must be floating, got ", x.scalar_type(),
                    ".");
-  TORCH_CHECK_VALUE(x.device() == unet.device(), "[Denoiser] x must be on the UNet's device ",
+  TORCH_CHECK_VALUE(is_on(x, unet.device()), "[Denoiser] x must be on the UNet's device ",
                     unet.device(), ", got ", x.device(), ".");
   TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma > 0,
                     "[Denoiser] sigma must be finite and > 0, got ", sigma, ".");
