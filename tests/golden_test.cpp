@@ -8,7 +8,6 @@
 #include <nlohmann/json.hpp>
 
 #include "sag/cfg_guider.h"
-#include "sag/inpaint.h"
 #include "sag/samplers.h"
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
@@ -95,16 +94,18 @@ TEST_P(ComfyUi, RunIsReproduced) {
 
   const double factor = run["latent_scale_factor"];
   const auto latent = tensor("latent").defined() ? tensor("latent") * factor : torch::Tensor();
-  SampleOptions options{.latent = latent, .denoise_mask = tensor("denoise_mask")};
-  DenoiseFunction denoise = std::ref(guider);
-  if (tensor("inpaint_noise").defined()) {  // ComfyUI's ddim noises the kept part afresh
-    denoise = inpaint_model(denoise, model.model_sampling(), latent, tensor("inpaint_noise"),
-                            options.denoise_mask);
-    options.denoise_mask = torch::Tensor();
-  }
-  const auto samples = sample(get_sampler(run["sampler"].get<std::string>()), denoise,
-                              model.model_sampling(), tensor("noise"), sigmas, options) /
-                       factor;
+  const auto& sampler = sampler_info(run["sampler"].get<std::string>());
+  const auto denoise = [&](const torch::Tensor& x, double sigma) -> Denoised {
+    if (!sampler.needs_uncond) return guider(x, sigma);
+    const auto [denoised, uncond_denoised] = guider.predict_both(x, sigma);
+    return {denoised, uncond_denoised};
+  };
+  const auto samples =
+      sample(sampler.sample, denoise, model.model_sampling(), tensor("noise"), sigmas,
+             {.latent = latent,
+              .denoise_mask = tensor("denoise_mask"),
+              .inpaint_noise = tensor("inpaint_noise")}) /
+      factor;
 
   const auto expected = tensor(run["samples"].get<std::string>().c_str());
   const auto tolerance =

@@ -33,6 +33,9 @@ struct DiscreteSamplingOptions {
   std::int64_t timesteps = 1000;
   /// "scaled_linear" (linear in √beta) or "linear".
   std::string_view beta_schedule = "scaled_linear";
+  /// Rescales the table so that its last entry is all but pure noise (Lin et al. 2023, algorithm
+  /// 1). ComfyUI: `rescale_zero_terminal_snr_sigmas`.
+  bool zero_terminal_snr = false;
 };
 
 /// The constants of an EDM model (Karras et al. 2022).
@@ -90,6 +93,8 @@ class SAG_API ModelSampling {
   /// Returns a(σ) of x = a·x0 + σ·n: 1, or 1 − σ for flow. Re-noising a changed x0 adds a·change to
   /// x.
   double renoise_scale(double sigma) const;
+  /// Returns the shift of a flow model; 1 for others.
+  double flow_shift() const { return flow_.shift; }
 
  private:
   ModelSampling(Prediction prediction, std::vector<double> sigmas);

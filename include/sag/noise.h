@@ -44,4 +44,13 @@ class SAG_API SeededNoise {
 SAG_API NoiseSampler seeded_noise_sampler(std::shared_ptr<SeededNoise> noise,
                                           const torch::Tensor& x);
 
+/// Returns a sampler's noise from one Brownian path W per image: (W(sigma) − W(sigma_next)) /
+/// √|sigma − sigma_next|. The path depends on seed and sigma_max alone, so a run with more steps
+/// sees the same noise in finer detail. Drawn on the CPU in fp32, the same on every device. For
+/// latents of the shape, dtype and device of x, and sigmas in [0, sigma_max]. Throws ValueError
+/// unless x has one image per seed and sigma_max is finite and positive; the sampler throws
+/// ValueError on other sigmas. k-diffusion: `BrownianTreeNoiseSampler`.
+SAG_API NoiseSampler brownian_noise_sampler(std::span<const std::uint64_t> seeds,
+                                            const torch::Tensor& x, double sigma_max);
+
 }  // namespace sag

@@ -9,14 +9,17 @@
 
 #include <torch/types.h>
 
+#include "sag/denoised.h"
 #include "sag/export.h"
 #include "sag/model_sampling.h"
 #include "sag/noise.h"
 
 namespace sag {
 
-/// Predicts the clean latent: denoised = model(x, sigma). A `CfgGuider`, or anything else.
-using DenoiseFunction = std::function<torch::Tensor(const torch::Tensor& x, double sigma)>;
+/// Predicts the clean latent: denoised = model(x, sigma). A `CfgGuider`, or any function that
+/// returns a tensor; for CFG++ samplers one that returns both predictions, as
+/// `CfgGuider::predict_both`.
+using DenoiseFunction = std::function<Denoised(const torch::Tensor& x, double sigma)>;
 
 /// Where a run stands, after the model was evaluated at sigmas[step] and before x moves on.
 struct SamplerProgress {
@@ -29,16 +32,22 @@ struct SamplerProgress {
 struct SamplerOptions {
   /// Called once a step. Returning false ends the run: the sampler returns `denoised` of that step.
   std::function<bool(const SamplerProgress&)> callback = {};
-  /// Fresh noise for samplers that add some. Empty: the second and later draws of `SeededNoise`
-  /// with seeds 0, 1, 2, …
+  /// Fresh noise for samplers that add some. Empty: drawn from `seeds`, as one Brownian path in
+  /// `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_2m_sde_heun` and `dpmpp_3m_sde`
+  /// (`brownian_noise_sampler`), independently in each step in the others (`SeededNoise`, but for
+  /// its first draw, which may be what x was started from).
   NoiseSampler noise_sampler = {};
-  /// Share of fresh noise in ancestral samplers, 0 … 1.
+  /// One seed per image. Empty: 0, 1, 2, …
+  std::vector<std::uint64_t> seeds = {};
+  /// Share of fresh noise in ancestral and SDE samplers, 0 … 1.
   double eta = 1.0;
   /// Factor on fresh noise.
   double s_noise = 1.0;
-  /// True for flow models (x = (1 − σ)·x0 + σ·n), whose ancestral steps re-noise differently.
-  /// `sample` sets it from the model.
+  /// True for flow models (x = (1 − σ)·x0 + σ·n), which some samplers step through differently.
+  /// `sample` sets it, and the shift, from the model.
   bool flow = false;
+  /// Shift of a flow model: where samplers start that cannot start at σ = 1.
+  double flow_shift = 1.0;
 };
 
 /// A sampler: takes x, noisy at sigmas[0], to sigmas.back(). x: [images, channels, height, width].
@@ -48,31 +57,149 @@ struct SamplerOptions {
 using Sampler = torch::Tensor (*)(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas, const SamplerOptions& options);
 
-/// Euler's method on dx/dσ = (x − denoised) / σ. k-diffusion: `sample_euler`.
+/// Each is k-diffusion's function of the same name unless said otherwise. One evaluation a step
+/// unless said otherwise; two- and three-evaluation samplers save some at the end of a run.
+
+/// Euler's method on dx/dσ = (x − denoised) / σ.
 SAG_API torch::Tensor sample_euler(const DenoiseFunction& model, torch::Tensor x,
                                    std::span<const double> sigmas,
                                    const SamplerOptions& options = {});
-/// Euler steps with fresh noise. k-diffusion: `sample_euler_ancestral`.
+/// Euler steps with fresh noise.
 SAG_API torch::Tensor sample_euler_ancestral(const DenoiseFunction& model, torch::Tensor x,
                                              std::span<const double> sigmas,
                                              const SamplerOptions& options = {});
-/// Heun's method, two evaluations a step. Karras et al. 2022, algorithm 1; k-diffusion:
-/// `sample_heun`.
+/// Heun's method, two evaluations a step. Karras et al. 2022, algorithm 1.
 SAG_API torch::Tensor sample_heun(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas,
                                   const SamplerOptions& options = {});
-/// DPM-Solver++(2M), Lu et al. 2022. k-diffusion: `sample_dpmpp_2m`.
+/// Heun's method with a third evaluation, the later slopes weighted by their share of the first
+/// sigma. Three evaluations a step. ComfyUI: `sample_heunpp2`.
+SAG_API torch::Tensor sample_heunpp2(const DenoiseFunction& model, torch::Tensor x,
+                                     std::span<const double> sigmas,
+                                     const SamplerOptions& options = {});
+/// DPM-Solver-2: the slope half way in ln σ, two evaluations a step. Karras et al. 2022,
+/// algorithm 2 without its noise.
+SAG_API torch::Tensor sample_dpm_2(const DenoiseFunction& model, torch::Tensor x,
+                                   std::span<const double> sigmas,
+                                   const SamplerOptions& options = {});
+/// DPM-Solver-2 steps with fresh noise, two evaluations a step.
+SAG_API torch::Tensor sample_dpm_2_ancestral(const DenoiseFunction& model, torch::Tensor x,
+                                             std::span<const double> sigmas,
+                                             const SamplerOptions& options = {});
+/// Linear multistep of the fourth order, with the exact integrals of the interpolation.
+SAG_API torch::Tensor sample_lms(const DenoiseFunction& model, torch::Tensor x,
+                                 std::span<const double> sigmas,
+                                 const SamplerOptions& options = {});
+/// DPM-Solver++(2S) steps with fresh noise, two evaluations a step. Lu et al. 2022.
+SAG_API torch::Tensor sample_dpmpp_2s_ancestral(const DenoiseFunction& model, torch::Tensor x,
+                                                std::span<const double> sigmas,
+                                                const SamplerOptions& options = {});
+/// DPM-Solver++ for the SDE, single-step, two evaluations a step, Brownian noise.
+SAG_API torch::Tensor sample_dpmpp_sde(const DenoiseFunction& model, torch::Tensor x,
+                                       std::span<const double> sigmas,
+                                       const SamplerOptions& options = {});
+/// DPM-Solver++(2M), Lu et al. 2022.
 SAG_API torch::Tensor sample_dpmpp_2m(const DenoiseFunction& model, torch::Tensor x,
                                       std::span<const double> sigmas,
                                       const SamplerOptions& options = {});
+/// DPM-Solver++(2M) for the SDE, midpoint form, Brownian noise.
+SAG_API torch::Tensor sample_dpmpp_2m_sde(const DenoiseFunction& model, torch::Tensor x,
+                                          std::span<const double> sigmas,
+                                          const SamplerOptions& options = {});
+/// DPM-Solver++(2M) for the SDE, Heun form, Brownian noise. ComfyUI: `sample_dpmpp_2m_sde_heun`.
+SAG_API torch::Tensor sample_dpmpp_2m_sde_heun(const DenoiseFunction& model, torch::Tensor x,
+                                               std::span<const double> sigmas,
+                                               const SamplerOptions& options = {});
+/// DPM-Solver++(3M) for the SDE, Brownian noise.
+SAG_API torch::Tensor sample_dpmpp_3m_sde(const DenoiseFunction& model, torch::Tensor x,
+                                          std::span<const double> sigmas,
+                                          const SamplerOptions& options = {});
+/// Ancestral sampling of Ho et al. 2020. Of a flow model it keeps too much, as the reference does:
+/// `sample_euler_ancestral` is right there. ComfyUI: `sample_ddpm`.
+SAG_API torch::Tensor sample_ddpm(const DenoiseFunction& model, torch::Tensor x,
+                                  std::span<const double> sigmas,
+                                  const SamplerOptions& options = {});
+/// For latent consistency models: each prediction noised afresh. ComfyUI: `sample_lcm`.
+SAG_API torch::Tensor sample_lcm(const DenoiseFunction& model, torch::Tensor x,
+                                 std::span<const double> sigmas,
+                                 const SamplerOptions& options = {});
+/// Improved PNDM, fourth order: Adams-Bashforth for even steps. ComfyUI: `sample_ipndm`.
+SAG_API torch::Tensor sample_ipndm(const DenoiseFunction& model, torch::Tensor x,
+                                   std::span<const double> sigmas,
+                                   const SamplerOptions& options = {});
+/// Improved PNDM for uneven steps. ComfyUI: `sample_ipndm_v`.
+SAG_API torch::Tensor sample_ipndm_v(const DenoiseFunction& model, torch::Tensor x,
+                                     std::span<const double> sigmas,
+                                     const SamplerOptions& options = {});
+/// DEIS, third order in the time of a variance-preserving process. Zhang & Chen 2022; ComfyUI:
+/// `sample_deis`.
+SAG_API torch::Tensor sample_deis(const DenoiseFunction& model, torch::Tensor x,
+                                  std::span<const double> sigmas,
+                                  const SamplerOptions& options = {});
+/// Two-step exponential integrator in ln σ. Zhang et al. 2023; ComfyUI: `sample_res_multistep`.
+SAG_API torch::Tensor sample_res_multistep(const DenoiseFunction& model, torch::Tensor x,
+                                           std::span<const double> sigmas,
+                                           const SamplerOptions& options = {});
+/// Euler steps along the extrapolated derivative. Permenter & Yuan 2023; ComfyUI:
+/// `sample_gradient_estimation`.
+SAG_API torch::Tensor sample_gradient_estimation(const DenoiseFunction& model, torch::Tensor x,
+                                                 std::span<const double> sigmas,
+                                                 const SamplerOptions& options = {});
+/// Extended reverse-time SDE solver of the third order. Cui et al. 2023; ComfyUI: `sample_er_sde`.
+SAG_API torch::Tensor sample_er_sde(const DenoiseFunction& model, torch::Tensor x,
+                                    std::span<const double> sigmas,
+                                    const SamplerOptions& options = {});
+/// UniPC, third order, B1(h): each evaluation also corrects the step before. A last sigma of 0 is
+/// reached at 0.001. Zhao et al. 2023; ComfyUI: `sample_unipc`.
+SAG_API torch::Tensor sample_uni_pc(const DenoiseFunction& model, torch::Tensor x,
+                                    std::span<const double> sigmas,
+                                    const SamplerOptions& options = {});
+/// UniPC with B2(h).
+SAG_API torch::Tensor sample_uni_pc_bh2(const DenoiseFunction& model, torch::Tensor x,
+                                        std::span<const double> sigmas,
+                                        const SamplerOptions& options = {});
 /// DDIM with eta 0, which is Euler's method in these coordinates. ComfyUI: `ddim`.
 SAG_API torch::Tensor sample_ddim(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas,
                                   const SamplerOptions& options = {});
+/// CFG++ samplers go from the guided prediction along the unconditional noise, and ask the model
+/// for both predictions. Chung et al. 2024; ComfyUI's functions of the same names.
+SAG_API torch::Tensor sample_euler_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
+                                          std::span<const double> sigmas,
+                                          const SamplerOptions& options = {});
+SAG_API torch::Tensor sample_euler_ancestral_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
+                                                    std::span<const double> sigmas,
+                                                    const SamplerOptions& options = {});
+SAG_API torch::Tensor sample_dpmpp_2s_ancestral_cfg_pp(const DenoiseFunction& model,
+                                                       torch::Tensor x,
+                                                       std::span<const double> sigmas,
+                                                       const SamplerOptions& options = {});
+SAG_API torch::Tensor sample_dpmpp_2m_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
+                                             std::span<const double> sigmas,
+                                             const SamplerOptions& options = {});
+SAG_API torch::Tensor sample_res_multistep_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
+                                                  std::span<const double> sigmas,
+                                                  const SamplerOptions& options = {});
+SAG_API torch::Tensor sample_gradient_estimation_cfg_pp(const DenoiseFunction& model,
+                                                        torch::Tensor x,
+                                                        std::span<const double> sigmas,
+                                                        const SamplerOptions& options = {});
 
-/// Returns the names that `get_sampler` knows: "euler", "euler_ancestral", …
+/// A sampler and what a run with it has to heed.
+struct SamplerInfo {
+  std::string_view name;
+  Sampler sample;
+  /// A CFG++ sampler: the model must return both predictions.
+  bool needs_uncond = false;
+  /// The field runs it without the last sigma but one; see `get_sigmas`.
+  bool discards_penultimate_sigma = false;
+};
+
+/// Returns the names of all samplers: "euler", "euler_cfg_pp", …
 SAG_API std::span<const std::string_view> sampler_names();
-/// Returns a sampler by name. Throws ValueError on unknown names, listing the known ones.
+/// Returns what is known of a sampler. Throws ValueError on unknown names, listing the known ones.
+SAG_API const SamplerInfo& sampler_info(std::string_view name);
+/// Returns a sampler by name, as `sampler_info` does.
 SAG_API Sampler get_sampler(std::string_view name);
 
 /// Throws ValueError unless the sigmas are finite, fall strictly, are positive but for a last 0,
@@ -85,6 +212,9 @@ struct SampleOptions {
   /// Where to repaint `latent`, [height, width] or [images or 1, 1, height, width], 1 = repaint, 0
   /// = keep.
   torch::Tensor denoise_mask = {};
+  /// Noise of the kept part, the shape of `noise`. Undefined: `noise` itself. (ComfyUI's `ddim`
+  /// draws it afresh, from seed + 1.)
+  torch::Tensor inpaint_noise = {};
   SamplerOptions sampler = {};
 };
 
@@ -92,7 +222,8 @@ struct SampleOptions {
 /// scaling at the end. noise: unit Gaussian [images, channels, height, width] on the model's
 /// device. At the model's highest σ, within 1e-5 of it or above, the start has the whole variance
 /// (`noise_scaling` with max_denoise). Throws ValueError or TypeError on other arguments, and when
-/// a given tensor holds NaN or infinity. ComfyUI: `KSAMPLER.sample`.
+/// a given tensor holds NaN or infinity; Error when the final latent does. ComfyUI:
+/// `KSAMPLER.sample`.
 SAG_API torch::Tensor sample(Sampler sampler, const DenoiseFunction& model,
                              const ModelSampling& sampling, const torch::Tensor& noise,
                              std::span<const double> sigmas, const SampleOptions& options = {});

@@ -25,14 +25,42 @@ SAG_API std::vector<double> get_sigmas_normal(const ModelSampling& sampling, std
 /// Every so-manyth entry of the model's table. ComfyUI: `simple_scheduler`.
 SAG_API std::vector<double> get_sigmas_simple(const ModelSampling& sampling, std::int64_t n);
 
-/// Returns the names that `get_sigmas` knows.
+/// Even in timesteps, the last of n + 1 left out. ComfyUI: `sgm_uniform`.
+SAG_API std::vector<double> get_sigmas_sgm_uniform(const ModelSampling& sampling, std::int64_t n);
+/// Every ⌊k·entries/n⌋th entry of the model's table, counted from its second: DDIM's, which starts
+/// below the model's highest σ. Where n does not divide the table well ComfyUI's
+/// `ddim_scheduler` gives up to four steps more than were asked for; elsewhere this is the same.
+SAG_API std::vector<double> get_sigmas_ddim_uniform(const ModelSampling& sampling, std::int64_t n);
+/// Entries of the model's table at the quantiles of a beta distribution. Equal neighbours are
+/// dropped, so a run of many steps can have fewer than n. Lee et al. 2024; ComfyUI:
+/// `beta_scheduler`.
+SAG_API std::vector<double> get_sigmas_beta(const ModelSampling& sampling, std::int64_t n,
+                                            double alpha = 0.6, double beta = 0.6);
+/// Linear in the first half, at a share `threshold_noise` of σ_max a run, then quadratic. ComfyUI:
+/// `linear_quadratic_schedule`.
+SAG_API std::vector<double> get_sigmas_linear_quadratic(std::int64_t n, double sigma_max,
+                                                        double threshold_noise = 0.025);
+/// Even in atan σ. Sabour et al. 2024, equation 7; ComfyUI: `kl_optimal_scheduler`, which gives NaN
+/// for one step where this gives sigma_max.
+SAG_API std::vector<double> get_sigmas_kl_optimal(std::int64_t n, double sigma_min,
+                                                  double sigma_max);
+
+/// Returns the names that `get_sigmas` knows: "normal", "karras", …
 SAG_API std::span<const std::string_view> schedule_names();
 
+struct ScheduleOptions {
+  /// In (0, 1]: starts later, with the last n + 1 sigmas of a schedule of ⌊n / denoise⌋ steps.
+  double denoise = 1.0;
+  /// Computes one step more and leaves out the last sigma but one, so that a sampler which is poor
+  /// at the smallest sigma skips it. ComfyUI does so for `dpm_2`, `dpm_2_ancestral`, `uni_pc` and
+  /// `uni_pc_bh2` (`SamplerInfo::discards_penultimate_sigma`).
+  bool discard_penultimate_sigma = false;
+};
+
 /// Returns a schedule by name, over the model's range of noise levels.
-/// denoise in (0, 1] starts later: the last n + 1 sigmas of a schedule of ⌊n / denoise⌋ steps.
 /// Throws ValueError on unknown names, listing the known ones. ComfyUI: `calculate_sigmas`,
 /// `KSampler`.
 SAG_API std::vector<double> get_sigmas(std::string_view name, const ModelSampling& sampling,
-                                       std::int64_t n, double denoise = 1.0);
+                                       std::int64_t n, const ScheduleOptions& options = {});
 
 }  // namespace sag

@@ -31,6 +31,15 @@ std::vector<double> to_vector(const torch::Tensor& tensor) {
   return {data, data + values.numel()};
 }
 
+// The last entry stays a little above 0, as in the reference: σ is finite there.
+torch::Tensor rescale_to_zero_terminal_snr(const torch::Tensor& alphas_cumprod) {
+  const auto sqrt_alphas = alphas_cumprod.sqrt();
+  const auto first = sqrt_alphas[0], last = sqrt_alphas[-1];
+  auto rescaled = ((sqrt_alphas - last) * (first / (first - last))).square();
+  rescaled[-1] = 4.8973451890853435e-08;
+  return rescaled;
+}
+
 // ComfyUI: `time_snr_shift`.
 template <typename Real>
 Real time_snr_shift(Real shift, Real t) {
@@ -73,7 +82,7 @@ ModelSampling ModelSampling::discrete(Prediction prediction) {
 
 ModelSampling ModelSampling::discrete(Prediction prediction,
                                       const DiscreteSamplingOptions& options) {
-  const auto& [beta_start, beta_end, timesteps, beta_schedule] = options;
+  const auto& [beta_start, beta_end, timesteps, beta_schedule, zero_terminal_snr] = options;
   TORCH_CHECK_VALUE(0 < beta_start && beta_start <= beta_end && beta_end < 1,
                     "[ModelSampling.discrete] betas must be 0 < beta_start <= beta_end < 1, got ",
                     beta_start, " and ", beta_end, ".");
@@ -88,7 +97,9 @@ ModelSampling ModelSampling::discrete(Prediction prediction,
                                               torch::kFloat64)
                                   .square()
                             : torch::linspace(beta_start, beta_end, timesteps, torch::kFloat64);
-  return from_alphas_cumprod(prediction, to_vector((1 - betas).cumprod(0)));
+  auto alphas_cumprod = (1 - betas).cumprod(0);
+  if (zero_terminal_snr) alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod);
+  return from_alphas_cumprod(prediction, to_vector(alphas_cumprod));
 }
 
 ModelSampling ModelSampling::from_alphas_cumprod(Prediction prediction,

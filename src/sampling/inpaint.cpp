@@ -27,12 +27,12 @@ DenoiseFunction inpaint_model(DenoiseFunction model, const ModelSampling& sampli
 
   const auto repaint = mask.to(latent.scalar_type());
   const auto keep = 1 - repaint;
-  return [=, model = std::move(model)](const torch::Tensor& x, double sigma) {
+  return [=, model = std::move(model)](const torch::Tensor& x, double sigma) -> Denoised {
     TORCH_CHECK_VALUE(x.sizes() == latent.sizes(), "[inpaint_model] x must be ", latent.sizes(),
                       " as latent is, got ", x.sizes(), ".");
     const auto known = sampling.noise_scaling(sigma, noise, latent);
-    const auto denoised = model(x * repaint + known * keep, sigma);
-    return denoised * repaint + latent * keep;
+    const auto [denoised, uncond_denoised] = model(x * repaint + known * keep, sigma);
+    return {denoised * repaint + latent * keep, uncond_denoised};
   };
 }
 

@@ -3,237 +3,65 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <memory>
-#include <numeric>
 #include <utility>
 
 #include <c10/util/StringUtil.h>
 
+#include "run.h"
 #include "sag/inpaint.h"
 
 namespace sag {
 namespace {
 
-// Half precision is for the network; the samplers' sums of large and small numbers want fp32.
-torch::Tensor at_least_fp32(const torch::Tensor& tensor) {
-  return tensor.to(at::promote_types(tensor.scalar_type(), torch::kFloat32));
-}
-
-void check_latent(const torch::Tensor& x, const char* name, const char* caller) {
-  TORCH_CHECK_VALUE(x.defined() && x.dim() == 4, "[", caller, "] ", name,
-                    " must be [images, channels, height, width], got ",
-                    x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
-  TORCH_CHECK_TYPE(x.is_floating_point(), "[", caller, "] ", name, " must be floating point, got ",
-                   x.dtype(), ".");
-}
-
-// Reads from the device, so it is for the time before the first step.
-void check_finite(const torch::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.isfinite().all().item<bool>(), "[sample] ", name,
-                    " must be finite, got NaN or infinity in it.");
-}
-
-// What the samplers share: checked arguments, a checked prediction and the report of each step.
-class Run {
- public:
-  Run(const char* caller, const DenoiseFunction& model, std::span<const double> sigmas,
-      const SamplerOptions& options)
-      : caller_(caller), model_(model), sigmas_(sigmas), options_(options) {
-    TORCH_CHECK_VALUE(model, "[", caller, "] model must not be empty.");
-    check_sigmas(sigmas, caller);
-  }
-
-  torch::Tensor start(const torch::Tensor& x) const {
-    check_latent(x, "x", caller_);
-    return at_least_fp32(x);
-  }
-
-  std::size_t steps() const { return sigmas_.size() - 1; }
-
-  torch::Tensor predict(const torch::Tensor& x, double sigma) const {
-    const auto denoised = model_(x, sigma);
-    TORCH_CHECK_VALUE(denoised.defined() && denoised.sizes() == x.sizes(), "[", caller_,
-                      "] model must return the shape of x, ", x.sizes(), ", got ",
-                      denoised.defined() ? c10::str(denoised.sizes()) : "an undefined tensor", ".");
-    return denoised.to(x.scalar_type());
-  }
-
-  // False: the callback ends the run.
-  bool goes_on(std::size_t step, const torch::Tensor& x, const torch::Tensor& denoised) const {
-    if (!options_.callback) return true;
-    return options_.callback({static_cast<std::int64_t>(step), static_cast<std::int64_t>(steps()),
-                              sigmas_[step], x, denoised});
-  }
-
- private:
-  const char* caller_;
-  const DenoiseFunction& model_;
-  std::span<const double> sigmas_;
-  const SamplerOptions& options_;
+constexpr std::array kSamplers = {
+    SamplerInfo{.name = "euler", .sample = sample_euler},
+    SamplerInfo{.name = "euler_cfg_pp", .sample = sample_euler_cfg_pp, .needs_uncond = true},
+    SamplerInfo{.name = "euler_ancestral", .sample = sample_euler_ancestral},
+    SamplerInfo{.name = "euler_ancestral_cfg_pp",
+                .sample = sample_euler_ancestral_cfg_pp,
+                .needs_uncond = true},
+    SamplerInfo{.name = "heun", .sample = sample_heun},
+    SamplerInfo{.name = "heunpp2", .sample = sample_heunpp2},
+    SamplerInfo{.name = "dpm_2", .sample = sample_dpm_2, .discards_penultimate_sigma = true},
+    SamplerInfo{.name = "dpm_2_ancestral",
+                .sample = sample_dpm_2_ancestral,
+                .discards_penultimate_sigma = true},
+    SamplerInfo{.name = "lms", .sample = sample_lms},
+    SamplerInfo{.name = "dpmpp_2s_ancestral", .sample = sample_dpmpp_2s_ancestral},
+    SamplerInfo{.name = "dpmpp_2s_ancestral_cfg_pp",
+                .sample = sample_dpmpp_2s_ancestral_cfg_pp,
+                .needs_uncond = true},
+    SamplerInfo{.name = "dpmpp_sde", .sample = sample_dpmpp_sde},
+    SamplerInfo{.name = "dpmpp_2m", .sample = sample_dpmpp_2m},
+    SamplerInfo{.name = "dpmpp_2m_cfg_pp", .sample = sample_dpmpp_2m_cfg_pp, .needs_uncond = true},
+    SamplerInfo{.name = "dpmpp_2m_sde", .sample = sample_dpmpp_2m_sde},
+    SamplerInfo{.name = "dpmpp_2m_sde_heun", .sample = sample_dpmpp_2m_sde_heun},
+    SamplerInfo{.name = "dpmpp_3m_sde", .sample = sample_dpmpp_3m_sde},
+    SamplerInfo{.name = "ddpm", .sample = sample_ddpm},
+    SamplerInfo{.name = "lcm", .sample = sample_lcm},
+    SamplerInfo{.name = "ipndm", .sample = sample_ipndm},
+    SamplerInfo{.name = "ipndm_v", .sample = sample_ipndm_v},
+    SamplerInfo{.name = "deis", .sample = sample_deis},
+    SamplerInfo{.name = "res_multistep", .sample = sample_res_multistep},
+    SamplerInfo{.name = "res_multistep_cfg_pp",
+                .sample = sample_res_multistep_cfg_pp,
+                .needs_uncond = true},
+    SamplerInfo{.name = "gradient_estimation", .sample = sample_gradient_estimation},
+    SamplerInfo{.name = "gradient_estimation_cfg_pp",
+                .sample = sample_gradient_estimation_cfg_pp,
+                .needs_uncond = true},
+    SamplerInfo{.name = "er_sde", .sample = sample_er_sde},
+    SamplerInfo{.name = "ddim", .sample = sample_ddim},
+    SamplerInfo{.name = "uni_pc", .sample = sample_uni_pc, .discards_penultimate_sigma = true},
+    SamplerInfo{
+        .name = "uni_pc_bh2", .sample = sample_uni_pc_bh2, .discards_penultimate_sigma = true},
 };
 
-// The derivative dx/dσ that points from the prediction to x.
-torch::Tensor to_d(const torch::Tensor& x, double sigma, const torch::Tensor& denoised) {
-  return (x - denoised) / sigma;
-}
-
-torch::Tensor euler(const char* caller, const DenoiseFunction& model, torch::Tensor x,
-                    std::span<const double> sigmas, const SamplerOptions& options) {
-  const at::NoGradGuard no_grad;
-  const Run run(caller, model, sigmas, options);
-  x = run.start(x);
-  for (std::size_t i = 0; i < run.steps(); ++i) {
-    const auto denoised = run.predict(x, sigmas[i]);
-    if (!run.goes_on(i, x, denoised)) return denoised;
-    const auto d = to_d(x, sigmas[i], denoised);
-    x = x + d * (sigmas[i + 1] - sigmas[i]);
-  }
-  return x;
-}
-
-NoiseSampler default_noise_sampler(const torch::Tensor& x) {
-  std::vector<std::uint64_t> seeds(static_cast<std::size_t>(x.size(0)));
-  std::iota(seeds.begin(), seeds.end(), 0);
-  const auto noise = std::make_shared<SeededNoise>(seeds);
-  // The first draw may be what x was started from.
-  noise->draw(x.sizes().slice(1), torch::kCPU);
-  return seeded_noise_sampler(noise, x);
-}
-
-torch::Tensor add_noise(const torch::Tensor& x, double scale, const NoiseSampler& noise_sampler,
-                        double sigma, double sigma_next) {
-  if (scale == 0) return x;
-  const auto noise = noise_sampler(sigma, sigma_next);
-  TORCH_CHECK_VALUE(noise.defined() && noise.sizes() == x.sizes(),
-                    "[sample_euler_ancestral] noise_sampler must return the shape of x, ",
-                    x.sizes(), ", got ",
-                    noise.defined() ? c10::str(noise.sizes()) : "an undefined tensor", ".");
-  return x + noise.to(x.scalar_type()) * scale;
-}
-
-struct AncestralStep {
-  double sigma_down, sigma_up;
-};
-
-// Splits a step into one down to sigma_down and fresh noise that leads back up to sigma_next.
-AncestralStep get_ancestral_step(double sigma, double sigma_next, double eta) {
-  const double falls = 1 - std::pow(sigma_next / sigma, 2);
-  const double sigma_up = std::min(sigma_next, eta * sigma_next * std::sqrt(falls));
-  return {std::sqrt(sigma_next * sigma_next - sigma_up * sigma_up), sigma_up};
-}
-
-// The same for x = (1 − σ)·x0 + σ·n: x is scaled down from sigma_down's share of x0 to
-// sigma_next's.
-struct FlowAncestralStep {
-  double sigma_down, x_scale, noise_scale;
-};
-
-FlowAncestralStep get_flow_ancestral_step(double sigma, double sigma_next, double eta) {
-  const double sigma_down = sigma_next * (1 + (sigma_next / sigma - 1) * eta);
-  const double x_scale = (1 - sigma_next) / (1 - sigma_down);
-  const double kept = sigma_down * x_scale;
-  return {sigma_down, x_scale, std::sqrt(std::max(0.0, sigma_next * sigma_next - kept * kept))};
-}
-
-void check_ancestral_options(std::span<const double> sigmas, const SamplerOptions& options) {
-  TORCH_CHECK_VALUE(0 <= options.eta && options.eta <= 1,
-                    "[sample_euler_ancestral] eta must be in [0, 1], got ", options.eta, ".");
-  TORCH_CHECK_VALUE(std::isfinite(options.s_noise) && options.s_noise >= 0,
-                    "[sample_euler_ancestral] s_noise must be finite and >= 0, got ",
-                    options.s_noise, ".");
-  TORCH_CHECK_VALUE(!options.flow || sigmas.front() <= 1,
-                    "[sample_euler_ancestral] sigmas of a flow model must be <= 1, got ",
-                    sigmas.front(), ".");
-}
-
-}  // namespace
-
-torch::Tensor sample_euler(const DenoiseFunction& model, torch::Tensor x,
-                           std::span<const double> sigmas, const SamplerOptions& options) {
-  return euler("sample_euler", model, std::move(x), sigmas, options);
-}
-
-torch::Tensor sample_ddim(const DenoiseFunction& model, torch::Tensor x,
-                          std::span<const double> sigmas, const SamplerOptions& options) {
-  return euler("sample_ddim", model, std::move(x), sigmas, options);
-}
-
-torch::Tensor sample_euler_ancestral(const DenoiseFunction& model, torch::Tensor x,
-                                     std::span<const double> sigmas,
-                                     const SamplerOptions& options) {
-  const at::NoGradGuard no_grad;
-  const Run run("sample_euler_ancestral", model, sigmas, options);
-  x = run.start(x);
-  check_ancestral_options(sigmas, options);
-  const auto noise_sampler =
-      options.noise_sampler ? options.noise_sampler : default_noise_sampler(x);
-  for (std::size_t i = 0; i < run.steps(); ++i) {
-    const double sigma = sigmas[i], sigma_next = sigmas[i + 1];
-    const auto denoised = run.predict(x, sigma);
-    if (!run.goes_on(i, x, denoised)) return denoised;
-    if (sigma_next == 0) {
-      x = denoised;
-    } else if (options.flow) {
-      const auto [sigma_down, x_scale, noise_scale] =
-          get_flow_ancestral_step(sigma, sigma_next, options.eta);
-      x = x * (sigma_down / sigma) + denoised * (1 - sigma_down / sigma);
-      x = add_noise(x * x_scale, options.s_noise * noise_scale, noise_sampler, sigma, sigma_next);
-    } else {
-      const auto [sigma_down, sigma_up] = get_ancestral_step(sigma, sigma_next, options.eta);
-      x = x + to_d(x, sigma, denoised) * (sigma_down - sigma);
-      x = add_noise(x, options.s_noise * sigma_up, noise_sampler, sigma, sigma_next);
-    }
-  }
-  return x;
-}
-
-torch::Tensor sample_heun(const DenoiseFunction& model, torch::Tensor x,
-                          std::span<const double> sigmas, const SamplerOptions& options) {
-  const at::NoGradGuard no_grad;
-  const Run run("sample_heun", model, sigmas, options);
-  x = run.start(x);
-  for (std::size_t i = 0; i < run.steps(); ++i) {
-    const double sigma = sigmas[i], sigma_next = sigmas[i + 1];
-    const auto denoised = run.predict(x, sigma);
-    if (!run.goes_on(i, x, denoised)) return denoised;
-    const auto d = to_d(x, sigma, denoised);
-    const auto x_2 = x + d * (sigma_next - sigma);
-    if (sigma_next == 0) return x_2;
-    const auto d_2 = to_d(x_2, sigma_next, run.predict(x_2, sigma_next));
-    x = x + (d + d_2) / 2 * (sigma_next - sigma);
-  }
-  return x;
-}
-
-torch::Tensor sample_dpmpp_2m(const DenoiseFunction& model, torch::Tensor x,
-                              std::span<const double> sigmas, const SamplerOptions& options) {
-  const at::NoGradGuard no_grad;
-  const Run run("sample_dpmpp_2m", model, sigmas, options);
-  x = run.start(x);
-  torch::Tensor old_denoised;
-  for (std::size_t i = 0; i < run.steps(); ++i) {
-    const double sigma = sigmas[i], sigma_next = sigmas[i + 1];
-    const auto denoised = run.predict(x, sigma);
-    if (!run.goes_on(i, x, denoised)) return denoised;
-    if (sigma_next == 0) return denoised;
-    const double h = std::log(sigma / sigma_next);
-    auto denoised_d = denoised;
-    if (i > 0) {
-      const double r = std::log(sigmas[i - 1] / sigma) / h;
-      denoised_d = denoised * (1 + 1 / (2 * r)) - old_denoised * (1 / (2 * r));
-    }
-    x = x * (sigma_next / sigma) - denoised_d * std::expm1(-h);
-    old_denoised = denoised;
-  }
-  return x;
-}
-
-namespace {
-
-constexpr std::array<std::string_view, 5> kNames = {"euler", "euler_ancestral", "heun", "dpmpp_2m",
-                                                    "ddim"};
-constexpr std::array<Sampler, 5> kSamplers = {sample_euler, sample_euler_ancestral, sample_heun,
-                                              sample_dpmpp_2m, sample_ddim};
+constexpr auto kNames = [] {
+  std::array<std::string_view, kSamplers.size()> names;
+  for (std::size_t i = 0; i < names.size(); ++i) names[i] = kSamplers[i].name;
+  return names;
+}();
 
 }  // namespace
 
@@ -241,11 +69,15 @@ std::span<const std::string_view> sampler_names() {
   return kNames;
 }
 
-Sampler get_sampler(std::string_view name) {
+const SamplerInfo& sampler_info(std::string_view name) {
   const auto found = std::find(kNames.begin(), kNames.end(), name);
   TORCH_CHECK_VALUE(found != kNames.end(), "[get_sampler] name must be one of ",
                     c10::Join(", ", kNames), ", got \"", name, "\".");
-  return kSamplers[found - kNames.begin()];
+  return kSamplers[static_cast<std::size_t>(found - kNames.begin())];
+}
+
+Sampler get_sampler(std::string_view name) {
+  return sampler_info(name).sample;
 }
 
 void check_sigmas(std::span<const double> sigmas, const char* caller) {
@@ -264,14 +96,25 @@ void check_sigmas(std::span<const double> sigmas, const char* caller) {
 
 namespace {
 
-torch::Tensor checked_latent(const torch::Tensor& latent, const torch::Tensor& noise) {
-  if (!latent.defined()) return torch::zeros_like(noise);
-  check_latent(latent, "latent", "sample");
-  TORCH_CHECK_VALUE(latent.sizes() == noise.sizes(), "[sample] latent must be ", noise.sizes(),
+// Reads from the device, so it is for the time before the first step and after the last.
+bool is_finite(const torch::Tensor& tensor) {
+  return tensor.isfinite().all().item<bool>();
+}
+
+void check_finite(const torch::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(is_finite(tensor), "[sample] ", name,
+                    " must be finite, got NaN or infinity in it.");
+}
+
+// Returns a start image, or noise for one, as the run computes with it.
+torch::Tensor checked_latent(const torch::Tensor& latent, const char* name,
+                             const torch::Tensor& noise) {
+  check_latent(latent, name, "sample");
+  TORCH_CHECK_VALUE(latent.sizes() == noise.sizes(), "[sample] ", name, " must be ", noise.sizes(),
                     " as noise is, got ", latent.sizes(), ".");
-  TORCH_CHECK_VALUE(latent.device() == noise.device(), "[sample] latent must be on ",
+  TORCH_CHECK_VALUE(latent.device() == noise.device(), "[sample] ", name, " must be on ",
                     noise.device(), " as noise is, got ", latent.device(), ".");
-  check_finite(latent, "latent");
+  check_finite(latent, name);
   return at_least_fp32(latent);
 }
 
@@ -312,15 +155,21 @@ torch::Tensor sample(Sampler sampler, const DenoiseFunction& model, const ModelS
   check_latent(noise, "noise", "sample");
   check_finite(noise, "noise");
   const auto unit_noise = at_least_fp32(noise);
-  const auto latent = checked_latent(options.latent, unit_noise);
+  const auto latent = options.latent.defined()
+                          ? checked_latent(options.latent, "latent", unit_noise)
+                          : torch::zeros_like(unit_noise);
   auto sampled_model = model;
   if (options.denoise_mask.defined()) {
     const auto mask = checked_mask(options.denoise_mask, unit_noise);
-    sampled_model = inpaint_model(model, sampling, latent, unit_noise, mask);
+    const auto kept_noise = options.inpaint_noise.defined()
+                                ? checked_latent(options.inpaint_noise, "inpaint_noise", unit_noise)
+                                : unit_noise;
+    sampled_model = inpaint_model(model, sampling, latent, kept_noise, mask);
   }
 
   auto sampler_options = options.sampler;
   sampler_options.flow = sampling.prediction() == Prediction::flow;
+  sampler_options.flow_shift = sampling.flow_shift();
   // A run that is ended early returns a clean prediction, which is not to be scaled.
   double sigma_end = sigmas.back();
   if (options.sampler.callback) {
@@ -333,6 +182,9 @@ torch::Tensor sample(Sampler sampler, const DenoiseFunction& model, const ModelS
   const bool max_denoise = starts_at_max(sigmas.front(), sampling.sigma_max());
   const auto x = sampling.noise_scaling(sigmas.front(), unit_noise, latent, max_denoise);
   const auto samples = sampler(sampled_model, x, sigmas, sampler_options);
+  TORCH_CHECK(is_finite(samples),
+              "[sample] the final latent must be finite, got NaN or infinity in it: the model may "
+              "have overflowed (try fp32 or bf16) or the guidance be too strong.");
   return sampling.inverse_noise_scaling(sigma_end, samples);
 }
 

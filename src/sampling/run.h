@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include <ATen/core/grad_mode.h>
+
+#include "sag/samplers.h"
+
+// What the samplers share.
+
+namespace sag {
+
+/// Returns the tensor in fp32 at least. Half precision is for the network; the samplers' sums of
+/// large and small numbers want more.
+torch::Tensor at_least_fp32(const torch::Tensor& tensor);
+
+/// Throws ValueError or TypeError unless `x` is a floating [images, channels, height, width].
+void check_latent(const torch::Tensor& x, const char* name, const char* caller);
+
+/// One run of a sampler: checked arguments, checked predictions and noise, the report of each step.
+/// No gradients while it lives.
+class Run {
+ public:
+  Run(const char* caller, const DenoiseFunction& model, std::span<const double> sigmas,
+      const SamplerOptions& options);
+
+  torch::Tensor start(const torch::Tensor& x) const;
+  std::size_t steps() const { return sigmas_.size() - 1; }
+
+  /// Returns the model's prediction.
+  torch::Tensor predict(const torch::Tensor& x, double sigma) const;
+  /// Returns both predictions, which a CFG++ sampler needs.
+  Denoised predict_both(const torch::Tensor& x, double sigma) const;
+
+  /// False: the callback ends the run.
+  bool goes_on(std::size_t step, const torch::Tensor& x, const torch::Tensor& denoised) const;
+
+  /// Sets where fresh noise comes from, unless the caller said so. Checks eta and s_noise.
+  void use_fresh_noise(const torch::Tensor& x);
+  /// The same, from one Brownian path.
+  void use_brownian_noise(const torch::Tensor& x);
+  /// Returns x + scale·s_noise·noise; draws nothing when that is x.
+  torch::Tensor add_noise(const torch::Tensor& x, double scale, double sigma,
+                          double sigma_next) const;
+  /// Returns the noise alone, not scaled by s_noise.
+  torch::Tensor noise(const torch::Tensor& x, double sigma, double sigma_next) const;
+
+ private:
+  torch::Tensor checked(const torch::Tensor& prediction, const torch::Tensor& x,
+                        const char* what) const;
+  void check_noise_options() const;
+
+  const at::NoGradGuard no_grad_;
+  const char* caller_;
+  const DenoiseFunction& model_;
+  std::span<const double> sigmas_;
+  const SamplerOptions& options_;
+  NoiseSampler noise_sampler_;
+};
+
+/// The derivative dx/dσ, which points from the prediction to x.
+inline torch::Tensor to_d(const torch::Tensor& x, double sigma, const torch::Tensor& denoised) {
+  return (x - denoised) / sigma;
+}
+
+/// A step down to sigma_down, after which x·x_scale plus noise of sigma_up stands at sigma_next.
+struct AncestralStep {
+  double sigma_down, x_scale, sigma_up;
+};
+/// Splits the step from sigma, which may be infinite, to sigma_next: eta is the share of fresh
+/// noise. In flow models (x = (1 − σ)·x0 + σ·n) noise alone would not do: x is also scaled from
+/// sigma_down's share of x0 to sigma_next's. k-diffusion: `get_ancestral_step`.
+AncestralStep get_ancestral_step(double sigma, double sigma_next, double eta, bool flow = false);
+
+/// Weights of the newest and the last prediction in an exponential two-step method with steps of
+/// widths h and h_last in λ. ComfyUI: `res_multistep`.
+struct ResWeights {
+  double b_1, b_2;
+};
+ResWeights res_weights(double h, double h_last);
+
+/// Where σ stands in ln of signal over noise, the time in which the DPM-Solvers step.
+struct HalfLogSnr {
+  bool flow = false;
+  double alpha(double sigma) const;   ///< the share of x0 in x
+  double lambda(double sigma) const;  ///< ln(alpha / σ)
+  double sigma(double lambda) const;  ///< the inverse
+};
+
+}  // namespace sag
