@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include <fmt/format.h>
 #include <gmock/gmock.h>
@@ -56,7 +57,7 @@ class SampleCommand : public testing::Test {
   SampleCommand() {
     const auto* test = testing::UnitTest::GetInstance()->current_test_info();
     directory_ =
-        fs::path(testing::TempDir()) / fmt::format("sag_command_{}_{}", ::getpid(), test->name());
+        fs::path(testing::TempDir()) / fmt::format("sag_command_{}_{}", ::getpid(), test->line());
     remove_tree(directory_);
     fs::create_directories(directory_);
   }
@@ -87,29 +88,49 @@ class SampleCommand : public testing::Test {
     return finished.err;
   }
 
-  /// The arguments that repeat a reference run, without guidance's own.
+  /// The arguments that draw a case's pictures, without guidance's own.
   static std::vector<std::string> golden(const std::string& unet, const std::string& run) {
     const std::string file = kGolden + "runs/" + run + ".pt:";
     return {"--unet",   kGolden + unet,  "--cond",  file + "cond",  "--uncond", file + "uncond",
             "--sigmas", file + "sigmas", "--noise", file + "noise", "--quiet"};
   }
 
-  /// Repeats a reference run and compares its final latent.
-  void expect_golden(const std::string& unet, const std::string& case_name,
-                     const std::string& variant, std::vector<std::string> more) {
-    auto arguments = golden(unet, case_name);
-    arguments.insert(arguments.end(), more.begin(), more.end());
-    arguments.insert(arguments.end(), {"--save-latent", path("latent.pt")});
-    const auto finished = run(arguments);
-    ASSERT_EQ(finished.code, 0) << finished.err;
-    EXPECT_THAT(finished.out + finished.err, IsEmpty()) << "--quiet";
-    const auto got = read_tensor("got", path("latent.pt"));
-    const auto wanted =
-        read_tensor("wanted", kGolden + "runs/" + case_name + ".pt:" + variant + ".samples");
-    ASSERT_EQ(got.sizes(), wanted.sizes());
-    const double difference = (got - wanted).abs().max().item<double>(),
-                 largest = wanted.abs().max().item<double>();
-    EXPECT_LE(difference, 2e-5 * largest) << case_name << '/' << variant;
+  /// The arguments that repeat a reference run: everything comes from its tensors and parameters.
+  static std::vector<std::string> golden(const nlohmann::json& run) {
+    const auto case_name = run["case"].get<std::string>();
+    auto arguments = golden(run["unet"], case_name);
+    const auto add = [&](const char* option, const std::string& value) {
+      arguments.insert(arguments.end(), {option, value});
+    };
+    const auto add_number = [&](const char* option, const nlohmann::json& value) {
+      add(option, value.dump());
+    };
+    const auto file = kGolden + run["file"].get<std::string>();
+    const auto tensors = run["tensors"].get<std::set<std::string>>();
+    for (const auto& [key, option] :
+         {std::pair{"y_cond", "--cond-y"}, std::pair{"y_uncond", "--uncond-y"},
+          std::pair{"latent", "--latent"}, std::pair{"denoise_mask", "--mask"},
+          std::pair{"inpaint_noise", "--inpaint-noise"}})
+      if (tensors.contains(key)) add(option, file + ":" + key);
+    add("--sampler", run["sampler"]);
+    add("--prediction", run["prediction"]);
+    add_number("--cfg", run["cfg"]);
+    add_number("--latent-scale", run["latent_scale_factor"]);
+    if (run["prediction"] == "flow") {
+      add_number("--shift", run["flow"]["shift"]);
+      add_number("--timestep-multiplier", run["flow"]["multiplier"]);
+    }
+    if (run["variant"] == "no_sag") {
+      arguments.push_back("--no-sag");
+      return arguments;
+    }
+    add_number("--sag-scale", run["sag"]["scale"]);
+    add_number("--sag-blur", run["sag"]["blur_sigma"]);
+    if (run["variant"] == "windowed") {
+      add_number("--sag-start", run["window"]["sigma_start"]);
+      add_number("--sag-end", run["window"]["sigma_end"]);
+    }
+    return arguments;
   }
 
   /// A model directory around a golden UNet: a text encoder that maps a text to its bytes, and a
@@ -156,23 +177,41 @@ def forward(self, latent):
   fs::path directory_;
 };
 
-TEST_F(SampleCommand, RepeatsAReferenceRun) {
-  expect_golden("comfy_sd15_tiny.ts", "eps_euler_normal", "reference", {});
-  expect_golden("comfy_sd15_tiny.ts", "eps_euler_normal", "no_sag", {"--cfg", "7.5", "--no-sag"});
+class SampleGolden : public SampleCommand, public testing::WithParamInterface<const char*> {};
+
+// Runs of the references, from their tensors alone.
+TEST_P(SampleGolden, RepeatsAReferenceRun) {
+  const auto index = nlohmann::json::parse(std::ifstream(kGolden + "index.json"));
+  const auto& runs = index["comfyui_runs"];
+  const auto found = std::find_if(runs.begin(), runs.end(),
+                                  [](const auto& run) { return run["id"] == GetParam(); });
+  ASSERT_NE(found, runs.end());
+  auto arguments = golden(*found);
+  arguments.insert(arguments.end(), {"--save-latent", path("latent.pt")});
+  const auto finished = run(arguments);
+  ASSERT_EQ(finished.code, 0) << finished.err;
+  EXPECT_THAT(finished.out + finished.err, IsEmpty()) << "--quiet";
+  const auto got = read_tensor("got", path("latent.pt"));
+  const auto wanted = read_tensor("wanted", kGolden + (*found)["file"].get<std::string>() + ":" +
+                                                (*found)["samples"].get<std::string>());
+  ASSERT_EQ(got.sizes(), wanted.sizes());
+  EXPECT_LE((got - wanted).abs().max().item<double>(), 2e-5 * wanted.abs().max().item<double>());
 }
 
-TEST_F(SampleCommand, RepeatsAReferenceRunWithAVectorInput) {
-  const std::string file = kGolden + "runs/sdxl_euler_normal.pt:";
-  expect_golden("comfy_sdxl_tiny.ts", "sdxl_euler_normal", "reference",
-                {"--cond-y", file + "y_cond", "--uncond-y", file + "y_uncond"});
-}
-
-TEST_F(SampleCommand, RepeatsInpaintingWithOtherNoiseForWhatIsKept) {
-  const std::string file = kGolden + "runs/eps_inpaint_ddim.pt:";
-  expect_golden("comfy_sd15_tiny.ts", "eps_inpaint_ddim", "reference",
-                {"--sampler", "ddim", "--latent", file + "latent", "--mask", file + "denoise_mask",
-                 "--inpaint-noise", file + "inpaint_noise"});
-}
+INSTANTIATE_TEST_SUITE_P(
+    Golden, SampleGolden,
+    testing::Values("eps_euler_normal/reference", "eps_euler_normal/no_sag",
+                    "sdxl_euler_normal/reference", "eps_inpaint_ddim/reference",
+                    "eps_euler_window/windowed", "eps_euler_cfg1/reference",
+                    "eps_scale_factor/reference", "eps_img2img_unipc/reference",
+                    "eps_dpm2_karras_neg/reference", "eps_dpmpp2mcfgpp_karras/reference",
+                    "v_deis_beta_b2/reference", "flow_aura_dpmpp2m_sgm/alpha_corrected",
+                    "flow_img2img_euler/alpha_corrected", "grid_24x17/true_grid"),
+    [](const auto& info) {
+      std::string name = info.param;
+      std::replace(name.begin(), name.end(), '/', '_');
+      return name;
+    });
 
 TEST_F(SampleCommand, ListsTheSites) {
   const auto finished = run({"--unet", kGolden + "comfy_sd15_tiny.ts", "--list-sites"});
@@ -295,7 +334,7 @@ TEST_F(SampleCommand, TensorsMustFitTheirPlace) {
   };
   const auto latent = save("ok.pt", torch::zeros({1, 4, 16, 16}));
   EXPECT_THAT(sentence(1, with({"--noise", save("nan.pt", torch::full({1, 4, 16, 16}, NAN))})),
-              HasSubstr("noise"));
+              HasSubstr("Noise must be finite"));
   EXPECT_THAT(sentence(1, with({"--latent", save("size.pt", torch::zeros({1, 4, 8, 16}))})),
               HasSubstr("--latent"));
   EXPECT_THAT(
@@ -304,7 +343,7 @@ TEST_F(SampleCommand, TensorsMustFitTheirPlace) {
   EXPECT_THAT(sentence(1, with({"--cond", save("cond.pt", torch::zeros({3, 4, 32}))})),
               HasSubstr("--cond"));
   EXPECT_THAT(sentence(1, with({"--sigmas", save("up.pt", torch::tensor({1.0, 2.0, 3.0}))})),
-              HasSubstr("sigmas"));
+              HasSubstr("Sigmas must fall strictly"));
   EXPECT_FALSE(fs::exists(path("latent.pt")));
 }
 
@@ -314,7 +353,7 @@ TEST_F(SampleCommand, FailedRunsLeaveNothingBehind) {
   auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
   arguments.insert(arguments.end(), {"--cond", huge, "--save-latent", path("latent.pt"), "--json",
                                      path("report.json")});
-  EXPECT_THAT(sentence(2, arguments), HasSubstr("NaN"));
+  EXPECT_THAT(sentence(2, arguments), HasSubstr("The final latent must be finite, got NaN"));
   EXPECT_EQ(std::distance(fs::directory_iterator(path("")), {}), 1) << "only the input";
 }
 

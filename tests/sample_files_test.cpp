@@ -116,6 +116,10 @@ TEST_F(SampleFiles, SaysWhatIsWrongWithAModelDirectory) {
               HasSubstr("unknown key \"multiples\""));
   EXPECT_THAT(mistake(model_with("\"edm\"", "\"edn\"")), HasSubstr("one of eps, v, x0, edm, flow"));
   EXPECT_THAT(mistake(model_with("\"edm\"", "\"eps\"")), HasSubstr("unknown key \"sigma_data\""));
+  EXPECT_THAT(mistake(model_with(R"("prediction": "edm",
+  "sigma_data": 0.5, "sigma_min": 0.02, "sigma_max": 60.0)",
+                                 R"("prediction": "v", "zero_terminal_snr": 1)")),
+              HasSubstr("\"zero_terminal_snr\" must be true or false"));
   EXPECT_THAT(mistake(model_with("20", "\"20\"")), HasSubstr("\"steps\" must be a whole number"));
   EXPECT_THAT(mistake(model_with("20", "2.5")), HasSubstr("\"steps\" must be a whole number"));
   EXPECT_THAT(mistake(model_with("0.02", "0")),

@@ -202,8 +202,9 @@ TEST(SampleReport, CountsWhatWasGuidedAndWhyNot) {
   EXPECT_EQ(totals.evaluations, 4);
   EXPECT_EQ(totals.rows, 7);
   EXPECT_EQ(totals.seconds, 3);
-  EXPECT_EQ(guidance_summary(totals),
-            "1 of 2 evaluations guided, 50 % of the picture masked; 1 not guided: outside the window");
+  EXPECT_EQ(
+      guidance_summary(totals),
+      "1 of 2 evaluations guided, 50 % of the picture masked; 1 not guided: outside the window");
 }
 
 }  // namespace

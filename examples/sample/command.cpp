@@ -103,16 +103,6 @@ Results sample_all(const sag::ModelPatcher& model, bool guided, const Settings& 
   return results;
 }
 
-void check_finite(const torch::Tensor& latents) {
-  const auto bad = latents.isfinite().logical_not().sum().item<std::int64_t>();
-  if (bad == 0) return;
-  throw RunError(
-      fmt::format("The final latents hold NaN or infinity in {} of {} values, so nothing was "
-                  "written; half precision (--dtype) "
-                  "and far too large scales are the usual causes.",
-                  bad, latents.numel()));
-}
-
 double total_work(const Inputs& inputs, bool guided, bool compare) {
   double sum = 0;
   for (const auto& batch : inputs.batches) {
@@ -163,8 +153,6 @@ void sample_and_write(const Options& options, const Settings& settings,
   const auto results =
       sample_all(model, settings.guided, settings, options, inputs, progress, runs);
   progress.finish();
-  check_finite(results.latents);
-  if (options.compare) check_finite(unguided.latents);
 
   std::string png;
   if (outputs.out) {

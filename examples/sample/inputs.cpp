@@ -10,6 +10,7 @@
 
 #include "errors.h"
 #include "networks.h"
+#include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "tensor_file.h"
 
@@ -143,7 +144,10 @@ void check_tensors(const Tensors& tensors, const std::array<std::int64_t, 3>& sh
 
 std::vector<double> decide_sigmas(const Options& options, const Settings& settings) {
   if (options.sigmas.empty()) {
-    return sag::get_sigmas(settings.schedule, settings.sampling, settings.steps, settings.denoise);
+    return sag::get_sigmas(settings.schedule, settings.sampling, settings.steps,
+                           {.denoise = settings.denoise,
+                            .discard_penultimate_sigma =
+                                sag::sampler_info(settings.sampler).discards_penultimate_sigma});
   }
   const auto tensor = read_floating("--sigmas", options.sigmas).to(torch::kDouble);
   if (tensor.dim() != 1 || tensor.numel() < 2) {

@@ -1,10 +1,12 @@
 // The command sag-sample: draws pictures with a diffusion model, steered by Self-Attention
 // Guidance.
 
+#include <cctype>
 #include <cstdio>
 #include <exception>
 #include <iostream>
 #include <new>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -25,14 +27,21 @@ int fail(int code, const std::string& sentence) {
   return code;
 }
 
-std::string first_line(const std::string& text) {
-  return text.substr(0, text.find('\n'));
+// A message of the library in one line, without the name of the function.
+std::string sentence_of(const std::string& text) {
+  auto sentence = std::regex_replace(text, std::regex(":\\s*\n\\s*"), ": ");
+  sentence = std::regex_replace(sentence, std::regex("\\s*\n\\s*"), "; ");
+  const auto end = sentence.find("] ");
+  if (!sentence.starts_with('[') || end == std::string::npos) return sentence;
+  sentence.erase(0, end + 2);
+  sentence[0] = static_cast<char>(std::toupper(static_cast<unsigned char>(sentence[0])));
+  return sentence;
 }
 
 // An error of the interpreter ends with the line that says what went wrong.
 std::string what_went_wrong(std::string text) {
   while (!text.empty() && text.back() == '\n') text.pop_back();
-  return text.find("Traceback") == std::string::npos ? first_line(text)
+  return text.find("Traceback") == std::string::npos ? sentence_of(text.substr(0, text.find('\n')))
                                                      : text.substr(text.rfind('\n') + 1);
 }
 
@@ -51,11 +60,11 @@ int main(int argc, char** argv) {
     return fail(kFailed, error.what());
   } catch (const c10::ValueError&
                error) {  // what the library says of its arguments, which are the user's
-    return fail(kMistake, error.what_without_backtrace());
+    return fail(kMistake, sentence_of(error.what_without_backtrace()));
   } catch (const c10::TypeError& error) {
-    return fail(kMistake, error.what_without_backtrace());
+    return fail(kMistake, sentence_of(error.what_without_backtrace()));
   } catch (const c10::IndexError& error) {
-    return fail(kMistake, error.what_without_backtrace());
+    return fail(kMistake, sentence_of(error.what_without_backtrace()));
   } catch (const c10::OutOfMemoryError&) {
     return fail(kFailed,
                 "The device has not enough memory; a smaller --max-rows or --batch needs less.");

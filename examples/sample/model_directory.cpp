@@ -47,6 +47,12 @@ class Section {
     return found.get<std::string>();
   }
 
+  bool flag(const std::string& key) {
+    const json& found = value(key);
+    if (!found.is_boolean()) fail(key, "true or false");
+    return found.get<bool>();
+  }
+
   double number(const std::string& key, double low, const char* what) {
     const json& found = value(key);
     if (!found.is_number() || !std::isfinite(found.get<double>()) || found.get<double>() < low) {
@@ -133,6 +139,7 @@ void read_prediction(Section& root, ModelDirectory& model) {
     root.read("beta_end", model.beta_end, kTiny, kPositive);
     root.read("beta_schedule", model.beta_schedule);
     root.read("timesteps", model.timesteps, 1, 1000000);
+    if (root.has("zero_terminal_snr")) model.zero_terminal_snr = root.flag("zero_terminal_snr");
   }
 }
 

@@ -28,9 +28,9 @@ struct ModelDefaults {
 ///                   "sag": {"scale": 1.0, "blur_sigma": 2.0}}}
 ///
 /// "format", "prediction", "sample" and "files" with its "unet" must be there. "eps", "v" and "x0"
-/// models may have "beta_start", "beta_end", "beta_schedule" and "timesteps", "flow" models "shift"
-/// and "timestep_multiplier". "sag" takes "scale", "blur_sigma", "threshold", "kernel_size",
-/// "sigma_start" and "sigma_end".
+/// models may have "beta_start", "beta_end", "beta_schedule", "timesteps" and "zero_terminal_snr",
+/// "flow" models "shift" and "timestep_multiplier". "sag" takes "scale", "blur_sigma", "threshold",
+/// "kernel_size", "sigma_start" and "sigma_end".
 struct ModelDirectory {
   std::string path, name;
   std::string prediction;
@@ -38,6 +38,7 @@ struct ModelDirectory {
   std::optional<double> beta_start, beta_end;
   std::optional<std::string> beta_schedule;
   std::optional<std::int64_t> timesteps;
+  bool zero_terminal_snr = false;
   std::optional<double> shift, timestep_multiplier;
   std::array<std::int64_t, 3> shape = {};  ///< channels, height, width
   std::int64_t multiple = 1;               ///< that height and width must be multiples of

@@ -124,6 +124,15 @@ class Group {
     return finish(added, fmt::format("{}", fmt::join(choices, "|")));
   }
 
+  // A choice among so many that "help" lists them.
+  CLI::Option* listed_choice(const std::string& option, std::optional<std::string>& target,
+                             std::span<const std::string_view> choices, const char* description,
+                             const char* shown_default) {
+    auto* added =
+        choice(option, target, {choices.begin(), choices.end()}, description, shown_default);
+    return added->type_name("NAME");
+  }
+
   CLI::Option* flag(const std::string& option, bool& target, const char* description) {
     return app_.add_flag(option, target, describe(description, ""))->group(name_);
   }
@@ -163,6 +172,8 @@ void add_model_options(CLI::App& app, Options& o) {
                "the model's, else 0.002");
   group.number("--sigma-max", o.sigma_max, kPositive, "X", "edm: highest noise level of schedules",
                "the model's, else 80");
+  group.flag("--zero-terminal-snr", o.zero_terminal_snr,
+             "eps, v and x0: rescale the noise table so that it ends in pure noise");
   group.number("--shift", o.shift, kPositive, "X", "flow: shift of the noise levels",
                "the model's, else 1");
   group.number("--timestep-multiplier", o.timestep_multiplier, kPositive, "X",
@@ -202,23 +213,21 @@ void add_picture_options(CLI::App& app, Options& o) {
              "Start noise, unit Gaussian, [images, channels, height, width]", "from --seed");
   group.text("--latent", o.latent, "T", "Start image, a clean latent");
   group.text("--mask", o.mask, "T", "Where to repaint --latent: 1 = repaint, 0 = keep");
-  group.text("--inpaint-noise", o.inpaint_noise, "T", "Noise for what is kept", "the start noise");
+  group.text("--inpaint-noise", o.inpaint_noise, "T", "Noise for what is kept",
+             "the start noise; ddim: of the next seed");
   group.number("--channels", o.channels, kSide, "N", "Channels of the latent",
                "the model's, else 4");
   group.number("--height", o.height, kSide, "N", "Height of the latent", "the model's, else 64");
   group.number("--width", o.width, kSide, "N", "Width of the latent", "the model's, else 64");
 }
 
-std::vector<std::string_view> names(std::span<const std::string_view> known) {
-  return {known.begin(), known.end()};
-}
-
 void add_sampling_options(CLI::App& app, Options& o) {
   Group group(app, "Sampling");
-  group.choice("--sampler", o.sampler, names(sag::sampler_names()), "Sampler",
-               "the model's, else euler");
-  group.choice("--schedule", o.schedule, names(sag::schedule_names()),
-               "Schedule of the noise levels", "the model's, else normal");
+  group.listed_choice("--sampler", o.sampler, sag::sampler_names(),
+                      "Sampler; --sampler help lists them", "the model's, else euler");
+  group.listed_choice("--schedule", o.schedule, sag::schedule_names(),
+                      "Schedule of the noise levels; --schedule help lists them",
+                      "the model's, else normal");
   group.number("--steps", o.steps,
                Range<std::int64_t>{1, 10000, "a whole number between 1 and 10000"}, "N", "Steps",
                "the model's, else 20");
@@ -331,6 +340,19 @@ void check_combinations(const Options& o) {
   }
 }
 
+// One name a line, for "--sampler help" and "--schedule help".
+bool list_names(const std::vector<std::string>& arguments, std::ostream& out) {
+  const auto asks_for = [&](const std::string& option) {
+    const auto named = std::find(arguments.begin(), arguments.end(), option);
+    return std::count(arguments.begin(), arguments.end(), option + "=help") > 0 ||
+           (named != arguments.end() && named + 1 != arguments.end() && named[1] == "help");
+  };
+  const bool samplers = asks_for("--sampler"), schedules = asks_for("--schedule");
+  if (samplers) out << fmt::format("{}\n", fmt::join(sag::sampler_names(), "\n"));
+  if (schedules) out << fmt::format("{}\n", fmt::join(sag::schedule_names(), "\n"));
+  return samplers || schedules;
+}
+
 // CLI11 takes arguments from the back, and takes the next one for the value of "--prompt=".
 std::vector<std::string> for_cli11(const std::vector<std::string>& arguments) {
   std::vector<std::string> reversed;
@@ -345,6 +367,7 @@ std::vector<std::string> for_cli11(const std::vector<std::string>& arguments) {
 }  // namespace
 
 std::optional<Options> parse_options(const std::vector<std::string>& arguments, std::ostream& out) {
+  if (list_names(arguments, out)) return std::nullopt;
   Options options;
   CLI::App app("Draws pictures with a diffusion model, steered by Self-Attention Guidance.",
                "sag-sample");

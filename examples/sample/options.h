@@ -15,6 +15,7 @@ struct Options {
   std::string model, unet;
   std::optional<std::string> prediction;
   std::optional<double> sigma_data, sigma_min, sigma_max, shift, timestep_multiplier;
+  bool zero_terminal_snr = false;
   double latent_scale = 1.0;
   bool list_sites = false;
 
@@ -53,8 +54,8 @@ struct Options {
   std::int64_t columns = 0, zoom = 0;
 };
 
-/// Reads the arguments (without the program's name). Returns nothing if they asked for the help or
-/// the version, which then went to `out`. Throws UsageError.
+/// Reads the arguments (without the program's name). Returns nothing if they asked for the help,
+/// the version or a list of names, which then went to `out`. Throws UsageError.
 std::optional<Options> parse_options(const std::vector<std::string>& arguments, std::ostream& out);
 
 }  // namespace sag_sample

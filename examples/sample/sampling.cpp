@@ -2,8 +2,9 @@
 
 #include <chrono>
 #include <cstdint>
-#include <memory>
+#include <functional>
 #include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 #include <torch/cuda.h>
@@ -12,7 +13,6 @@
 #include "errors.h"
 #include "interrupt.h"
 #include "sag/cfg_guider.h"
-#include "sag/inpaint.h"
 #include "sag/noise.h"
 #include "sag/samplers.h"
 
@@ -28,12 +28,13 @@ double seconds_since(Clock::time_point start) {
 // The guider, with a look at the clock and at the user after every evaluation.
 class TimedModel {
  public:
-  TimedModel(sag::CfgGuider& guider, torch::Device device) : guider_(guider), device_(device) {}
+  TimedModel(sag::CfgGuider& guider, bool both, torch::Device device)
+      : guider_(guider), both_(both), device_(device) {}
 
-  torch::Tensor operator()(const torch::Tensor& x, double sigma) {
+  sag::Denoised operator()(const torch::Tensor& x, double sigma) {
     if (interrupted()) throw RunError("Interrupted; nothing was written.");
     const auto start = Clock::now();
-    auto denoised = guider_(x, sigma);
+    auto denoised = evaluate(x, sigma);
     // CUDA works in the background: without waiting, neither bar nor times nor Ctrl-C would mean
     // anything.
     if (device_.is_cuda()) torch::cuda::synchronize(device_.index());
@@ -44,21 +45,30 @@ class TimedModel {
   const std::vector<double>& seconds() const { return seconds_; }
 
  private:
+  sag::Denoised evaluate(const torch::Tensor& x, double sigma) {
+    if (!both_) return guider_(x, sigma);
+    const auto [denoised, uncond_denoised] = guider_.predict_both(x, sigma);
+    return {denoised, uncond_denoised};
+  }
+
   sag::CfgGuider& guider_;
+  bool both_;
   torch::Device device_;
   std::vector<double> seconds_;
 };
 
-// The start noise, and after it, from the same seeds, what samplers add.
-struct Noise {
-  torch::Tensor start;
-  sag::NoiseSampler later;
-};
+torch::Tensor start_noise(std::vector<std::uint64_t> seeds, const Inputs& inputs,
+                          torch::Device device) {
+  return sag::SeededNoise(seeds).draw(inputs.shape, device);
+}
 
-Noise make_noise(const Batch& batch, const Inputs& inputs, torch::Device device) {
-  const auto seeded = std::make_shared<sag::SeededNoise>(batch.seeds);
-  const auto drawn = seeded->draw(inputs.shape, device);
-  return {batch.noise.defined() ? batch.noise : drawn, sag::seeded_noise_sampler(seeded, drawn)};
+// What is kept is noised with the start noise, in ddim with noise of its own, as in ComfyUI.
+torch::Tensor inpaint_noise(const Batch& batch, const Inputs& inputs, const Settings& settings) {
+  if (batch.inpaint_noise.defined() || !batch.mask.defined() || settings.sampler != "ddim")
+    return batch.inpaint_noise;
+  auto seeds = batch.seeds;
+  for (auto& seed : seeds) ++seed;
+  return start_noise(std::move(seeds), inputs, settings.device);
 }
 
 const sag::GuidanceNote* note_of(const sag::EvaluationReport& evaluation) {
@@ -113,20 +123,14 @@ Sampled sample_batch(const sag::ModelPatcher& model, bool guided, const Settings
   sag::CfgGuider guider(
       model, batch.positive, batch.negative,
       {.cond_scale = batch.cfg, .sigmas = inputs.sigmas, .max_rows = options.max_rows});
-  TimedModel timed(guider, settings.device);
-  const auto noise = make_noise(batch, inputs, settings.device);
-  sag::DenoiseFunction denoise = std::ref(timed);
-  sag::SampleOptions sample_options;
+  const auto& sampler = sag::sampler_info(settings.sampler);
+  TimedModel timed(guider, sampler.needs_uncond, settings.device);
+  sag::SampleOptions sample_options = {.denoise_mask = batch.mask,
+                                       .inpaint_noise = inpaint_noise(batch, inputs, settings),
+                                       .sampler = {.seeds = batch.seeds}};
   if (batch.latent.defined()) sample_options.latent = batch.latent * options.latent_scale;
-  if (batch.inpaint_noise.defined()) {
-    denoise = sag::inpaint_model(denoise, settings.sampling, sample_options.latent,
-                                 batch.inpaint_noise, batch.mask);
-  } else {
-    sample_options.denoise_mask = batch.mask;
-  }
   std::int64_t calls = 0;
   const auto steps = static_cast<double>(inputs.sigmas.size() - 1);
-  sample_options.sampler.noise_sampler = noise.later;
   sample_options.sampler.callback = [&](const sag::SamplerProgress& at) {
     const auto now = guider.report().unet_calls();
     progress.advance(work(inputs, batch, guided) / steps, now - std::exchange(calls, now),
@@ -134,8 +138,10 @@ Sampled sample_batch(const sag::ModelPatcher& model, bool guided, const Settings
                                  at.step + 1, at.steps, at.sigma));
     return true;
   };
-  const auto latents = sag::sample(sag::get_sampler(settings.sampler), denoise, settings.sampling,
-                                   noise.start, inputs.sigmas, sample_options);
+  const auto noise =
+      batch.noise.defined() ? batch.noise : start_noise(batch.seeds, inputs, settings.device);
+  const auto latents = sag::sample(sampler.sample, std::ref(timed), settings.sampling, noise,
+                                   inputs.sigmas, sample_options);
   Sampled sampled = {.latents = (latents / options.latent_scale).to(torch::kCPU, torch::kFloat),
                      .heat = mean_mask(guider.report())};
   sampled.report = {.guided = guided,

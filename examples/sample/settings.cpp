@@ -35,6 +35,11 @@ void refuse_foreign_constants(const Options& options, const std::string& predict
   only_for("--sigma-max", options.sigma_max.has_value(), "edm");
   only_for("--shift", options.shift.has_value(), "flow");
   only_for("--timestep-multiplier", options.timestep_multiplier.has_value(), "flow");
+  if (options.zero_terminal_snr && (prediction == "edm" || prediction == "flow")) {
+    throw UsageError(fmt::format(
+        "--zero-terminal-snr is for eps, v and x0 models, but this one's prediction is {}.",
+        prediction));
+  }
 }
 
 sag::ModelSampling edm_sampling(const Options& options, const ModelDirectory& model) {
@@ -59,11 +64,13 @@ sag::ModelSampling make_sampling(const Options& options, const ModelDirectory& m
          .multiplier = first_of(options.timestep_multiplier, model.timestep_multiplier, 1000.0)});
   }
   const std::string schedule = model.beta_schedule.value_or("scaled_linear");
-  return sag::ModelSampling::discrete(sag::parse_prediction(prediction),
-                                      {.beta_start = model.beta_start.value_or(0.00085),
-                                       .beta_end = model.beta_end.value_or(0.012),
-                                       .timesteps = model.timesteps.value_or(1000),
-                                       .beta_schedule = schedule});
+  return sag::ModelSampling::discrete(
+      sag::parse_prediction(prediction),
+      {.beta_start = model.beta_start.value_or(0.00085),
+       .beta_end = model.beta_end.value_or(0.012),
+       .timesteps = model.timesteps.value_or(1000),
+       .beta_schedule = schedule,
+       .zero_terminal_snr = options.zero_terminal_snr || model.zero_terminal_snr});
 }
 
 sag::SelfAttentionGuidanceOptions make_guidance(const Options& options,
