@@ -79,6 +79,9 @@ struct InstalledHook {
   std::string site;  ///< the UNet's own name of the site
   AttentionHook hook;
   AttentionHookOptions options;
+  /// Shared by the copies of one installed hook and by no other; empty: unknown. Whoever keeps work
+  /// per hook, as `CudaGraphUNet` does, tells hooks apart by it.
+  std::shared_ptr<const void> identity = {};
 };
 
 /// Returns the hooks that are active at `sigma`, in their order.
@@ -103,6 +106,10 @@ class SAG_API AttentionScope {
   /// Returns the sites that have a hook in the innermost scope of this thread, in the order in
   /// which they were hooked. A UNet that rewrites its graph looks here.
   static std::vector<std::string> hooked_sites();
+  /// Returns the hooks of the innermost scope of this thread; none without a scope.
+  static std::span<const InstalledHook> hooks();
+  /// Returns the pass of the innermost scope of this thread, or null.
+  static const Pass* pass();
 
  private:
   std::shared_ptr<AttentionScopeState> state_;

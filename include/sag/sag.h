@@ -13,6 +13,7 @@
 #include "sag/calc_cond_batch.h"
 #include "sag/cfg_guider.h"
 #include "sag/conditioning.h"
+#include "sag/cuda_graph_unet.h"
 #include "sag/denoised.h"
 #include "sag/denoiser.h"
 #include "sag/model_patcher.h"

@@ -50,6 +50,9 @@ class SAG_API StepContext {
   /// Returns what was recorded for `owner`, in the order of recording.
   std::vector<Record> records(const Owner& owner) const;
 
+  /// Returns what was recorded for anybody, in the order of recording.
+  std::vector<std::pair<Owner, Record>> records() const;
+
   /// Notes that `owner` guided; `mask` is described at `GuidanceNote::mask`.
   void guided(const Owner& owner, torch::Tensor mask = {});
   /// Notes that `owner` could not or need not guide, and why. The first reason of an evaluation
@@ -57,6 +60,8 @@ class SAG_API StepContext {
   void skipped(const Owner& owner, std::string reason);
   /// Returns the reason noted for `owner`, or an empty text.
   std::string skip_reason(const Owner& owner) const;
+  /// Returns who did not guide, and why.
+  std::vector<std::pair<Owner, std::string>> skips() const;
   /// Returns one note per guidance, in the order in which they were made.
   std::vector<GuidanceNote> notes() const;
 

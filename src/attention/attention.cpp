@@ -59,11 +59,19 @@ void AttentionScope::rethrow_if_failed() const {
 
 std::vector<std::string> AttentionScope::hooked_sites() {
   std::vector<std::string> sites;
-  if (const auto* scope = current_attention_scope())
-    for (const auto& hook : scope->hooks)
-      if (std::find(sites.begin(), sites.end(), hook.site) == sites.end())
-        sites.push_back(hook.site);
+  for (const auto& hook : hooks())
+    if (std::find(sites.begin(), sites.end(), hook.site) == sites.end()) sites.push_back(hook.site);
   return sites;
+}
+
+std::span<const InstalledHook> AttentionScope::hooks() {
+  const auto* scope = current_attention_scope();
+  return scope ? std::span<const InstalledHook>(scope->hooks) : std::span<const InstalledHook>();
+}
+
+const Pass* AttentionScope::pass() {
+  const auto* scope = current_attention_scope();
+  return scope ? &scope->pass : nullptr;
 }
 
 torch::Tensor plain_attention(const AttentionCall& call) {

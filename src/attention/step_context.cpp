@@ -36,6 +36,11 @@ std::vector<StepContext::Record> StepContext::records(const Owner& owner) const 
   return found;
 }
 
+std::vector<std::pair<Owner, StepContext::Record>> StepContext::records() const {
+  const std::lock_guard lock(mutex_);
+  return records_;
+}
+
 void StepContext::guided(const Owner& owner, torch::Tensor mask) {
   const std::lock_guard lock(mutex_);
   auto& entry = note(owner);
@@ -55,6 +60,14 @@ std::string StepContext::skip_reason(const Owner& owner) const {
   for (const auto& [by, entry] : notes_)
     if (by == owner) return entry.reason;
   return {};
+}
+
+std::vector<std::pair<Owner, std::string>> StepContext::skips() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::pair<Owner, std::string>> found;
+  for (const auto& [by, entry] : notes_)
+    if (!entry.reason.empty()) found.emplace_back(by, entry.reason);
+  return found;
 }
 
 std::vector<GuidanceNote> StepContext::notes() const {

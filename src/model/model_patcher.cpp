@@ -28,7 +28,8 @@ ModelPatcher::ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampl
 ModelPatcher& ModelPatcher::set_attn1_replace(AttentionHook hook, const AttentionSite& site,
                                               AttentionHookOptions options) {
   TORCH_CHECK_VALUE(hook, "[ModelPatcher::set_attn1_replace] hook must not be empty.");
-  hooks_.push_back({resolve_attention_site(unet(), site), std::move(hook), std::move(options)});
+  hooks_.push_back({resolve_attention_site(unet(), site), std::move(hook), std::move(options),
+                    std::make_shared<const char>()});
   return *this;
 }
 

@@ -1,0 +1,368 @@
+#include "sag/cuda_graph_unet.h"
+
+#include <algorithm>
+#include <list>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "sag/attention.h"
+#include "sag/step_context.h"
+
+#ifdef SAG_WITH_CUDA
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
+
+namespace sag {
+namespace {
+
+// Why a call cannot be a graph, or nothing.
+const char* reason_to_be_eager(const UNetInput& input) {
+  if (!input.x.defined() || !input.x.is_cuda()) return "the input is not on a CUDA device";
+  for (const auto& hook : AttentionScope::hooks())
+    if (!hook.options.capturable || !hook.identity) return "an active hook is not capturable";
+  return nullptr;
+}
+
+#ifdef SAG_WITH_CUDA
+
+// What a graph was captured for.
+struct Kind {
+  std::vector<std::int64_t> numbers;  // sizes, strides, dtypes and the pass's layout in a row
+  std::vector<std::string> names;     // of further inputs
+  std::vector<Owner> owners;
+  std::vector<std::shared_ptr<const void>> hooks;
+  bool operator==(const Kind&) const = default;
+};
+
+void append(Kind& kind, const torch::Tensor& t) {
+  kind.numbers.push_back(t.defined() ? t.dim() : -1);
+  if (!t.defined()) return;
+  kind.numbers.push_back(static_cast<std::int64_t>(t.scalar_type()));
+  kind.numbers.insert(kind.numbers.end(), t.sizes().begin(), t.sizes().end());
+  kind.numbers.insert(kind.numbers.end(), t.strides().begin(), t.strides().end());
+}
+
+void append(Kind& kind, const RowGroup& group) {
+  const auto area = group.area.value_or(Area{});
+  kind.numbers.insert(
+      kind.numbers.end(),
+      {group.begin, group.count, group.image, static_cast<std::int64_t>(group.branch), group.entry,
+       group.weight.defined(), group.area.has_value(), area.height, area.width, area.y, area.x});
+  kind.owners.push_back(group.owner);
+}
+
+Kind kind_of(const UNetInput& input) {
+  Kind kind;
+  for (const auto* t : {&input.x, &input.timesteps, &input.context, &input.y}) append(kind, *t);
+  for (const auto& [name, t] : input.extra) {
+    kind.names.push_back(name);
+    append(kind, t);
+  }
+  for (const auto& hook : AttentionScope::hooks()) kind.hooks.push_back(hook.identity);
+  if (const auto* pass = AttentionScope::pass()) {
+    kind.numbers.insert(kind.numbers.end(), {pass->height, pass->width});
+    for (const auto& group : pass->groups) append(kind, group);
+  }
+  return kind;
+}
+
+// A graph's own tensors are at fixed places, which replays read and write.
+struct Graph {
+  Kind kind;
+  UNetInput input;
+  torch::Tensor output;
+  struct Recorded {
+    Owner owner;
+    std::size_t group;  // of the pass
+    torch::Tensor map;
+  };
+  std::vector<Recorded> recorded;
+  std::vector<std::pair<Owner, std::string>> skips;
+  at::cuda::CUDAGraph graph;
+
+  torch::Tensor replay(const UNetInput& given);
+};
+
+template <typename Change>
+void for_each_tensor(UNetInput& input, const UNetInput& other, const Change& change) {
+  change(input.x, other.x);
+  change(input.timesteps, other.timesteps);
+  change(input.context, other.context);
+  change(input.y, other.y);
+  for (auto& [name, t] : input.extra) change(t, other.extra.at(name));
+}
+
+torch::Tensor Graph::replay(const UNetInput& given) {
+  for_each_tensor(input, given, [](torch::Tensor& own, const torch::Tensor& t) {
+    if (own.defined()) own.copy_(t, /*non_blocking=*/true);
+  });
+  graph.replay();
+  // The next replay overwrites all of it, so the caller gets copies.
+  if (const auto* pass = AttentionScope::pass()) {
+    for (const auto& [owner, group, map] : recorded)
+      pass->step->record(owner, pass->groups[group], map.clone());
+    for (const auto& [owner, reason] : skips) pass->step->skipped(owner, reason);
+  }
+  return output.clone();
+}
+
+// Runs the UNet with the hooks of the current scope, which record into a context of their own.
+torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) {
+  const auto* outer = AttentionScope::pass();
+  if (!outer) return unet.forward(input);
+  StepContext context(outer->sigma, outer->step_index, outer->step->height(), outer->step->width());
+  auto pass = *outer;
+  pass.step = &context;
+  const auto hooks = AttentionScope::hooks();
+  const AttentionScope scope({hooks.begin(), hooks.end()}, std::move(pass));
+  auto output = unet.forward(input);
+  scope.rethrow_if_failed();
+  if (!graph) return output;
+  for (auto& [owner, record] : context.records()) {
+    const auto& groups = outer->groups;
+    const auto group = std::find_if(groups.begin(), groups.end(), [&record](const RowGroup& rows) {
+      return rows.begin == record.rows.begin;
+    });
+    TORCH_INTERNAL_ASSERT(group != groups.end());
+    graph->recorded.push_back(
+        {owner, static_cast<std::size_t>(group - groups.begin()), record.map});
+  }
+  graph->skips = context.skips();
+  return output;
+}
+
+#endif
+
+}  // namespace
+
+#ifdef SAG_WITH_CUDA
+
+struct CudaGraphUNet::State {
+  // What belongs to one stream of the caller's: graphs that share a pool must not run at once.
+  struct Lane {
+    explicit Lane(c10::cuda::CUDAStream caller)
+        : caller(caller),
+          capture(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, caller.device_index())),
+          pool(at::cuda::graph_pool_handle()) {}
+    const c10::cuda::CUDAStream caller, capture;  // the default stream cannot be captured
+    const at::cuda::MempoolId_t pool;
+    std::mutex mutex;
+    std::list<std::unique_ptr<Graph>> graphs;  // the latest used first
+  };
+
+  std::shared_ptr<Lane> current_lane();
+  torch::Tensor forward(const UNetInput& input);
+  torch::Tensor eager(const UNetInput& input, const char* reason);
+  Graph* find(Lane& lane, const Kind& kind);
+  bool failed() const;
+  std::unique_ptr<Graph> capture(Lane& lane, const UNetInput& input);
+  void warm_up(const Graph& graph, Lane& lane) const;
+  void record(Graph& graph, Lane& lane) const;
+
+  std::shared_ptr<const UNet> unet;
+  CudaGraphUNetOptions options;
+  mutable std::mutex mutex;  // of what follows
+  std::vector<std::shared_ptr<Lane>> lanes;
+  CudaGraphReport report;
+};
+
+std::shared_ptr<CudaGraphUNet::State::Lane> CudaGraphUNet::State::current_lane() {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const std::lock_guard lock(mutex);
+  for (const auto& lane : lanes)
+    if (lane->caller == stream) return lane;
+  return lanes.emplace_back(std::make_shared<Lane>(stream));
+}
+
+torch::Tensor CudaGraphUNet::State::eager(const UNetInput& input, const char* reason) {
+  {
+    const std::lock_guard lock(mutex);
+    ++report.eager[reason];
+  }
+  return unet->forward(input);
+}
+
+Graph* CudaGraphUNet::State::find(Lane& lane, const Kind& kind) {
+  auto& graphs = lane.graphs;
+  const auto found = std::find_if(graphs.begin(), graphs.end(),
+                                  [&kind](const auto& graph) { return graph->kind == kind; });
+  if (found == graphs.end()) return nullptr;
+  graphs.splice(graphs.begin(), graphs, found);
+  return graphs.front().get();
+}
+
+bool CudaGraphUNet::State::failed() const {
+  const std::lock_guard lock(mutex);
+  return !report.failure.empty();
+}
+
+void CudaGraphUNet::State::warm_up(const Graph& graph, Lane& lane) const {
+  lane.caller.synchronize();
+  const c10::cuda::CUDAStreamGuard on(lane.capture);
+  for (std::int64_t i = 0; i < options.warmup_runs; ++i) run_apart(*unet, graph.input, nullptr);
+  lane.capture.synchronize();
+}
+
+void CudaGraphUNet::State::record(Graph& graph, Lane& lane) const {
+  const c10::cuda::CUDAStreamGuard on(lane.capture);
+  graph.graph.capture_begin(lane.pool, cudaStreamCaptureModeThreadLocal);
+  try {
+    graph.output = run_apart(*unet, graph.input, &graph);
+  } catch (...) {
+    try {
+      graph.graph.capture_end();
+    } catch (const std::exception&) {  // the capture is void already
+    }
+    throw;
+  }
+  graph.graph.capture_end();
+}
+
+// Returns nothing if it cannot be captured.
+std::unique_ptr<Graph> CudaGraphUNet::State::capture(Lane& lane, const UNetInput& input) {
+  auto graph = std::make_unique<Graph>();
+  graph->kind = kind_of(input);
+  graph->input = input;
+  for_each_tensor(graph->input, input, [](torch::Tensor& own, const torch::Tensor& t) {
+    if (t.defined()) own = t.clone(at::MemoryFormat::Preserve);
+  });
+  static std::mutex one_at_a_time;  // in the whole process: the allocator takes no two captures
+  const std::lock_guard lock_captures(one_at_a_time);
+  warm_up(*graph, lane);  // what the UNet or a hook throws here is theirs
+  try {
+    record(*graph, lane);
+  } catch (const std::exception& error) {
+    const std::lock_guard lock(mutex);
+    const std::string message = error.what();
+    report.failure = message.substr(0, message.find('\n'));
+    return nullptr;
+  }
+  const std::lock_guard lock(mutex);
+  ++report.captures;
+  return graph;
+}
+
+torch::Tensor CudaGraphUNet::State::forward(const UNetInput& input) {
+  if (const auto* reason = reason_to_be_eager(input)) return eager(input, reason);
+  const c10::cuda::CUDAGuard device(input.x.device());
+  const auto lane = current_lane();
+  const std::lock_guard lock(lane->mutex);
+  auto* graph = find(*lane, kind_of(input));
+  if (!graph) {
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
+      return eager(input, "the caller captures a graph itself");
+    if (failed()) return eager(input, "a capture failed");
+    auto captured = capture(*lane, input);
+    if (!captured) return eager(input, "a capture failed");
+    if (lane->graphs.size() == options.max_graphs) lane->graphs.pop_back();
+    lane->graphs.push_front(std::move(captured));
+    graph = lane->graphs.front().get();
+  }
+  {
+    const std::lock_guard counting(mutex);
+    ++report.replays;
+  }
+  return graph->replay(input);
+}
+
+#else
+
+struct CudaGraphUNet::State {
+  torch::Tensor forward(const UNetInput& input) {
+    const auto* reason = reason_to_be_eager(input);
+    {
+      const std::lock_guard lock(mutex);
+      ++report.eager[reason ? reason : "this library was built without CUDA"];
+    }
+    return unet->forward(input);
+  }
+
+  std::shared_ptr<const UNet> unet;
+  CudaGraphUNetOptions options;
+  mutable std::mutex mutex;
+  CudaGraphReport report;
+};
+
+#endif
+
+CudaGraphUNet::CudaGraphUNet(std::shared_ptr<const UNet> unet, const CudaGraphUNetOptions& options)
+    : state_(std::make_unique<State>()) {
+  TORCH_CHECK_VALUE(unet, "[CudaGraphUNet] unet must not be null.");
+  TORCH_CHECK_VALUE(options.max_graphs >= 1, "[CudaGraphUNet] max_graphs must be at least 1, got ",
+                    options.max_graphs, ".");
+  TORCH_CHECK_VALUE(options.warmup_runs >= 1,
+                    "[CudaGraphUNet] warmup_runs must be at least 1, got ", options.warmup_runs,
+                    ".");
+  state_->unet = std::move(unet);
+  state_->options = options;
+}
+
+CudaGraphUNet::CudaGraphUNet(std::shared_ptr<const UNet> unet)
+    : CudaGraphUNet(std::move(unet), CudaGraphUNetOptions{}) {}
+CudaGraphUNet::~CudaGraphUNet() = default;
+
+torch::Tensor CudaGraphUNet::forward(const UNetInput& input) const {
+  return state_->forward(input);
+}
+
+std::vector<AttentionSiteInfo> CudaGraphUNet::attention_sites() const {
+  return state_->unet->attention_sites();
+}
+
+torch::Device CudaGraphUNet::device() const {
+  return state_->unet->device();
+}
+
+torch::ScalarType CudaGraphUNet::dtype() const {
+  return state_->unet->dtype();
+}
+
+#ifdef SAG_WITH_CUDA
+
+CudaGraphReport CudaGraphUNet::report() const {
+  std::vector<std::shared_ptr<State::Lane>> lanes;
+  CudaGraphReport report;
+  {
+    const std::lock_guard lock(state_->mutex);
+    lanes = state_->lanes;
+    report = state_->report;
+  }
+  for (const auto& lane : lanes) {
+    const std::lock_guard lock(lane->mutex);
+    report.graphs += static_cast<std::int64_t>(lane->graphs.size());
+    if (lane->graphs.empty()) continue;
+    for (const auto& segment : c10::cuda::CUDACachingAllocator::snapshot(lane->pool).segments)
+      report.bytes += static_cast<std::int64_t>(segment.total_size);
+  }
+  return report;
+}
+
+void CudaGraphUNet::release() {
+  std::vector<std::shared_ptr<State::Lane>> lanes;
+  {
+    const std::lock_guard lock(state_->mutex);
+    lanes.swap(state_->lanes);
+  }
+  for (const auto& lane : lanes) {
+    const std::lock_guard lock(lane->mutex);
+    lane->caller.synchronize();
+    lane->graphs.clear();
+  }
+}
+
+#else
+
+CudaGraphReport CudaGraphUNet::report() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->report;
+}
+
+void CudaGraphUNet::release() {}
+
+#endif
+
+}  // namespace sag

@@ -1,0 +1,251 @@
+#include "sag/cuda_graph_unet.h"
+
+#include <stdexcept>
+#include <thread>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "sag/cfg_guider.h"
+#include "sag/model_patcher.h"
+#include "sag/samplers.h"
+#include "sag/self_attention_guidance.h"
+#include "sag/torchscript_unet.h"
+#include "support/device.h"
+#include "support/toy_unet.h"
+
+#ifdef SAG_WITH_CUDA
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace sag {
+namespace {
+
+using test::fill;
+using test::toy_prompt;
+using test::ToyUNet;
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+UNetInput toy_input(std::int64_t rows, torch::Device device) {
+  return {.x = fill({rows, 4, 16, 24}, 0.7, 0.3, 1.5).to(device),
+          .timesteps = torch::full({rows}, 5.0, device),
+          .context = torch::ones({rows, 1, 1}, device)};
+}
+
+TEST(CudaGraphUNet, IsTheUNetItself) {
+  const auto toy = std::make_shared<ToyUNet>();
+  const CudaGraphUNet unet(toy);
+  EXPECT_EQ(unet.attention_sites().size(), 1u);
+  EXPECT_EQ(unet.device(), torch::kCPU);
+  EXPECT_EQ(unet.dtype(), torch::kFloat);
+  const auto input = toy_input(2, torch::kCPU);
+  EXPECT_TRUE(unet.forward(input).equal(toy->forward(input)));
+  const auto report = unet.report();
+  EXPECT_EQ(report.replays, 0);
+  EXPECT_EQ(report.eager.at("the input is not on a CUDA device"), 1);
+}
+
+TEST(CudaGraphUNet, RefusesOptionsOutOfRange) {
+  const auto toy = std::make_shared<ToyUNet>();
+  EXPECT_THAT([] { CudaGraphUNet unet(nullptr); },
+              ThrowsMessage<c10::ValueError>(HasSubstr("unet must not be null")));
+  EXPECT_THROW(CudaGraphUNet(toy, {.max_graphs = 0}), c10::ValueError);
+  EXPECT_THROW(CudaGraphUNet(toy, {.warmup_runs = 0}), c10::ValueError);
+}
+
+#ifdef SAG_WITH_CUDA
+
+class CudaGraph : public ::testing::Test {
+ protected:
+  void SetUp() override { SAG_SKIP_WITHOUT_CUDA(torch::Device(torch::kCUDA)); }
+
+  static torch::Device device() { return {torch::kCUDA, 0}; }
+
+  // A guided run on the toy.
+  static torch::Tensor sample_toy(const std::shared_ptr<const UNet>& unet, std::int64_t width = 24,
+                                  const SelfAttentionGuidanceOptions& options = {.scale = 0.75}) {
+    const auto model = apply_self_attention_guidance({unet, ModelSampling::discrete()}, options);
+    return run(model, width);
+  }
+  static torch::Tensor run(const ModelPatcher& model, std::int64_t width = 24) {
+    CfgGuider guider(model, {toy_prompt(1, device())}, {toy_prompt(-1, device())},
+                     {.cond_scale = 7.0});
+    const auto x = fill({1, 4, 16, width}, 0.7, 0.3, 15.0).to(device());
+    return sample_euler(std::ref(guider), x, std::vector<double>{10, 4, 1.5, 0.5, 0});
+  }
+};
+
+TEST_F(CudaGraph, GivesTheNumbersOfTheEagerUNet) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const auto eager = sample_toy(toy);
+  const auto unet = std::make_shared<CudaGraphUNet>(toy);
+  EXPECT_TRUE(sample_toy(unet).equal(eager));
+  const auto report = unet->report();
+  EXPECT_EQ(report.failure, "");
+  EXPECT_EQ(report.captures, 2);  // both branches, and SAG's own row
+  EXPECT_EQ(report.replays, 8);
+  EXPECT_EQ(report.graphs, 2);
+  EXPECT_GT(report.bytes, 0);
+  EXPECT_TRUE(report.eager.empty());
+}
+
+TEST_F(CudaGraph, GivesTheNumbersOfATorchScriptUNet) {
+  for (const auto dtype : {torch::kFloat, torch::kHalf}) {
+    const std::shared_ptr<const UNet> file = TorchScriptUNet::load(
+        SAG_TEST_DATA_DIR "/comfy_sdxl_tiny.ts", {.device = device(), .dtype = dtype});
+    const auto sample = [&](const std::shared_ptr<const UNet>& unet) {
+      const auto prompt = [](double phase) {
+        return Conditioning{.context = fill({1, 10, 32}, 0.3, phase, 1.0).to(device()),
+                            .y = fill({1, 48}, 0.2, phase, 1.0).to(device())};
+      };
+      CfgGuider guider(apply_self_attention_guidance({unet, ModelSampling::discrete()}),
+                       {prompt(0.1)}, {prompt(0.7)}, {.cond_scale = 5.0});
+      const auto x = fill({1, 4, 24, 17}, 0.7, 0.3, 15.0).to(device());
+      return sample_euler(std::ref(guider), x, std::vector<double>{10, 4, 1.5, 0.5, 0});
+    };
+    const auto unet = std::make_shared<CudaGraphUNet>(file);
+    EXPECT_TRUE(sample(unet).equal(sample(file))) << dtype;
+    EXPECT_EQ(unet->report().failure, "");
+    EXPECT_EQ(unet->report().captures, 2);
+  }
+}
+
+TEST_F(CudaGraph, OutputsOutliveTheNextCall) {
+  const CudaGraphUNet unet(std::make_shared<ToyUNet>(device()));
+  const auto input = toy_input(1, device());
+  const auto first = unet.forward(input);
+  const auto before = first.clone();
+  auto other = input;
+  other.x = input.x * 3;
+  const auto second = unet.forward(other);
+  EXPECT_TRUE(first.equal(before));
+  EXPECT_FALSE(second.equal(first));
+}
+
+TEST_F(CudaGraph, KeepsABoundedNumberOfGraphs) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const CudaGraphUNet unet(toy, {.max_graphs = 2});
+  for (const std::int64_t rows : {1, 2, 3, 1, 3}) {
+    const auto input = toy_input(rows, device());
+    EXPECT_TRUE(unet.forward(input).equal(toy->forward(input))) << rows;
+  }
+  EXPECT_EQ(unet.report().graphs, 2);
+  EXPECT_EQ(unet.report().captures, 4);  // 1 was dropped for 3, and came again
+}
+
+TEST_F(CudaGraph, HooksThatAreNotCapturableRunEagerly) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const auto unet = std::make_shared<CudaGraphUNet>(toy);
+  int runs = 0;
+  ModelPatcher model(unet, ModelSampling::discrete());
+  model.set_attn1_replace(
+      [&runs](const AttentionCall& call, const Pass&, const NextAttention& next) {
+        ++runs;
+        return next(call);
+      },
+      AttentionSite("middle.0.0"), {.active = [](double sigma) { return sigma > 2; }});
+  run(model);
+  EXPECT_EQ(runs, 2);  // at 10 and 4
+  EXPECT_EQ(unet->report().eager.at("an active hook is not capturable"), 2);
+  EXPECT_EQ(unet->report().replays, 2);
+}
+
+TEST_F(CudaGraph, HooksOfAnotherModelAreNotReplayed) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const auto unet = std::make_shared<CudaGraphUNet>(toy);
+  EXPECT_TRUE(sample_toy(unet, 24, {.scale = 0.75}).equal(sample_toy(toy, 24, {.scale = 0.75})));
+  EXPECT_TRUE(sample_toy(unet, 24, {.scale = 0.0}).equal(sample_toy(toy, 24, {.scale = 0.0})));
+  EXPECT_TRUE(sample_toy(unet, 24, {.scale = -1.0}).equal(sample_toy(toy, 24, {.scale = -1.0})));
+}
+
+TEST_F(CudaGraph, WhatAHookThrowsArrives) {
+  struct Refused : std::runtime_error {
+    using std::runtime_error::runtime_error;
+  };
+  const auto unet = std::make_shared<CudaGraphUNet>(std::make_shared<ToyUNet>(device()));
+  ModelPatcher model(unet, ModelSampling::discrete());
+  model.set_attn1_replace([](const AttentionCall&, const Pass&,
+                             const NextAttention&) -> torch::Tensor { throw Refused("no"); },
+                          AttentionSite("middle.0.0"), {.capturable = true});
+  EXPECT_THROW(run(model), Refused);
+  EXPECT_EQ(unet->report().failure, "");
+  EXPECT_TRUE(sample_toy(unet).isfinite().all().item<bool>());
+}
+
+// Reads from the device, which no capture allows.
+class SynchronizingUNet final : public UNet {
+ public:
+  explicit SynchronizingUNet(torch::Device device) : toy_(device) {}
+  torch::Tensor forward(const UNetInput& input) const override {
+    return toy_.forward(input) * input.timesteps[0].item<double>();
+  }
+  std::vector<AttentionSiteInfo> attention_sites() const override { return toy_.attention_sites(); }
+  torch::Device device() const override { return toy_.device(); }
+  torch::ScalarType dtype() const override { return toy_.dtype(); }
+
+ private:
+  ToyUNet toy_;
+};
+
+TEST_F(CudaGraph, FallsBackWhenItCannotCapture) {
+  const auto synchronizing = std::make_shared<SynchronizingUNet>(device());
+  const CudaGraphUNet unet(synchronizing);
+  const auto input = toy_input(2, device());
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(unet.forward(input).equal(synchronizing->forward(input)));
+  const auto report = unet.report();
+  EXPECT_NE(report.failure, "");
+  EXPECT_EQ(report.eager.at("a capture failed"), 3);
+  EXPECT_EQ(report.replays, 0);
+  // The process captures on.
+  const CudaGraphUNet healthy(std::make_shared<ToyUNet>(device()));
+  healthy.forward(input);
+  EXPECT_EQ(healthy.report().failure, "");
+  EXPECT_EQ(healthy.report().replays, 1);
+}
+
+TEST_F(CudaGraph, ServesGuidersOnThreadsAndStreamsOfTheirOwn) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const std::vector<std::int64_t> widths = {24, 32, 24, 40};
+  std::vector<torch::Tensor> expected, got(widths.size());
+  for (const auto width : widths) expected.push_back(sample_toy(toy, width));
+  const auto unet = std::make_shared<CudaGraphUNet>(toy);
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < widths.size(); ++i) {
+    threads.emplace_back([&, i] {
+      const auto stream = c10::cuda::getStreamFromPool();
+      const c10::cuda::CUDAStreamGuard guard(stream);
+      for (int repeat = 0; repeat < 3; ++repeat) got[i] = sample_toy(unet, widths[i]);
+      stream.synchronize();
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  for (std::size_t i = 0; i < widths.size(); ++i) EXPECT_TRUE(got[i].equal(expected[i])) << i;
+  EXPECT_EQ(unet->report().failure, "");
+}
+
+TEST_F(CudaGraph, ReleaseGivesTheMemoryBack) {
+  const auto allocated = [] {
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(0);
+    return stats.allocated_bytes[0].current;
+  };
+  const auto toy = std::make_shared<ToyUNet>(device());
+  CudaGraphUNet unet(toy);
+  unet.forward(toy_input(1, device()));
+  unet.release();
+  const auto before = allocated();  // libraries keep workspaces from their first use on
+  unet.forward(toy_input(2, device()));
+  unet.forward(toy_input(3, device()));
+  EXPECT_GT(allocated(), before);
+  unet.release();
+  EXPECT_EQ(unet.report().graphs, 0);
+  EXPECT_EQ(allocated(), before);
+}
+
+#endif
+
+}  // namespace
+}  // namespace sag
