@@ -187,6 +187,22 @@ TEST(Sag, TakesAWindowInPercent) {
   EXPECT_EQ(by_percent.report.guided(), 2);
 }
 
+TEST(Sag, AsksForUncondRowsAtCfg1OnlyWhereItGuides) {
+  const auto cost = [](const ToyRun& toy) {
+    std::vector<std::pair<std::int64_t, std::int64_t>> calls_and_rows;
+    for (const auto& evaluation : run(toy).report.evaluations)
+      calls_and_rows.emplace_back(evaluation.unet_calls, evaluation.unet_rows);
+    return calls_and_rows;
+  };
+  using Cost = decltype(cost({}));
+  const SelfAttentionGuidanceOptions window{.sigma_start = 5, .sigma_end = 1};
+  EXPECT_EQ(cost({.cond_scale = 1, .sag = {window}}), (Cost{{1, 1}, {2, 3}, {2, 3}, {1, 1}}));
+  EXPECT_EQ(cost({.cond_scale = 7, .sag = {window}}), (Cost{{1, 2}, {2, 3}, {2, 3}, {1, 2}}));
+  EXPECT_EQ(cost({.cond_scale = 1, .sag = {kSag}, .height = 4}),
+            (Cost{{1, 1}, {1, 1}, {1, 1}, {1, 1}}))
+      << "a latent this thin is not guided";
+}
+
 TEST(Sag, LeavesTheModelItWasAppliedToAlone) {
   ModelPatcher model(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
   const auto patched = apply_self_attention_guidance(model);

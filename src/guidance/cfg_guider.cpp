@@ -32,12 +32,11 @@ bool is_one(double cond_scale) {
   return std::abs(cond_scale - 1.0) <= 1e-9 * std::max(std::abs(cond_scale), 1.0);
 }
 
-bool post_cfg_needs_uncond(const ModelPatcher& model, double sigma) {
+bool post_cfg_needs_uncond(const ModelPatcher& model, const StepContext& step) {
   const auto& functions = model.post_cfg_functions();
-  return std::any_of(
-      functions.begin(), functions.end(), [sigma](const InstalledPostCfg& installed) {
-        return installed.options.needs_uncond && installed.options.needs_uncond(sigma);
-      });
+  return std::any_of(functions.begin(), functions.end(), [&](const InstalledPostCfg& installed) {
+    return installed.options.needs_uncond && installed.options.needs_uncond(step);
+  });
 }
 
 // Once a run, so that no step copies from the host.
@@ -136,7 +135,7 @@ CfgGuider::Predictions CfgGuider::evaluate(const torch::Tensor& x, double sigma,
   };
 
   const bool needs_uncond = keep_uncond || !is_one(options_.cond_scale) ||
-                            !any_active(positive_, sigma) || post_cfg_needs_uncond(model_, sigma);
+                            !any_active(positive_, sigma) || post_cfg_needs_uncond(model_, step);
   const std::vector<CondRequest> requests = {
       {.branch = Branch::uncond,
        .x = x,
