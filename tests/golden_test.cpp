@@ -120,16 +120,20 @@ void expect_cost(const json& run, const GuiderReport& report) {
 // Before the samples: a mask cell that flips changes them by far more than rounding does.
 void expect_maps(const std::vector<torch::Tensor>& maps, const torch::Tensor& token_sums) {
   ASSERT_EQ(static_cast<std::int64_t>(maps.size()), token_sums.size(0));
+  double worst = 0;
   for (std::int64_t call = 0; call < token_sums.size(0); ++call) {
     const auto& map = maps[static_cast<std::size_t>(call)];
     const auto expected = token_sums[call];
-    EXPECT_LT(max_diff(map, expected), test::kTokenSumTolerance) << "call " << call;
+    const auto difference = max_diff(map, expected);
+    EXPECT_LT(difference, test::kTokenSumTolerance) << "call " << call;
+    worst = std::max(worst, difference);
     const auto flipped = (map > 1) != (expected > 1);
     if (!flipped.any().item<bool>()) continue;
     const auto margin = (expected - 1).abs().masked_select(flipped).max().item<double>();
     EXPECT_LT(margin, test::kTokenSumTolerance)
         << "call " << call << ": " << flipped.sum().item<int>() << " cells flipped";
   }
+  testing::Test::RecordProperty("token_sums_difference", c10::str(worst));
 }
 
 void expect_reproduced(const json& run, const Repeated& ours, const test::Golden& golden,
@@ -138,7 +142,10 @@ void expect_reproduced(const json& run, const Repeated& ours, const test::Golden
   const auto token_sums = golden.get(run["key_prefix"].get<std::string>() + "token_sums");
   if (token_sums.defined()) expect_maps(ours.maps, token_sums);
   const auto expected = golden.get(run["samples"]);
-  EXPECT_LT(max_diff(ours.samples, expected), tolerance(expected, device));
+  const auto difference = max_diff(ours.samples, expected);
+  EXPECT_LT(difference, tolerance(expected, device));
+  testing::Test::RecordProperty("relative_difference",
+                                c10::str(difference / expected.abs().max().item<double>()));
 }
 
 using RunTest = testing::TestWithParam<std::tuple<const char*, json>>;
