@@ -165,8 +165,20 @@ TEST(ComfyUiCallData, CoversEveryPredictionAndNetwork) {
 
 // In half precision with the golden's mask. What a flipped cell does to the picture is no rounding,
 // so the masks are compared for themselves: they may differ only next to the threshold.
-constexpr double kHalfTolerance = 2e-2;
-constexpr double kHalfMaskMargin = 1e-2;
+struct HalfBounds {
+  double prediction;   // of its largest value
+  double cfg;          // likewise, of what CFG made of two predictions
+  double mask_margin;  // how far from 1 a token sum may lie whose cell flips
+};
+
+// Seen in fp16: predictions up to 2.5e-3 off, CFG results 1.0e-2, token sums 5e-3, no cell flipped.
+// bf16 keeps three bits less: predictions up to 1.9e-2 off, token sums 7e-2, one cell
+// flipped, 2.6e-2 from 1; and CFG at 7.5 adds up 7.5 and 6.5 times the rounding of two
+// predictions: 6.1e-2.
+HalfBounds bounds_of(torch::ScalarType dtype) {
+  if (dtype == torch::kHalf) return {.prediction = 2e-2, .cfg = 2e-2, .mask_margin = 1e-2};
+  return {.prediction = 2e-2, .cfg = 8e-2, .mask_margin = 5e-2};
+}
 
 class HalfPrecisionCall
     : public testing::TestWithParam<std::tuple<torch::ScalarType, const char*>> {};
@@ -186,18 +198,18 @@ TEST_P(HalfPrecisionCall, LiesNearTheReference) {
   in.given_map = token_sums;
   const auto call = evaluate(model, in);
 
-  double worst = 0;
+  const auto bounds = bounds_of(dtype);
   for (const auto& part : kParts) {
     const auto expected = golden.get(prefix + "call0." + part);
     const auto relative = max_diff(call.tensors.at(part), expected) / largest(expected);
-    EXPECT_LT(relative, kHalfTolerance) << part;
-    worst = std::max(worst, relative);
+    const bool after_cfg = part == "cfg_result" || part == "result";
+    EXPECT_LT(relative, after_cfg ? bounds.cfg : bounds.prediction) << part;
+    RecordProperty(part, c10::str(relative));
   }
   const auto flipped = (call.map > 1) != (token_sums > 1);
   const auto margins = (token_sums - 1).abs().masked_select(flipped);
   const double margin = margins.numel() > 0 ? largest(margins) : 0;
-  EXPECT_LT(margin, kHalfMaskMargin) << margins.numel() << " cells flipped";
-  RecordProperty("worst_relative_difference", c10::str(worst));
+  EXPECT_LT(margin, bounds.mask_margin) << margins.numel() << " cells flipped";
   RecordProperty("token_sums_difference", c10::str(max_diff(call.map, token_sums)));
   RecordProperty("flipped_cells", c10::str(margins.numel(), ", up to ", margin, " from 1"));
 }
