@@ -7,6 +7,8 @@
 #include "support/device.h"
 #include "support/golden_runs.h"
 #include "support/reference.h"
+#include "support/toy.h"
+#include "support/toy_unet.h"
 
 namespace sag {
 namespace {
@@ -297,6 +299,34 @@ TEST(DiffusersData, HasEveryScheduler) {
   }
   EXPECT_EQ(schedulers, (std::set<std::string>{"DDIM", "DDIM_trailing", "DPMSolverMultistep",
                                                "PNDM", "UniPCMultistep"}));
+}
+
+// small_latents of golden/toy.json: where ComfyUI throws, for it finds no grid for 1 to 3 tokens,
+// ours guides; a side of 4 or less is left alone by both.
+TEST(SmallLatents, AreGuidedWhereTheReferenceThrows) {
+  const auto& run = test::variant_of(json{{"case", "eps_euler_normal"}}, "reference");
+  const test::Golden golden(run["file"], torch::kCPU);
+  const ModelPatcher plain(test::load_unet(run["unet"], torch::kCPU), test::sampling_of(run));
+  const auto guided = apply_self_attention_guidance(plain, {.scale = 0.75});
+  const Conditioning cond{.context = golden.get("cond")}, uncond{.context = golden.get("uncond")};
+  int thrown = 0;
+  for (const auto& entry : test::toy_entries("small_latents")) {
+    const std::int64_t height = entry.at("params").at("latent")[0],
+                       width = entry.at("params").at("latent")[1];
+    SCOPED_TRACE(c10::str(height, " x ", width));
+    const auto x = test::fill({1, 4, height, width}, .7, .3, 6);
+    CfgGuider guider(guided, {cond}, {uncond}, {.cond_scale = 7});
+    const auto denoised = guider(x, 4);
+    EXPECT_TRUE(denoised.isfinite().all().item<bool>());
+    const bool thin = std::min(height, width) <= 4;
+    EXPECT_EQ(guider.report().guided(), thin ? 0 : 1);
+    if (thin) {
+      EXPECT_TRUE(
+          torch::equal(denoised, CfgGuider(plain, {cond}, {uncond}, {.cond_scale = 7})(x, 4)));
+    }
+    thrown += entry.at("value") == "throws";
+  }
+  EXPECT_EQ(thrown, 5);
 }
 
 // PAG: its own extra pass has the attention of the middle replaced by v. Beside SAG, on a network

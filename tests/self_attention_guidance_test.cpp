@@ -150,6 +150,27 @@ INSTANTIATE_TEST_SUITE_P(Reference, Toy,
                                   std::get<0>(info.param);
                          });
 
+// T1 of golden/toy.json: the layer that is watched gives what it gives there.
+TEST(Sag, LeavesTheOutputOfTheAttentionAlone) {
+  const auto q = test::split_heads(fill({2, 6, 8}, .5, .1, 2), 2),
+             k = test::split_heads(fill({2, 6, 8}, .3, .4, 2), 2),
+             v = test::split_heads(fill({2, 6, 8}, .2, .7, 1), 2);
+  const auto model = apply_self_attention_guidance(
+      {std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
+  StepContext step(4, 0, 16, 24);
+  const AttentionScope scope(active_hooks(model.attention_hooks(), 4),
+                             {.sigma = 4,
+                              .height = 16,
+                              .width = 24,
+                              .groups = {{.count = 2, .branch = Branch::uncond}},
+                              .step = &step});
+  const auto out = attention(q, k, v, {.site = "middle.0.0"}).transpose(1, 2).flatten(2);
+  const auto entry = test::toy_entries("T1").front();
+  const auto seen = torch::stack({out.sum(), out[0][0][0], out[1][5][7]});
+  EXPECT_LT(max_diff(seen, torch::tensor(entry.at("value").get<std::vector<double>>())),
+            entry.at("tolerance").get<double>());
+}
+
 // T22 is the reference's fault: it re-noises a flow model's latent without 1 − σ. Ours is T23.
 TEST(Sag, DiffersFromTheReferenceOnFlowModels) {
   const auto ours =
