@@ -7,6 +7,7 @@
 #include "sag/calc_cond_batch.h"
 #include "sag/cfg_guider.h"
 #include "sag/self_attention_guidance.h"
+#include "support/device.h"
 #include "support/reference.h"
 #include "support/toy_unet.h"
 
@@ -164,21 +165,26 @@ class RandomConditionings {
   std::mt19937 random_;
 };
 
-class SeveralConditionings : public testing::TestWithParam<unsigned> {
+// What is tested runs on a backend; the loops run on the CPU.
+class SeveralConditionings : public testing::TestWithParam<std::tuple<const char*, unsigned>> {
  protected:
-  RandomConditionings random{GetParam()};
-  ModelPatcher model{std::make_shared<test::ToyUNet>(), ModelSampling::discrete()};
+  void SetUp() override { SAG_SKIP_WITHOUT_CUDA(device); }
+
+  torch::Device device{std::get<0>(GetParam())};
+  RandomConditionings random{std::get<1>(GetParam())};
+  ModelPatcher model{std::make_shared<test::ToyUNet>(device), ModelSampling::discrete()};
+  Denoiser reference{std::make_shared<test::ToyUNet>(), ModelSampling::discrete()};
 };
 
 TEST_P(SeveralConditionings, AreAveragedPerCell) {
   const auto x = random.latent();
   const auto conds = random.list(x);
   StepContext step(kSigma, 0, x.size(2), x.size(3));
-  const CondRequest request{.x = x, .conds = conds};
+  const CondRequest request{.x = x.to(device), .conds = conds};
   const auto denoised =
       calc_cond_batch(model, {&request, 1}, kSigma, step, {.max_rows = random.integer(0, 4)})
           .denoised.front();
-  EXPECT_LT(max_diff(denoised, average_prediction(model.denoiser(), conds, x)), 1e-4);
+  EXPECT_LT(max_diff(denoised, average_prediction(reference, conds, x)), 1e-4);
 }
 
 TEST_P(SeveralConditionings, GiveOneMapWithTheWeightsOfThePrediction) {
@@ -187,19 +193,18 @@ TEST_P(SeveralConditionings, GiveOneMapWithTheWeightsOfThePrediction) {
   const SelfAttentionGuidanceOptions options{.scale = 0.75};
   const CfgGuiderOptions cfg{.cond_scale = 3, .max_rows = random.integer(0, 4)};
   CfgGuider guider(apply_self_attention_guidance(model, options), positive, negative, cfg);
-  const auto denoised = guider(x, kSigma);
+  const auto denoised = guider(x.to(device), kSigma);
 
   const auto map = average_map(negative, x);
-  const auto mask = guider.report().evaluations.front().guidances.front().mask;
+  const auto mask = guider.report().evaluations.front().guidances.front().mask.cpu();
   const auto clear = (map - 1).abs() > 1e-4;
   EXPECT_FALSE((((map > 1) != mask) & clear).any().item<bool>());
 
   // The whole evaluation, with the mask that was used: cells on the edge are settled above.
-  const auto c = average_prediction(model.denoiser(), positive, x),
-             u = average_prediction(model.denoiser(), negative, x);
+  const auto c = average_prediction(reference, positive, x),
+             u = average_prediction(reference, negative, x);
   const auto degraded = torch::where(mask, test::reference_blur(u, 4, 2), u);
-  const auto again =
-      average_prediction(model.denoiser(), negative, (x + degraded - u).to(x.dtype()));
+  const auto again = average_prediction(reference, negative, (x + degraded - u).to(x.dtype()));
   EXPECT_LT(max_diff(denoised, u + (c - u) * 3 + 0.75 * (degraded - again)), 1e-3);
 }
 
@@ -210,8 +215,8 @@ TEST_P(SeveralConditionings, CountTheSameInAnyOrder) {
   const auto guided = apply_self_attention_guidance(model);
   const auto denoise = [&](const std::vector<Conditioning>& p, const std::vector<Conditioning>& n) {
     CfgGuider guider(guided, p, n, {.cond_scale = 3});
-    const auto denoised = guider(x, kSigma);
-    return std::pair(denoised, guider.report().evaluations.front().guidances.front().mask);
+    const auto denoised = guider(x.to(device), kSigma);
+    return std::pair(denoised, guider.report().evaluations.front().guidances.front().mask.cpu());
   };
   const auto [first, mask] = denoise(positive, negative);
   const auto [other, other_mask] = denoise(random.shuffled(positive), random.shuffled(negative));
@@ -222,7 +227,11 @@ TEST_P(SeveralConditionings, CountTheSameInAnyOrder) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Seeds, SeveralConditionings, testing::Range(0u, 40u));
+INSTANTIATE_TEST_SUITE_P(Seeds, SeveralConditionings,
+                         testing::Combine(test::backends(), testing::Range(0u, 40u)),
+                         [](const auto& info) {
+                           return c10::str(std::get<0>(info.param), "_", std::get<1>(info.param));
+                         });
 
 // The reference's typical case: a prompt for the picture and one for a part of it.
 TEST(RegionalPrompt, LeavesTheMapOfTheWholeNegative) {
