@@ -3,6 +3,7 @@
 #include "sag/attention_map.h"
 #include "support/device.h"
 #include "support/reference.h"
+#include "support/toy.h"
 #include "support/toy_unet.h"
 
 namespace sag {
@@ -38,6 +39,25 @@ TEST_P(Blur, SpreadsAnImpulseLikeTheReference) {
   EXPECT_LT(max_diff(y[5], torch::tensor(
                                {.017573, .020078, .023885, .027065, .023885, .020078, .017573})),
             1e-6);
+}
+
+// T7 and blur_weights of golden/toy.json.
+TEST_P(Blur, GivesTheReferencesNumbers) {
+  const auto y = gaussian_blur_2d(test::fill({1, 2, 6, 7}, .9, .2, 1).to(device()), 9, 2.0).cpu();
+  const auto entry = test::toy_entries("T7").front();
+  const auto seen = torch::stack({y.sum(), y[0][0][0][0], y[0][1][5][6], y[0][0][3][3]});
+  EXPECT_LT(max_diff(seen, torch::tensor(entry.at("value").get<std::vector<double>>())),
+            entry.at("tolerance").get<double>());
+
+  auto impulse = torch::zeros({1, 1, 1, 17}, device());
+  impulse[0][0][0][8] = 1;
+  for (const auto& weights : test::toy_entries("blur_weights")) {
+    const double sigma = weights.at("params").at("blur_sigma");
+    const auto outward = gaussian_blur_2d(impulse, 9, sigma).flatten().narrow(0, 8, 5);
+    EXPECT_LT(max_diff(outward, torch::tensor(weights.at("value").get<std::vector<double>>())),
+              weights.at("tolerance").get<double>())
+        << "sigma " << sigma;
+  }
 }
 
 TEST_P(Blur, KeepsTheDtypeAndSumsHalfPrecisionInFp32) {

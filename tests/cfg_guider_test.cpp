@@ -150,5 +150,107 @@ TEST(CfgGuider, ChecksItsArguments) {
   EXPECT_THROW(CfgGuider(toy.model, {early}, {})(toy.x, 4), c10::ValueError) << "nothing is active";
 }
 
+// Each is said in one sentence, before the UNet is called.
+class CfgGuiderRefuses : public testing::Test {
+ protected:
+  void expect_refused(const Conditioning& positive, const Conditioning& negative,
+                      const std::string& message) {
+    try {
+      CfgGuider(toy.model, {positive}, {negative}, {.cond_scale = 7})(toy.x, 4);
+      ADD_FAILURE() << "took it: " << message;
+    } catch (const c10::Error& error) {
+      EXPECT_THAT(error.what_without_backtrace(), testing::HasSubstr(message));
+    }
+    EXPECT_EQ(toy.unet->calls, 0);
+  }
+  static Conditioning prompt(const std::function<void(Conditioning&)>& spoil) {
+    auto cond = toy_prompt(1);
+    spoil(cond);
+    return cond;
+  }
+  Toy toy;
+};
+
+TEST_F(CfgGuiderRefuses, NanAndInfinity) {
+  const auto bad = prompt([](auto& cond) { cond.context = torch::full({1, 2, 1}, NAN); });
+  expect_refused(bad, toy_prompt(-1), "[CfgGuider] context must be finite");
+  expect_refused(toy_prompt(1), bad, "[CfgGuider] context must be finite");
+  expect_refused(prompt([](auto& cond) {
+                   cond.y = torch::full({1, 2}, INFINITY);
+                 }),
+                 toy_prompt(-1), "[CfgGuider] y must be finite");
+  expect_refused(prompt([](auto& cond) {
+                   cond.extra["c"] = torch::full({1, 2}, NAN);
+                 }),
+                 toy_prompt(-1), "[CfgGuider] extra input \"c\" must be finite");
+  expect_refused(prompt([](auto& cond) {
+                   cond.mask = torch::full({16, 24}, NAN);
+                 }),
+                 toy_prompt(-1), "[CfgGuider] mask must be finite");
+  expect_refused(prompt([](auto& cond) {
+                   cond.mask = torch::full({16, 24}, 2);
+                 }),
+                 toy_prompt(-1), "[CfgGuider] mask must be within 0 and 1, got 2 to 2.");
+}
+
+TEST_F(CfgGuiderRefuses, WhatDoesNotFitTheLatentOrTheOtherPrompts) {
+  expect_refused(prompt([](auto& cond) {
+                   cond.mask = torch::ones({16, 16});
+                 }),
+                 toy_prompt(-1), "mask must have the latent's size, [16, 24]");
+  expect_refused(prompt([](auto& cond) {
+                   cond.area = Area{4, 4, 16, 0};
+                 }),
+                 toy_prompt(-1), "area must touch the latent of 16 x 24, got 4 x 4 at (16, 0).");
+  expect_refused(prompt([](auto& cond) {
+                   cond.area = Area{4, 4, -4, 0};
+                 }),
+                 toy_prompt(-1), "area must have positive sides and start at 0 or after");
+  expect_refused(prompt([](auto& cond) {
+                   cond.context = torch::ones({1, 77, 768});
+                 }),
+                 prompt([](auto& cond) {
+                   cond.context = torch::ones({1, 77, 1024});
+                 }),
+                 "[CfgGuider] the context of all conditionings must have one width, got 768 and "
+                 "1024.");
+  expect_refused(prompt([](auto& cond) {
+                   cond.y = torch::ones({1, 2816});
+                 }),
+                 prompt([](auto& cond) {
+                   cond.y = torch::ones({1, 2560});
+                 }),
+                 "[CfgGuider] the y of all conditionings must have one width, got 2816 and 2560.");
+  expect_refused(prompt([](auto& cond) {
+                   cond.context = torch::ones({3, 2, 1});
+                 }),
+                 toy_prompt(-1), "context must have 1 row, got shape [3, 2, 1]");
+}
+
+TEST_F(CfgGuiderRefuses, LatentsThatAreNoPicturesAndSigmasThatAreNone) {
+  auto guider = toy.guider(toy.model);
+  const auto message = [&](const torch::Tensor& x, double sigma) -> std::string {
+    try {
+      guider(x, sigma);
+    } catch (const c10::Error& error) {
+      return error.what_without_backtrace();
+    }
+    return "took it";
+  };
+  const std::string shape =
+      "[CfgGuider] x must have shape [images, channels, height, width], none of them 0, got ";
+  EXPECT_EQ(message(torch::zeros({4, 16, 24}), 4), shape + "[4, 16, 24].");
+  EXPECT_EQ(message(torch::zeros({1, 4, 2, 16, 24}), 4), shape + "[1, 4, 2, 16, 24].");
+  EXPECT_EQ(message(torch::zeros({0, 4, 16, 24}), 4), shape + "[0, 4, 16, 24].");
+  EXPECT_EQ(message({}, 4), shape + "an undefined tensor.");
+  const std::string sigma = "[CfgGuider] sigma must be finite and > 0, got ";
+  EXPECT_EQ(message(toy.x, 0), sigma + "0.");
+  EXPECT_EQ(message(toy.x, -1), sigma + "-1.");
+  EXPECT_EQ(message(toy.x, NAN), sigma + "nan.");
+  EXPECT_EQ(message(toy.x, INFINITY), sigma + "inf.");
+  EXPECT_THAT(message(toy.x.to(torch::kInt), 4), testing::HasSubstr("x must be floating"));
+  EXPECT_EQ(toy.unet->calls, 0);
+}
+
 }  // namespace
 }  // namespace sag

@@ -55,5 +55,37 @@ TEST(CheckConditioning, NamesWhatDoesNotFit) {
   refuses({.sigma_start = 1, .sigma_end = 2}, "sigma_end must be at most");
 }
 
+TEST(CheckConditioningValues, NamesWhatHoldsNanOrInfinity) {
+  const auto refuses = [](const Conditioning& cond, const std::string& what) {
+    try {
+      check_conditioning_values(cond, "test");
+      ADD_FAILURE() << "took a wrong " << what;
+    } catch (const c10::Error& error) {
+      EXPECT_THAT(error.what_without_backtrace(), testing::StartsWith("[test] " + what));
+    }
+  };
+  const auto with = [](torch::IntArrayRef shape, double value) {
+    auto t = torch::full(shape, 0.5);
+    t.view(-1)[-1] = value;
+    return t;
+  };
+  check_conditioning_values({}, "test");
+  check_conditioning_values({.context = with({1, 3, 4}, 1e30),
+                             .y = with({1, 4}, -7),
+                             .extra = {{"ids", torch::ones({1, 2}, torch::kLong)}},
+                             .mask = with({3, 4}, 1)},
+                            "test");
+  for (const double bad : {double(NAN), double(INFINITY), -double(INFINITY)}) {
+    refuses({.context = with({1, 3, 4}, bad)}, "context must be finite");
+    refuses({.y = with({1, 4}, bad)}, "y must be finite");
+    refuses({.extra = {{"c", with({1, 4}, bad)}}}, "extra input \"c\" must be finite");
+    refuses({.mask = with({3, 4}, bad)}, "mask must be finite");
+  }
+  refuses({.mask = with({3, 4}, 1.001)}, "mask must be within 0 and 1, got 0.5 to 1.001");
+  refuses({.mask = with({3, 4}, -0.1)}, "mask must be within 0 and 1, got -0.1");
+  refuses({.context = torch::zeros({3, 4})}, "context must have shape");
+  refuses({.y = torch::zeros({4})}, "y must have shape");
+}
+
 }  // namespace
 }  // namespace sag

@@ -1,6 +1,7 @@
 #include "sag/token_grid.h"
 
 #include "support/reference.h"
+#include "support/toy.h"
 
 namespace sag {
 namespace {
@@ -29,6 +30,22 @@ TEST(TokenGridOf, SizesTheReferenceFailsOn) {
   EXPECT_EQ(token_grid(4, 16, 9), (TokenGrid{2, 2}));       // there: TypeError
   EXPECT_EQ(token_grid(1, 8, 8), (TokenGrid{1, 1}));
   EXPECT_EQ(token_grid(25, 1, 100), (TokenGrid{1, 25}));
+}
+
+TEST(TokenGridOf, SizesTheReferenceIsRightOn) {
+  int right = 0;
+  for (const auto& entry : test::toy_entries("T3")) {
+    const auto& size = entry.at("params");
+    const std::int64_t tokens = size.at("n"), height = size.at("lh"), width = size.at("lw");
+    const auto grid = token_grid(tokens, height, width);
+    EXPECT_EQ(grid.rows * grid.cols, tokens) << size;
+    if (grid.rows != halved(height, 3) || grid.cols != halved(width, 3)) continue;
+    const auto& theirs = entry.at("value");
+    if (theirs.is_null() || theirs == std::vector<double>{18, 8}) continue;
+    EXPECT_EQ(theirs, (std::vector<double>{double(grid.rows), double(grid.cols)})) << size;
+    ++right;
+  }
+  EXPECT_EQ(right, 3);
 }
 
 TEST(TokenGridOf, ActivationsResizedByAnotherFactorHaveTheNearestShape) {

@@ -53,8 +53,9 @@ class SAG_API CfgGuider {
  public:
   /// Several positives or negatives are averaged (see `calc_cond_batch`). Without positives the
   /// result is the unconditional prediction, guided: this is how an unconditional picture is drawn.
-  /// Throws ValueError when both are empty, on a scale that is not finite, and on sigmas that do
-  /// not fall.
+  /// Throws ValueError when both are empty, on a scale that is not finite, on sigmas that do not
+  /// fall, on conditionings with NaN or infinity (this is where they are looked for, not in every
+  /// evaluation) or a mask outside 0 … 1, and on contexts or y of different widths.
   CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
             std::vector<Conditioning> negative, const CfgGuiderOptions& options);
   CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,

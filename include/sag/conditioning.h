@@ -42,8 +42,13 @@ SAG_API bool is_active(const Conditioning& cond, double sigma);
 /// Throws ValueError, IndexError or TypeError, naming `caller`, unless the conditioning fits a
 /// latent of `images` × `height` × `width`: dimensions and first sizes of its tensors, floating
 /// dtypes, a mask of the latent's size, an area that touches the latent, a finite strength,
-/// sigma_end <= sigma_start.
+/// sigma_end <= sigma_start. Looks at no value on the device.
 SAG_API void check_conditioning(const Conditioning& cond, std::int64_t images, std::int64_t height,
                                 std::int64_t width, const char* caller);
+
+/// Throws ValueError or TypeError, naming `caller`, when a tensor of the conditioning holds NaN or
+/// infinity, the mask a value outside 0 … 1, or when context or y have another number of dimensions
+/// than they must. Waits for the device: for the time before the first step.
+SAG_API void check_conditioning_values(const Conditioning& cond, const char* caller);
 
 }  // namespace sag

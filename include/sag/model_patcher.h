@@ -73,9 +73,10 @@ struct PostCfgArgs {
 using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;
 
 struct PostCfgOptions {
-  /// Whether the function needs `uncond_denoised` at this sigma, also where cond_scale 1 does not.
-  /// Empty: never. (ComfyUI: `disable_cfg1_optimization`, which cannot be switched off again.)
-  std::function<bool(double sigma)> needs_uncond = {};
+  /// Whether the function needs `uncond_denoised` in this evaluation (its sigma, step and latent
+  /// size are known, nothing is recorded yet), also where cond_scale 1 does not. Empty: never.
+  /// (ComfyUI: `disable_cfg1_optimization`, which cannot be switched off again.)
+  std::function<bool(const StepContext& step)> needs_uncond = {};
 };
 
 /// A post-CFG function in its place.

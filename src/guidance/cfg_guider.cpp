@@ -32,12 +32,47 @@ bool is_one(double cond_scale) {
   return std::abs(cond_scale - 1.0) <= 1e-9 * std::max(std::abs(cond_scale), 1.0);
 }
 
-bool post_cfg_needs_uncond(const ModelPatcher& model, double sigma) {
+bool post_cfg_needs_uncond(const ModelPatcher& model, const StepContext& step) {
   const auto& functions = model.post_cfg_functions();
-  return std::any_of(
-      functions.begin(), functions.end(), [sigma](const InstalledPostCfg& installed) {
-        return installed.options.needs_uncond && installed.options.needs_uncond(sigma);
-      });
+  return std::any_of(functions.begin(), functions.end(), [&](const InstalledPostCfg& installed) {
+    return installed.options.needs_uncond && installed.options.needs_uncond(step);
+  });
+}
+
+// No UNet takes contexts, or vectors y, of two widths: better said here than by its layers.
+void check_one_width(const std::vector<Conditioning>& conds) {
+  std::int64_t context_width = -1, y_width = -1;
+  const auto check = [](const torch::Tensor& t, std::int64_t& width, const char* what) {
+    if (!t.defined()) return;
+    if (width < 0) width = t.size(-1);
+    TORCH_CHECK_VALUE(t.size(-1) == width, "[CfgGuider] the ", what,
+                      " of all conditionings must have one width, got ", width, " and ", t.size(-1),
+                      ".");
+  };
+  for (const auto& cond : conds) {
+    check(cond.context, context_width, "context");
+    check(cond.y, y_width, "y");
+  }
+}
+
+// Once a run, before anything is evaluated: it reads from the device.
+void check_given(const std::vector<Conditioning>& positive,
+                 const std::vector<Conditioning>& negative) {
+  TORCH_CHECK_VALUE(!positive.empty() || !negative.empty(),
+                    "[CfgGuider] there must be at least one positive or negative conditioning.");
+  auto all = positive;
+  all.insert(all.end(), negative.begin(), negative.end());
+  for (const auto& cond : all) check_conditioning_values(cond, "CfgGuider");
+  check_one_width(all);
+}
+
+void check_evaluation(const torch::Tensor& x, double sigma) {
+  TORCH_CHECK_VALUE(
+      x.defined() && x.dim() == 4 && x.numel() > 0,
+      "[CfgGuider] x must have shape [images, channels, height, width], none of them 0, got ",
+      x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
+  TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma > 0,
+                    "[CfgGuider] sigma must be finite and > 0, got ", sigma, ".");
 }
 
 // Once a run, so that no step copies from the host.
@@ -96,13 +131,11 @@ std::map<std::string, std::int64_t> GuiderReport::skipped() const {
 
 CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
                      std::vector<Conditioning> negative, const CfgGuiderOptions& options)
-    : model_(std::move(model)),
-      positive_(on_device(std::move(positive), model_.unet().device())),
-      negative_(on_device(std::move(negative), model_.unet().device())),
-      options_(options) {
-  TORCH_CHECK_VALUE(!positive_.empty() || !negative_.empty(),
-                    "[CfgGuider] there must be at least one positive or negative conditioning.");
+    : model_(std::move(model)), options_(options) {
   check_options(options_);
+  check_given(positive, negative);
+  positive_ = on_device(std::move(positive), model_.unet().device());
+  negative_ = on_device(std::move(negative), model_.unet().device());
 }
 
 CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
@@ -118,10 +151,7 @@ CfgGuider::Predictions CfgGuider::predict_both(const torch::Tensor& x, double si
 }
 
 CfgGuider::Predictions CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_uncond) {
-  TORCH_CHECK_VALUE(
-      x.defined() && x.dim() == 4 && x.numel() > 0,
-      "[CfgGuider] x must have shape [images, channels, height, width], none of them 0, got ",
-      x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
+  check_evaluation(x, sigma);
   TORCH_CHECK_VALUE(any_active(positive_, sigma) || any_active(negative_, sigma),
                     "[CfgGuider] no conditioning is active at sigma ", sigma, ".");
   const torch::NoGradGuard no_grad;
@@ -136,7 +166,7 @@ CfgGuider::Predictions CfgGuider::evaluate(const torch::Tensor& x, double sigma,
   };
 
   const bool needs_uncond = keep_uncond || !is_one(options_.cond_scale) ||
-                            !any_active(positive_, sigma) || post_cfg_needs_uncond(model_, sigma);
+                            !any_active(positive_, sigma) || post_cfg_needs_uncond(model_, step);
   const std::vector<CondRequest> requests = {
       {.branch = Branch::uncond,
        .x = x,

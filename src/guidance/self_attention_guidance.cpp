@@ -14,8 +14,8 @@ namespace sag {
 namespace {
 
 // ComfyUI: `SelfAttentionGuidance.patch`; below this the blur would be most of the picture.
-bool too_small(const torch::Tensor& x) {
-  return std::min(x.size(2), x.size(3)) <= 4;
+bool too_small(std::int64_t height, std::int64_t width) {
+  return std::min(height, width) <= 4;
 }
 
 void check_step(const torch::Tensor& denoised, const torch::Tensor& x,
@@ -46,7 +46,7 @@ torch::Tensor self_attention_guidance(
     const SelfAttentionGuidanceStep& step) {
   check_step(denoised, x, uncond_denoised, step);
   TORCH_CHECK_VALUE(predict_uncond, "[self_attention_guidance] predict_uncond must not be empty.");
-  if (step.scale == 0 || step.blur_sigma == 0 || too_small(x)) return denoised;
+  if (step.scale == 0 || step.blur_sigma == 0 || too_small(x.size(2), x.size(3))) return denoised;
   const auto degraded = create_blur_map(uncond_denoised, attn_map,
                                         {.blur_sigma = step.blur_sigma,
                                          .threshold = step.threshold,
@@ -103,6 +103,7 @@ const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigm
 }
 
 void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass) {
+  if (too_small(pass.step->height(), pass.step->width())) return;
   if (call.attn_mask || call.is_causal) {
     pass.step->skipped(owner, "the attention of the site is masked");
     return;
@@ -152,7 +153,8 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
   if (const auto* reason = idle_reason(options, args.sigma)) return skip(reason);
   if (!args.uncond_denoised.defined())
     return skip("there is no unconditional prediction at this sigma");
-  if (too_small(args.x)) return skip("a side of the latent is 4 or less");
+  if (too_small(args.step.height(), args.step.width()))
+    return skip("a side of the latent is 4 or less");
   const auto records = args.step.records(owner);
   if (records.empty()) return skip("the attention of the site did not run");
 
@@ -187,7 +189,9 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
       options.site, {.active = active, .capturable = true});
   patched.set_post_cfg_function(
       [owner, options](const PostCfgArgs& args) { return guide(owner, options, args); },
-      {.needs_uncond = active});
+      {.needs_uncond = [active](const StepContext& step) {
+        return active(step.sigma()) && !too_small(step.height(), step.width());
+      }});
   return patched;
 }
 

@@ -1,13 +1,18 @@
 #include "sag/conditioning.h"
 
 #include <cmath>
+#include <string>
+
+#include <c10/util/StringUtil.h>
 
 namespace sag {
 namespace {
 
 void check_rows(const torch::Tensor& t, std::int64_t images, const char* what, const char* caller) {
-  TORCH_CHECK_VALUE(t.dim() >= 1 && (t.size(0) == 1 || t.size(0) == images), "[", caller, "] ",
-                    what, " must have 1 or ", images, " rows, got shape ", t.sizes(), ".");
+  TORCH_CHECK_VALUE(
+      t.dim() >= 1 && (t.size(0) == 1 || t.size(0) == images), "[", caller, "] ", what,
+      images == 1 ? " must have 1 row" : c10::str(" must have 1 or ", images, " rows"),
+      ", got shape ", t.sizes(), ".");
 }
 
 void check_mask(const torch::Tensor& mask, std::int64_t images, std::int64_t height,
@@ -30,6 +35,28 @@ void check_area(const Area& area, std::int64_t height, std::int64_t width, const
                     " x ", area.width, " at (", area.y, ", ", area.x, ").");
 }
 
+void check_context(const torch::Tensor& context, const char* caller) {
+  TORCH_CHECK_VALUE(context.dim() == 3 && context.size(1) > 0, "[", caller,
+                    "] context must have shape [rows, tokens, width], got ", context.sizes(), ".");
+  TORCH_CHECK_TYPE(context.is_floating_point(), "[", caller, "] context must be floating, got ",
+                   context.scalar_type(), ".");
+}
+
+void check_y(const torch::Tensor& y, const char* caller) {
+  TORCH_CHECK_VALUE(y.dim() == 2, "[", caller, "] y must have shape [rows, features], got ",
+                    y.sizes(), ".");
+}
+
+void check_finite(const torch::Tensor& t, const char* what, const char* caller) {
+  if (!t.defined() || !t.is_floating_point()) return;
+  TORCH_CHECK_VALUE(t.isfinite().all().item<bool>(), "[", caller, "] ", what,
+                    " must be finite, got NaN or infinity in it.");
+}
+
+std::string extra_name(const std::string& name) {
+  return "extra input \"" + name + "\"";
+}
+
 }  // namespace
 
 Conditioning to_device(Conditioning cond, torch::Device device) {
@@ -50,22 +77,16 @@ bool is_active(const Conditioning& cond, double sigma) {
 void check_conditioning(const Conditioning& cond, std::int64_t images, std::int64_t height,
                         std::int64_t width, const char* caller) {
   if (cond.context.defined()) {
-    TORCH_CHECK_VALUE(cond.context.dim() == 3 && cond.context.size(1) > 0, "[", caller,
-                      "] context must have shape [rows, tokens, width], got ", cond.context.sizes(),
-                      ".");
-    TORCH_CHECK_TYPE(cond.context.is_floating_point(), "[", caller,
-                     "] context must be floating, got ", cond.context.scalar_type(), ".");
+    check_context(cond.context, caller);
     check_rows(cond.context, images, "context", caller);
   }
   if (cond.y.defined()) {
-    TORCH_CHECK_VALUE(cond.y.dim() == 2, "[", caller, "] y must have shape [rows, features], got ",
-                      cond.y.sizes(), ".");
+    check_y(cond.y, caller);
     check_rows(cond.y, images, "y", caller);
   }
   for (const auto& [name, tensor] : cond.extra) {
-    TORCH_CHECK_VALUE(tensor.defined(), "[", caller, "] extra input \"", name,
-                      "\" must be a tensor.");
-    check_rows(tensor, images, ("extra input \"" + name + "\"").c_str(), caller);
+    TORCH_CHECK_VALUE(tensor.defined(), "[", caller, "] ", extra_name(name), " must be a tensor.");
+    check_rows(tensor, images, extra_name(name).c_str(), caller);
   }
   TORCH_CHECK_VALUE(std::isfinite(cond.strength), "[", caller, "] strength must be finite, got ",
                     cond.strength, ".");
@@ -74,6 +95,20 @@ void check_conditioning(const Conditioning& cond, std::int64_t images, std::int6
                     cond.sigma_start, ".");
   if (cond.area) check_area(*cond.area, height, width, caller);
   if (cond.mask.defined()) check_mask(cond.mask, images, height, width, caller);
+}
+
+void check_conditioning_values(const Conditioning& cond, const char* caller) {
+  if (cond.context.defined()) check_context(cond.context, caller);
+  if (cond.y.defined()) check_y(cond.y, caller);
+  check_finite(cond.context, "context", caller);
+  check_finite(cond.y, "y", caller);
+  for (const auto& [name, tensor] : cond.extra)
+    check_finite(tensor, extra_name(name).c_str(), caller);
+  if (!cond.mask.defined() || cond.mask.numel() == 0) return;
+  check_finite(cond.mask, "mask", caller);
+  const auto least = cond.mask.min().item<double>(), most = cond.mask.max().item<double>();
+  TORCH_CHECK_VALUE(least >= 0 && most <= 1, "[", caller, "] mask must be within 0 and 1, got ",
+                    least, " to ", most, ".");
 }
 
 }  // namespace sag

@@ -55,6 +55,36 @@ class ToyUNet final : public UNet {
   torch::ScalarType dtype_;
 };
 
+/// A toy with several self-attentions, one after the other, over 8 × 8 and 4 × 4 cells in turn.
+class ManySitesUNet final : public UNet {
+ public:
+  explicit ManySitesUNet(std::vector<std::string> sites) : sites_(std::move(sites)) {}
+
+  torch::Tensor forward(const UNetInput& input) const override {
+    auto h = input.x;
+    for (std::size_t i = 0; i < sites_.size(); ++i) {
+      const std::int64_t side = i % 2 == 0 ? 8 : 4;
+      const auto pooled = torch::avg_pool2d(h, side);
+      const auto tokens = pooled.flatten(2).transpose(1, 2);
+      const auto out = attention(split_heads(6 * tokens, 2), split_heads(5 * tokens, 2),
+                                 split_heads(tokens, 2), {.site = sites_[i]});
+      const auto picture = out.transpose(1, 2).flatten(2).transpose(1, 2).reshape(pooled.sizes());
+      h = h + 0.3 * picture.repeat_interleave(side, 2).repeat_interleave(side, 3);
+    }
+    return 0.5 * h + 0.1 * input.context.mean({1, 2}).view({-1, 1, 1, 1});
+  }
+  std::vector<AttentionSiteInfo> attention_sites() const override {
+    std::vector<AttentionSiteInfo> infos;
+    for (const auto& site : sites_) infos.push_back({.name = site});
+    return infos;
+  }
+  torch::Device device() const override { return torch::kCPU; }
+  torch::ScalarType dtype() const override { return torch::kFloat; }
+
+ private:
+  std::vector<std::string> sites_;
+};
+
 /// The toy's prompts: +1 and −1.
 inline Conditioning toy_prompt(double value, torch::Device device = torch::kCPU) {
   return {.context = torch::full({1, 1, 1}, value, device)};
