@@ -62,10 +62,8 @@ torch::Tensor sample_as(const json& run, CfgGuider& guider, const ModelSampling&
                         const test::Golden& golden) {
   const double factor = run["latent_scale_factor"];
   const auto& sampler = sampler_info(run["sampler"].get<std::string>());
-  const auto denoise = [&](const torch::Tensor& x, double sigma) -> Denoised {
-    if (!sampler.needs_uncond) return guider(x, sigma);
-    const auto [denoised, uncond_denoised] = guider.predict_both(x, sigma);
-    return {denoised, uncond_denoised};
+  const auto denoise = [&](const torch::Tensor& x, double sigma) {
+    return sampler.needs_uncond ? guider.predict_both(x, sigma) : Denoised(guider(x, sigma));
   };
   const auto latent = golden.get("latent");
   return sample(sampler.sample, denoise, sampling, golden.get("noise"), golden.numbers("sigmas"),

@@ -46,9 +46,7 @@ class TimedModel {
 
  private:
   sag::Denoised evaluate(const torch::Tensor& x, double sigma) {
-    if (!both_) return guider_(x, sigma);
-    const auto [denoised, uncond_denoised] = guider_.predict_both(x, sigma);
-    return {denoised, uncond_denoised};
+    return both_ ? guider_.predict_both(x, sigma) : sag::Denoised(guider_(x, sigma));
   }
 
   sag::CfgGuider& guider_;

@@ -8,6 +8,7 @@
 #include <torch/types.h>
 
 #include "sag/conditioning.h"
+#include "sag/denoised.h"
 #include "sag/export.h"
 #include "sag/model_patcher.h"
 #include "sag/step_context.h"
@@ -71,19 +72,14 @@ class SAG_API CfgGuider {
   /// threw; the guider and the model work afterwards.
   torch::Tensor operator()(const torch::Tensor& x, double sigma);
 
-  /// Both predictions a CFG++ sampler needs.
-  struct Predictions {
-    torch::Tensor denoised;
-    torch::Tensor uncond_denoised;  ///< before any post-CFG function
-  };
-  /// Like operator(), with the unconditional prediction, which is then evaluated at cond_scale 1
-  /// too.
-  Predictions predict_both(const torch::Tensor& x, double sigma);
+  /// Like operator(), with the unconditional prediction, as it was before any post-CFG function and
+  /// evaluated at cond_scale 1 too: what CFG++ samplers need.
+  Denoised predict_both(const torch::Tensor& x, double sigma);
 
   const GuiderReport& report() const { return report_; }
 
  private:
-  Predictions evaluate(const torch::Tensor& x, double sigma, bool keep_uncond);
+  Denoised evaluate(const torch::Tensor& x, double sigma, bool keep_uncond);
 
   ModelPatcher model_;
   std::vector<Conditioning> positive_, negative_;

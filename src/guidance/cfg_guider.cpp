@@ -146,11 +146,11 @@ torch::Tensor CfgGuider::operator()(const torch::Tensor& x, double sigma) {
   return evaluate(x, sigma, false).denoised;
 }
 
-CfgGuider::Predictions CfgGuider::predict_both(const torch::Tensor& x, double sigma) {
+Denoised CfgGuider::predict_both(const torch::Tensor& x, double sigma) {
   return evaluate(x, sigma, true);
 }
 
-CfgGuider::Predictions CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_uncond) {
+Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_uncond) {
   check_evaluation(x, sigma);
   TORCH_CHECK_VALUE(any_active(positive_, sigma) || any_active(negative_, sigma),
                     "[CfgGuider] no conditioning is active at sigma ", sigma, ".");
