@@ -156,10 +156,12 @@ TEST(AttentionScope, NeedsAStep) {
 
 TEST(ActiveHooks, AreChosenBySigmaBeforeThePass) {
   const std::vector<InstalledHook> hooks = {
-      {"a", times(1), {}}, {"b", times(1), {.active = [](double sigma) { return sigma > 3; }}}};
-  EXPECT_EQ(active_hooks(hooks, 5).size(), 2u);
-  ASSERT_EQ(active_hooks(hooks, 2).size(), 1u);
-  EXPECT_EQ(active_hooks(hooks, 2).front().site, "a");
+      {"a", times(1), {}},
+      {"b", times(1), {.active = [](const StepContext& step) { return step.sigma() > 3; }}}};
+  const StepContext early(5, 0, 16, 16), late(2, 1, 16, 16);
+  EXPECT_EQ(active_hooks(hooks, early).size(), 2u);
+  ASSERT_EQ(active_hooks(hooks, late).size(), 1u);
+  EXPECT_EQ(active_hooks(hooks, late).front().site, "a");
 }
 
 }  // namespace

@@ -147,7 +147,8 @@ TEST_F(CudaGraph, HooksThatAreNotCapturableRunEagerly) {
         ++runs;
         return next(call);
       },
-      AttentionSite("middle.0.0"), {.active = [](double sigma) { return sigma > 2; }});
+      AttentionSite("middle.0.0"),
+      {.active = [](const StepContext& step) { return step.sigma() > 2; }});
   run(model);
   EXPECT_EQ(runs, 2);  // at 10 and 4
   EXPECT_EQ(unet->report().eager.at("an active hook is not capturable"), 2);

@@ -80,7 +80,8 @@ Repeated repeat(const json& run, const test::Golden& golden, torch::Device devic
     const auto options = test::sag_of(run);
     model = apply_self_attention_guidance(model, options);
     model.set_attn1_replace(test::map_recorder(result.maps), {"middle", 0, 0},
-                            {.active = [options](double sigma) {
+                            {.active = [options](const StepContext& step) {
+                              const double sigma = step.sigma();
                               return options.sigma_end <= sigma && sigma <= options.sigma_start;
                             }});
   }

@@ -56,7 +56,8 @@ TEST_P(InpaintModel, SeesTheKnownPartNoisedToSigma) {
 }
 
 TEST_P(InpaintModel, ReturnsTheKnownPartClean) {
-  const auto denoised = inpaint_model(model, sampling(), latent, noise, half_mask())(x, 0.5).denoised;
+  const auto denoised =
+      inpaint_model(model, sampling(), latent, noise, half_mask())(x, 0.5).denoised;
   EXPECT_TRUE(left(denoised).equal(left(latent)));
   EXPECT_TRUE(right(denoised).equal(right(x) + 100));
 }
@@ -71,9 +72,10 @@ TEST_P(InpaintModel, MixesWhereTheMaskIsBetween) {
 
 TEST_P(InpaintModel, TakesABoolMask) {
   const auto with_bool =
-      inpaint_model(model, sampling(), latent, noise, half_mask().to(torch::kBool))(x, 0.5).denoised;
-  EXPECT_TRUE(
-      with_bool.equal(inpaint_model(model, sampling(), latent, noise, half_mask())(x, 0.5).denoised));
+      inpaint_model(model, sampling(), latent, noise, half_mask().to(torch::kBool))(x, 0.5)
+          .denoised;
+  EXPECT_TRUE(with_bool.equal(
+      inpaint_model(model, sampling(), latent, noise, half_mask())(x, 0.5).denoised));
 }
 
 TEST_P(InpaintModel, RefusesShapesThatDoNotFit) {

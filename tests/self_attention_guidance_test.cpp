@@ -156,7 +156,7 @@ TEST(Sag, LeavesTheOutputOfTheAttentionAlone) {
   const auto model = apply_self_attention_guidance(
       {std::make_shared<test::ToyUNet>(), ModelSampling::discrete()}, kSag);
   StepContext step(4, 0, 16, 24);
-  const AttentionScope scope(active_hooks(model.attention_hooks(), 4),
+  const AttentionScope scope(active_hooks(model.attention_hooks(), step),
                              {.sigma = 4,
                               .height = 16,
                               .width = 24,

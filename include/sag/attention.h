@@ -65,9 +65,9 @@ using AttentionHook =
     std::function<torch::Tensor(const AttentionCall&, const Pass&, const NextAttention& next)>;
 
 struct AttentionHookOptions {
-  /// Whether the hook runs at this sigma. Asked once before the pass, never inside it. Empty:
-  /// always.
-  std::function<bool(double sigma)> active = {};
+  /// Whether the hook runs in this evaluation, whose sigma, step and latent size are known. Asked
+  /// once before each pass, never inside it. Empty: always.
+  std::function<bool(const StepContext& step)> active = {};
   /// True if the hook may run inside a captured CUDA graph: it launches the same device work for
   /// the same shapes and pass layout, and keeps what it computes with StepContext::record. Host
   /// code of such a hook runs when a graph is captured, not when it is replayed.
@@ -84,8 +84,9 @@ struct InstalledHook {
   std::shared_ptr<const void> identity = {};
 };
 
-/// Returns the hooks that are active at `sigma`, in their order.
-SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks, double sigma);
+/// Returns the hooks that are active in an evaluation, in their order.
+SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks,
+                                                const StepContext& step);
 
 /// While it lives, calls of `sag::attention` on this thread, and on those that LibTorch forks for
 /// it (prim::fork, at::launch; not a std::thread), run the hooks of their site: installed first is

@@ -79,6 +79,7 @@ class SAG_API CfgGuider {
   const GuiderReport& report() const { return report_; }
 
  private:
+  const std::vector<Conditioning>& conds_of(Branch branch) const;
   Denoised evaluate(const torch::Tensor& x, double sigma, bool keep_uncond);
 
   ModelPatcher model_;

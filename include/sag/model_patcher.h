@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include <torch/types.h>
@@ -69,14 +70,36 @@ struct PostCfgArgs {
   /// `owner`. Returns the branch's denoised prediction; undefined if it has no conditioning active
   /// at this sigma.
   std::function<torch::Tensor(const torch::Tensor& x, Branch branch, const Owner& owner)> predict;
+  /// The prediction of the rows that `PostCfgOptions::early` asked for; undefined: it did not, or
+  /// the branch has no conditioning active at this sigma.
+  torch::Tensor early = {};
 };
 using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;
+
+/// What is known before the main call of an evaluation.
+struct EarlyArgs {
+  torch::Tensor x;
+  double sigma = 0.0;
+  const ModelSampling& model_sampling;
+  const StepContext& step;
+  const RunContext& run;
+};
+
+/// Rows to evaluate together with the main ones: a branch at another x of the same shape.
+struct EarlyRows {
+  Branch branch = Branch::uncond;
+  Owner owner;
+  torch::Tensor x;
+};
 
 struct PostCfgOptions {
   /// Whether the function needs `uncond_denoised` in this evaluation (its sigma, step and latent
   /// size are known, nothing is recorded yet), also where cond_scale 1 does not. Empty: never.
   /// (ComfyUI: `disable_cfg1_optimization`, which cannot be switched off again.)
   std::function<bool(const StepContext& step)> needs_uncond = {};
+  /// Asks for rows in the main call, where they cost less than in a call of their own. Empty, or
+  /// nothing returned: none.
+  std::function<std::optional<EarlyRows>(const EarlyArgs&)> early = {};
 };
 
 /// A post-CFG function in its place.

@@ -61,6 +61,17 @@ struct SelfAttentionGuidanceOptions {
   /// The same window as shares of the model's timesteps, 0 = begin, 1 = end, converted by
   /// `ModelSampling::percent_to_sigma`. Where given, it replaces sigma_start or sigma_end.
   std::optional<double> start_percent = {}, end_percent = {};
+  /// Guides every interval-th step of the run, from the first; the steps between cost nothing.
+  /// Needs `CfgGuiderOptions::sigmas`, without which every evaluation is step 0.
+  std::int64_t interval = 1;
+  /// Perturbs with what was blurred in the step before, so that guidance's own rows go through the
+  /// UNet together with the main ones: with δ = degraded − uncond_denoised of the latest earlier
+  /// step,
+  ///
+  ///     result = denoised + scale · (uncond_denoised + δ − predict_uncond(x + renoise_scale · δ))
+  ///
+  /// The first guided step has no δ and runs as without it. Needs `CfgGuiderOptions::sigmas`.
+  bool one_pass = false;
   /// The self-attention to watch.
   AttentionSite site = {"middle", 0, 0};
 };

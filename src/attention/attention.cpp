@@ -20,10 +20,11 @@ AttentionSite::AttentionSite(std::string name) : name_(std::move(name)) {
   TORCH_CHECK_VALUE(!name_.empty(), "[AttentionSite] name must not be empty.");
 }
 
-std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks, double sigma) {
+std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks,
+                                        const StepContext& step) {
   std::vector<InstalledHook> active;
   for (const auto& hook : hooks)
-    if (!hook.options.active || hook.options.active(sigma)) active.push_back(hook);
+    if (!hook.options.active || hook.options.active(step)) active.push_back(hook);
   return active;
 }
 

@@ -190,7 +190,7 @@ torch::Tensor evaluate(const ModelPatcher& model, const std::vector<Item>& batch
                        double sigma) {
   std::vector<torch::Tensor> x;
   for (const auto& item : batch) x.push_back(item.x);
-  const AttentionScope scope(active_hooks(model.attention_hooks(), sigma), pass);
+  const AttentionScope scope(active_hooks(model.attention_hooks(), *pass.step), pass);
   try {
     const auto denoised = model.denoiser()(at::cat(x), sigma, joined_conditioning(batch));
     scope.rethrow_if_failed();

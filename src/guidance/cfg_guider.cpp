@@ -150,6 +150,10 @@ Denoised CfgGuider::predict_both(const torch::Tensor& x, double sigma) {
   return evaluate(x, sigma, true);
 }
 
+const std::vector<Conditioning>& CfgGuider::conds_of(Branch branch) const {
+  return branch == Branch::cond ? positive_ : negative_;
+}
+
 Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_uncond) {
   check_evaluation(x, sigma);
   TORCH_CHECK_VALUE(any_active(positive_, sigma) || any_active(negative_, sigma),
@@ -167,11 +171,21 @@ Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_unc
 
   const bool needs_uncond = keep_uncond || !is_one(options_.cond_scale) ||
                             !any_active(positive_, sigma) || post_cfg_needs_uncond(model_, step);
-  const std::vector<CondRequest> requests = {
+  std::vector<CondRequest> requests = {
       {.branch = Branch::uncond,
        .x = x,
        .conds = needs_uncond ? negative_ : std::vector<Conditioning>{}},
       {.branch = Branch::cond, .x = x, .conds = positive_}};
+  std::vector<std::size_t> early;  // by post-CFG function: which request is its; 0: none
+  for (const auto& installed : model_.post_cfg_functions()) {
+    early.push_back(0);
+    if (!installed.options.early) continue;
+    const auto rows = installed.options.early({x, sigma, model_.model_sampling(), step, run_});
+    if (!rows) continue;
+    check_shape(rows->x, x, "post-CFG function's early x");
+    early.back() = requests.size();
+    requests.push_back({rows->branch, rows->owner, rows->x, conds_of(rows->branch)});
+  }
   const auto denoised = evaluate_batch(requests);
 
   CfgPredictions predictions{.cond_denoised = denoised[1], .uncond_denoised = denoised[0]};
@@ -196,21 +210,23 @@ Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_unc
 
   const auto predict = [&](const torch::Tensor& x_again, Branch branch, const Owner& owner) {
     check_shape(x_again, x, "prediction's new x");
-    const CondRequest request{branch, owner, x_again,
-                              branch == Branch::cond ? positive_ : negative_};
+    const CondRequest request{branch, owner, x_again, conds_of(branch)};
     return evaluate_batch({&request, 1}).front();
   };
-  for (const auto& installed : model_.post_cfg_functions()) {
-    result = installed.function(PostCfgArgs{.denoised = result,
-                                            .cond_denoised = predictions.cond_denoised,
-                                            .uncond_denoised = predictions.uncond_denoised,
-                                            .cond_scale = options_.cond_scale,
-                                            .x = x,
-                                            .sigma = sigma,
-                                            .model_sampling = model_.model_sampling(),
-                                            .step = step,
-                                            .run = run_,
-                                            .predict = predict});
+  for (std::size_t i = 0; i < early.size(); ++i) {
+    const auto& installed = model_.post_cfg_functions()[i];
+    result =
+        installed.function(PostCfgArgs{.denoised = result,
+                                       .cond_denoised = predictions.cond_denoised,
+                                       .uncond_denoised = predictions.uncond_denoised,
+                                       .cond_scale = options_.cond_scale,
+                                       .x = x,
+                                       .sigma = sigma,
+                                       .model_sampling = model_.model_sampling(),
+                                       .step = step,
+                                       .run = run_,
+                                       .predict = predict,
+                                       .early = early[i] ? denoised[early[i]] : torch::Tensor()});
     check_shape(result, x, "post-CFG function");
   }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -74,6 +75,8 @@ void check_options(const SelfAttentionGuidanceOptions& options) {
       options.kernel_size == 0 || (options.kernel_size > 0 && options.kernel_size % 2 == 1), where,
       "kernel_size must be odd, or 0 for as wide as blur_sigma needs, got ", options.kernel_size,
       ".");
+  TORCH_CHECK_VALUE(options.interval >= 1, where, "interval must be at least 1, got ",
+                    options.interval, ".");
   TORCH_CHECK_VALUE(options.sigma_end <= options.sigma_start, where,
                     "sigma_end must be at most sigma_start, got ", options.sigma_end, " and ",
                     options.sigma_start, ".");
@@ -93,7 +96,7 @@ SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options,
   return options;
 }
 
-// Returns why SAG has nothing to do at `sigma`, or nothing.
+// Returns why SAG does not guide at `sigma`, nor looks, or nothing.
 const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigma) {
   if (options.scale == 0) return "scale is 0";
   if (options.blur_sigma == 0) return "blur_sigma is 0";
@@ -102,8 +105,17 @@ const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigm
   return nullptr;
 }
 
+bool guides_step(const SelfAttentionGuidanceOptions& options, const StepContext& step) {
+  return step.step_index() % options.interval == 0;
+}
+
+// One-pass SAG looks in steps that it does not guide, too: the next one needs what they blur.
+bool looks(const SelfAttentionGuidanceOptions& options, const StepContext& step) {
+  return !idle_reason(options, step.sigma()) && (options.one_pass || guides_step(options, step)) &&
+         !too_small(step.height(), step.width());
+}
+
 void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass) {
-  if (too_small(pass.step->height(), pass.step->width())) return;
   if (call.attn_mask || call.is_causal) {
     pass.step->skipped(owner, "the attention of the site is masked");
     return;
@@ -144,6 +156,23 @@ torch::Tensor combine_maps(const std::vector<StepContext::Record>& records,
   return at::where(weights != 0, sum / weights, 0.0);
 }
 
+// What the latest earlier step blurred away; undefined: nothing fits.
+torch::Tensor earlier_change(const Owner& owner, const RunContext& run, const StepContext& step,
+                             const torch::Tensor& x) {
+  const auto change = run.latest_before(owner, step.step_index());
+  return change.defined() && change.sizes() == x.sizes() ? change : torch::Tensor();
+}
+
+// One-pass SAG's own rows of the main call.
+std::optional<EarlyRows> early_rows(const Owner& owner, const SelfAttentionGuidanceOptions& options,
+                                    const EarlyArgs& args) {
+  if (!looks(options, args.step) || !guides_step(options, args.step)) return std::nullopt;
+  const auto change = earlier_change(owner, args.run, args.step, args.x);
+  if (!change.defined()) return std::nullopt;
+  const auto x = args.x + args.model_sampling.renoise_scale(args.sigma) * change;
+  return EarlyRows{Branch::uncond, owner, x};
+}
+
 torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& options,
                     const PostCfgArgs& args) {
   const auto skip = [&](const char* reason) {
@@ -151,6 +180,7 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
     return args.denoised;
   };
   if (const auto* reason = idle_reason(options, args.sigma)) return skip(reason);
+  if (!options.one_pass && !guides_step(options, args.step)) return skip("between guided steps");
   if (!args.uncond_denoised.defined())
     return skip("there is no unconditional prediction at this sigma");
   if (too_small(args.step.height(), args.step.width()))
@@ -159,9 +189,22 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
   if (records.empty()) return skip("the attention of the site did not run");
 
   const auto map = combine_maps(records, args.x);
+  const auto& uncond = args.uncond_denoised;
+  if (options.one_pass) {
+    const auto degraded = create_blur_map(uncond, map,
+                                          {.blur_sigma = options.blur_sigma,
+                                           .threshold = options.threshold,
+                                           .kernel_size = options.kernel_size});
+    args.run.keep(owner, args.step.step_index(), degraded - uncond);
+  }
+  if (!guides_step(options, args.step)) return skip("between guided steps");
   args.step.guided(owner, map > options.threshold);
+  if (args.early.defined()) {
+    const auto change = earlier_change(owner, args.run, args.step, args.x);
+    return args.denoised + options.scale * (uncond + change - args.early);
+  }
   return self_attention_guidance(
-      args.denoised, args.x, args.uncond_denoised, map,
+      args.denoised, args.x, uncond, map,
       [&](const torch::Tensor& x_again) { return args.predict(x_again, Branch::uncond, owner); },
       {.scale = options.scale,
        .blur_sigma = options.blur_sigma,
@@ -178,7 +221,7 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
   check_options(options);
   const Owner owner(
       "self_attention_guidance");  // tells this SAG's records and rows from all others
-  const auto active = [options](double sigma) { return !idle_reason(options, sigma); };
+  const auto active = [options](const StepContext& step) { return looks(options, step); };
 
   auto patched = model.clone();
   patched.set_attn1_replace(
@@ -187,11 +230,16 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
         return next(call);
       },
       options.site, {.active = active, .capturable = true});
+  PostCfgOptions post_cfg{.needs_uncond = [options](const StepContext& step) {
+    return looks(options, step) && guides_step(options, step);
+  }};
+  if (options.one_pass)
+    post_cfg.early = [owner, options](const EarlyArgs& args) {
+      return early_rows(owner, options, args);
+    };
   patched.set_post_cfg_function(
       [owner, options](const PostCfgArgs& args) { return guide(owner, options, args); },
-      {.needs_uncond = [active](const StepContext& step) {
-        return active(step.sigma()) && !too_small(step.height(), step.width());
-      }});
+      std::move(post_cfg));
   return patched;
 }
 

@@ -1,0 +1,183 @@
+// SAG at every k-th step, and with its own rows in the main call.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "sag/attention_map.h"
+#include "sag/blur.h"
+#include "sag/cfg_guider.h"
+#include "sag/samplers.h"
+#include "sag/self_attention_guidance.h"
+#include "support/reference.h"
+#include "support/toy_unet.h"
+
+namespace sag {
+namespace {
+
+using test::fill;
+using test::max_diff;
+using test::toy_prompt;
+using test::ToyUNet;
+using ::testing::ElementsAre;
+
+const std::vector<double> kSigmas = {10, 4, 1.5, 0.5, 0};
+
+struct Run {
+  torch::Tensor samples;
+  GuiderReport report;
+
+  std::vector<std::int64_t> rows() const {
+    std::vector<std::int64_t> rows;
+    for (const auto& evaluation : report.evaluations) rows.push_back(evaluation.unet_rows);
+    return rows;
+  }
+  std::vector<std::int64_t> calls() const {
+    std::vector<std::int64_t> calls;
+    for (const auto& evaluation : report.evaluations) calls.push_back(evaluation.unet_calls);
+    return calls;
+  }
+  std::vector<bool> guided() const {
+    std::vector<bool> guided;
+    for (const auto& evaluation : report.evaluations)
+      guided.push_back(evaluation.guidances.front().guided);
+    return guided;
+  }
+};
+
+Run run(const std::vector<SelfAttentionGuidanceOptions>& guidances, double cond_scale = 7,
+        const char* sampler = "euler", Prediction prediction = Prediction::eps) {
+  const bool flow = prediction == Prediction::flow;
+  ModelPatcher model(std::make_shared<ToyUNet>(),
+                     flow ? ModelSampling::flow({}) : ModelSampling::discrete(prediction));
+  for (const auto& options : guidances) model = apply_self_attention_guidance(model, options);
+  const auto sigmas = flow ? std::vector<double>{1, .75, .5, .25, 0} : kSigmas;
+  CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)},
+                   {.cond_scale = cond_scale, .sigmas = sigmas});
+  const auto x = fill({2, 4, 16, 24}, .7, .3, 1.5) * sigmas.front();
+  return {get_sampler(sampler)(std::ref(guider), x, sigmas, {}), guider.report()};
+}
+
+TEST(SagInterval, GuidesEveryKthStep) {
+  const auto every_second = run({{.scale = .75, .interval = 2}});
+  EXPECT_THAT(every_second.guided(), ElementsAre(true, false, true, false));
+  EXPECT_THAT(every_second.rows(), ElementsAre(6, 4, 6, 4));
+  EXPECT_EQ(every_second.report.skipped().at("between guided steps"), 2);
+  // The same steps, named by their sigmas.
+  const auto named = run({{.scale = .75, .sigma_start = 10, .sigma_end = 10},
+                          {.scale = .75, .sigma_start = 1.5, .sigma_end = 1.5}});
+  EXPECT_TRUE(every_second.samples.equal(named.samples));
+  EXPECT_TRUE(run({{.scale = .75, .interval = 1}}).samples.equal(run({{.scale = .75}}).samples));
+}
+
+TEST(SagInterval, CostsNothingBetweenAtCfg1) {
+  EXPECT_THAT(run({{.interval = 3}}, 1.0).rows(), ElementsAre(6, 2, 2, 6));
+}
+
+TEST(SagInterval, CountsHeunsCorrectorAsTheNextStep) {
+  EXPECT_THAT(run({{.interval = 2}}, 7, "heun").guided(),
+              ElementsAre(true, false, false, true, true, false, false));
+}
+
+// The formula in the header, in a loop of its own.
+torch::Tensor one_pass_reference(const SelfAttentionGuidanceOptions& options, double cond_scale,
+                                 Prediction prediction) {
+  const bool flow = prediction == Prediction::flow;
+  const auto sampling = flow ? ModelSampling::flow({}) : ModelSampling::discrete(prediction);
+  ModelPatcher model(std::make_shared<ToyUNet>(), sampling);
+  torch::Tensor map;
+  model.set_attn1_replace(
+      [&map](const AttentionCall& call, const Pass&, const NextAttention& next) {
+        map = attention_map(call.q, call.k, call.scale);
+        return next(call);
+      },
+      AttentionSite("middle.0.0"));
+  CfgGuider cond(model, {toy_prompt(1)}, {}), uncond(model, {}, {toy_prompt(-1)});
+  const auto sigmas = flow ? std::vector<double>{1, .75, .5, .25, 0} : kSigmas;
+  auto x = fill({2, 4, 16, 24}, .7, .3, 1.5) * sigmas.front();
+  torch::Tensor last_change;
+  for (std::size_t i = 0; i + 1 < sigmas.size(); ++i) {
+    const double sigma = sigmas[i], a = sampling.renoise_scale(sigma);
+    const auto c = cond(x, sigma), u = uncond(x, sigma);
+    const auto change = create_blur_map(u, map, {.blur_sigma = options.blur_sigma}) - u;
+    auto denoised = u + (c - u) * cond_scale;
+    if (i % static_cast<std::size_t>(options.interval) == 0) {
+      const auto& used = last_change.defined() ? last_change : change;
+      denoised = denoised + options.scale * (u + used - uncond(x + a * used, sigma));
+    }
+    last_change = change;
+    x = x + (x - denoised) / sigma * (sigmas[i + 1] - sigma);
+  }
+  return x;
+}
+
+TEST(SagOnePass, IsItsFormula) {
+  for (const auto prediction : {Prediction::eps, Prediction::v, Prediction::flow}) {
+    for (const std::int64_t interval : {1, 2}) {
+      const SelfAttentionGuidanceOptions options{
+          .scale = .75, .interval = interval, .one_pass = true};
+      const auto expected = one_pass_reference(options, 7, prediction);
+      const auto samples = run({options}, 7, "euler", prediction).samples;
+      EXPECT_LT(max_diff(samples, expected), 1e-5 * expected.abs().max().item<double>())
+          << to_string(prediction) << " " << interval;
+    }
+  }
+}
+
+TEST(SagOnePass, AsksTheUNetOncePerStepAfterTheFirst) {
+  const auto one_pass = run({{.one_pass = true}});
+  EXPECT_THAT(one_pass.calls(), ElementsAre(2, 1, 1, 1));
+  EXPECT_THAT(one_pass.rows(), ElementsAre(6, 6, 6, 6));
+  EXPECT_THAT(one_pass.guided(), ElementsAre(true, true, true, true));
+}
+
+TEST(SagOnePass, TakesTheLatestStepWhetherThatWasGuidedOrNot) {
+  const auto both = run({{.interval = 2, .one_pass = true}});
+  EXPECT_THAT(both.calls(), ElementsAre(2, 1, 1, 1));
+  EXPECT_THAT(both.rows(), ElementsAre(6, 4, 6, 4));
+}
+
+TEST(SagOnePass, StartsExactlyInsideItsWindow) {
+  const auto windowed = run({{.sigma_start = 5, .one_pass = true}});
+  EXPECT_THAT(windowed.calls(), ElementsAre(1, 2, 1, 1));
+  EXPECT_THAT(windowed.rows(), ElementsAre(4, 6, 6, 6));
+  // Its first guided step is the exact one.
+  const auto exact = run({{.sigma_start = 4, .sigma_end = 4}});
+  const auto first = run({{.sigma_start = 4, .sigma_end = 4, .one_pass = true}});
+  EXPECT_TRUE(first.samples.equal(exact.samples));
+}
+
+TEST(SagOnePass, GoesWithOtherGuidances) {
+  const auto both = run({{.scale = .5, .one_pass = true}, {.scale = .25}});
+  EXPECT_THAT(both.calls(), ElementsAre(3, 2, 2, 2));
+  EXPECT_THAT(both.rows(), ElementsAre(8, 8, 8, 8));
+  const auto two = run({{.scale = .5, .one_pass = true}, {.scale = .25, .one_pass = true}});
+  EXPECT_THAT(two.calls(), ElementsAre(3, 1, 1, 1));
+  EXPECT_THAT(two.rows(), ElementsAre(8, 8, 8, 8));
+}
+
+TEST(SagOnePass, GoesWithEverySamplerAndKeepsNoTimeOfItsOwn) {
+  for (const char* sampler : {"heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "uni_pc"}) {
+    const auto once = run({{.one_pass = true}}, 7, sampler);
+    EXPECT_TRUE(once.samples.isfinite().all().item<bool>()) << sampler;
+    EXPECT_TRUE(once.samples.equal(run({{.one_pass = true}}, 7, sampler).samples)) << sampler;
+  }
+}
+
+TEST(SagOnePass, IsExactWithoutTheRunsSigmas) {
+  const auto sample = [](const SelfAttentionGuidanceOptions& options) {
+    CfgGuider guider(apply_self_attention_guidance(
+                         {std::make_shared<ToyUNet>(), ModelSampling::discrete()}, options),
+                     {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
+    return sample_euler(std::ref(guider), fill({1, 4, 16, 24}, .7, .3, 15), kSigmas);
+  };
+  EXPECT_TRUE(sample({.one_pass = true}).equal(sample({})));
+}
+
+TEST(SagInterval, RefusesWhatIsNone) {
+  const ModelPatcher model(std::make_shared<ToyUNet>(), ModelSampling::discrete());
+  EXPECT_THROW(apply_self_attention_guidance(model, {.interval = 0}), c10::ValueError);
+}
+
+}  // namespace
+}  // namespace sag
