@@ -21,6 +21,7 @@
 #include "progress.h"
 #include "report.h"
 #include "report_json.h"
+#include "sag/cuda_graph_unet.h"
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
 #include "sampling.h"
@@ -166,6 +167,12 @@ void sample_and_write(const Options& options, const Settings& settings,
   if (!options.quiet) print_summary(settings, inputs, runs, outputs, out);
 }
 
+// Nothing: what the library chooses.
+std::optional<bool> channels_last(const Options& options) {
+  const auto choice = options.channels_last.value_or("auto");
+  return choice == "auto" ? std::nullopt : std::optional(choice == "on");
+}
+
 }  // namespace
 
 void run_command(const Options& options, std::ostream& out) {
@@ -174,13 +181,18 @@ void run_command(const Options& options, std::ostream& out) {
   auto settings = decide_settings(options, directory ? &*directory : nullptr);
   set_up_torch(options);
   if (!options.list_sites) static_cast<void>(open_outputs(options));  // before minutes of loading
-  const auto unet = sag::TorchScriptUNet::load(
-      settings.unet, {.device = settings.device, .dtype = settings.dtype});
+  const auto file =
+      sag::TorchScriptUNet::load(settings.unet, {.device = settings.device,
+                                                 .dtype = settings.dtype,
+                                                 .channels_last = channels_last(options)});
   if (options.list_sites) {
-    print_sites(*unet, out);
+    print_sites(*file, out);
     return;
   }
-  settings.dtype = unet->dtype();
+  settings.dtype = file->dtype();
+  std::shared_ptr<const sag::UNet> unet = file;
+  if (settings.device.is_cuda() && !options.no_cuda_graph)
+    unet = std::make_shared<sag::CudaGraphUNet>(file);
   sample_and_write(options, settings, unet, out);
 }
 

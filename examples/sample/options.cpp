@@ -258,6 +258,11 @@ void add_sag_options(CLI::App& app, Options& o) {
                "The same as a share of the model's timesteps, 0 ... 1");
   group.number("--sag-end-percent", o.sag_end_percent, kShare, "X",
                "The same as a share of the model's timesteps, 0 ... 1");
+  group.number("--sag-interval", o.sag_interval,
+               Range<std::int64_t>{1, 10000, "a whole number between 1 and 10000"}, "N",
+               "Guide every Nth step; 2 with twice the scale costs half as much", "1");
+  group.flag("--sag-one-pass", o.sag_one_pass,
+             "Perturb with what the step before blurred, in one call of the UNet");
   group.flag("--no-sag", o.no_sag, "Sample without self-attention guidance");
 }
 
@@ -272,6 +277,10 @@ void add_device_options(CLI::App& app, Options& o) {
   group.number("--threads", o.threads,
                Range<std::int64_t>{1, 4096, "a whole number between 1 and 4096"}, "N",
                "CPU threads", "LibTorch's");
+  group.choice("--channels-last", o.channels_last, {"auto", "on", "off"},
+               "Layout of the UNet's convolutions", "auto");
+  group.flag("--no-cuda-graph", o.no_cuda_graph,
+             "Launch every kernel of the UNet instead of replaying CUDA graphs");
   group.flag("--tf32", o.tf32, "Let CUDA round fp32 to TF32: faster, less exact");
 }
 

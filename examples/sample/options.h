@@ -39,14 +39,16 @@ struct Options {
   std::optional<double> sag_scale, sag_blur, sag_threshold;
   std::optional<std::int64_t> sag_kernel;
   std::optional<double> sag_start, sag_end, sag_start_percent, sag_end_percent;
-  bool no_sag = false;
+  std::int64_t sag_interval = 1;
+  bool sag_one_pass = false, no_sag = false;
   std::optional<std::string> site;
 
   // Where to compute.
   std::optional<std::string> device, dtype;
   std::optional<std::int64_t> threads;
   std::int64_t max_rows = 16;
-  bool tf32 = false;
+  bool tf32 = false, no_cuda_graph = false;
+  std::optional<std::string> channels_last;
 
   // What to write.
   std::string out, save_latent, json;

@@ -38,6 +38,8 @@ json options_json(const Options& options, const Settings& settings, const Inputs
                 {"kernel_size", sag.kernel_size},
                 {"sigma_start", finite(sag.sigma_start)},
                 {"sigma_end", sag.sigma_end},
+                {"interval", sag.interval},
+                {"one_pass", sag.one_pass},
                 {"start_percent", optional(sag.start_percent)},
                 {"end_percent", optional(sag.end_percent)},
                 {"site", sag.site.name()}};

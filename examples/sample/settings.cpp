@@ -83,6 +83,8 @@ sag::SelfAttentionGuidanceOptions make_guidance(const Options& options,
   guidance.kernel_size = first_of(options.sag_kernel, defaults.sag_kernel, guidance.kernel_size);
   guidance.sigma_start = first_of(options.sag_start, defaults.sag_start, guidance.sigma_start);
   guidance.sigma_end = first_of(options.sag_end, defaults.sag_end, guidance.sigma_end);
+  guidance.interval = options.sag_interval;
+  guidance.one_pass = options.sag_one_pass;
   guidance.start_percent = options.sag_start_percent;
   guidance.end_percent = options.sag_end_percent;
   guidance.site = sag::AttentionSite(first_of(options.site, model.site, std::string("middle.0.0")));

@@ -116,6 +116,23 @@ void convert_module(torch::jit::Module& module, torch::Device device,
   }
 }
 
+void use_channels_last(torch::jit::Module& module) {
+  torch::NoGradGuard no_grad;
+  c10::InferenceMode ordinary_tensors(false);
+  for (torch::Tensor t : module.parameters())
+    if (t.dim() == 4) t.set_data(t.contiguous(at::MemoryFormat::ChannelsLast));
+}
+
+double convolution_share(const torch::jit::Module& module) {
+  double convolutions = 0, all = 0;
+  for (const torch::Tensor& t : module.parameters()) {
+    const auto elements = static_cast<double>(t.numel());
+    all += elements;
+    if (t.dim() == 4) convolutions += elements;
+  }
+  return all > 0 ? convolutions / all : 0.0;
+}
+
 std::optional<torch::ScalarType> parameters_dtype(const torch::jit::Module& module) {
   std::map<torch::ScalarType, std::int64_t> elements;
   for (const torch::Tensor& t : module.parameters()) {

@@ -17,6 +17,12 @@ torch::jit::Module read_archive(const std::string& path);
 void convert_module(torch::jit::Module& module, torch::Device device,
                     std::optional<torch::ScalarType> dtype);
 
+/// Lays the weights of convolutions out with channels last.
+void use_channels_last(torch::jit::Module& module);
+
+/// Returns the share of a module's parameters that convolutions hold.
+double convolution_share(const torch::jit::Module& module);
+
 /// Returns the dtype of the floating parameters, by number of elements; nothing if there are none.
 std::optional<torch::ScalarType> parameters_dtype(const torch::jit::Module& module);
 

@@ -206,6 +206,13 @@ void move_constants(Graph& graph, torch::Device device) {
   });
 }
 
+void constants_to_channels_last(Graph& graph) {
+  for (auto* node : constant_weights(graph)) {
+    const auto value = node->t(attr::value);
+    if (value.dim() == 4) set_constant(node, value.contiguous(at::MemoryFormat::ChannelsLast));
+  }
+}
+
 void convert_constants(Graph& graph, torch::ScalarType dtype) {
   const auto weights = constant_weights(graph);
   for_each_node(graph, [&](Node* node) {

@@ -24,6 +24,9 @@ void use_plain_convolutions(torch::jit::Graph& graph);
 /// for the device.
 void move_constants(torch::jit::Graph& graph, torch::Device device);
 
+/// Lays the constants that serve as convolutions' weights out with channels last.
+void constants_to_channels_last(torch::jit::Graph& graph);
+
 /// Converts floating constants that serve as weights, as frozen files have them, to `dtype`. Other
 /// constants are only ever widened: half precision is too coarse for the frequencies of an
 /// embedding.

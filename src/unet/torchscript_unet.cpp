@@ -146,12 +146,18 @@ struct TorchScriptUNet::State {
       convert_module(module, device, dtype == recorded ? std::nullopt : std::make_optional(dtype));
     }
     fit_graph(*flat.graph, device, recorded, dtype);
+    if (wanted && wanted->channels_last.value_or(likes_channels_last())) {
+      channels_last = true;
+      use_channels_last(module);
+      constants_to_channels_last(*flat.graph);
+    }
   }
 
+  bool likes_channels_last() const;
   std::shared_ptr<GraphFunction> function(const std::vector<std::string>& hooked);
   std::shared_ptr<Graph> hooked_graph(const std::vector<std::string>& hooked) const;
   std::size_t ordinal_of(const std::string& site) const;
-  torch::Tensor run(const UNetInput& input);
+  torch::Tensor run(const UNetInput& given);
 
   const Origin origin;
   Module module;
@@ -160,12 +166,18 @@ struct TorchScriptUNet::State {
   const std::vector<AttentionSiteInfo> sites;
   torch::Device device;
   torch::ScalarType dtype = torch::kFloat;
+  bool channels_last = false;
 
   std::mutex mutex;
   // By the sites that are hooked, sorted. GraphFunction compiles on first use and runs on many
   // threads.
   std::map<std::vector<std::string>, std::shared_ptr<GraphFunction>> functions;
 };
+
+bool TorchScriptUNet::State::likes_channels_last() const {
+  const bool half = dtype == torch::kHalf || dtype == torch::kBFloat16;
+  return device.is_cuda() && half && convolution_share(module) >= 0.4;
+}
 
 std::size_t TorchScriptUNet::State::ordinal_of(const std::string& site) const {
   const auto found = sites_called(sites, site);
@@ -204,7 +216,9 @@ std::shared_ptr<GraphFunction> TorchScriptUNet::State::function(
   return functions.emplace(hooked, std::move(function)).first->second;
 }
 
-torch::Tensor TorchScriptUNet::State::run(const UNetInput& input) {
+torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
+  auto input = given;
+  if (channels_last) input.x = input.x.contiguous(at::MemoryFormat::ChannelsLast);
   auto stack = call.arguments(input);
   stack.insert(stack.begin(), module._ivalue());
   auto hooked = AttentionScope::hooked_sites();
@@ -222,7 +236,7 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& input) {
       out.defined(), "[TorchScriptUNet::forward] the forward of ", origin.model,
       " must return a tensor, a tuple or list with one, or a dict with \"sample\" or \"out\", got ",
       stack.back().tagKind(), "; ", list_sites(sites));
-  return out;
+  return out.contiguous();
 }
 
 TorchScriptUNet::TorchScriptUNet(std::unique_ptr<State> state) : state_(std::move(state)) {}
