@@ -8,6 +8,13 @@
 
 #include "sag/token_grid.h"
 
+#ifdef SAG_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include "blur_kernels.h"
+#endif
+
 namespace sag {
 namespace {
 
@@ -31,6 +38,24 @@ std::vector<double> gaussian_weights(std::int64_t radius, double sigma) {
   return weights;
 }
 
+#ifdef SAG_WITH_CUDA
+
+// In one launch, where the sum below takes two for each tap.
+torch::Tensor blur_axis_cuda(const torch::Tensor& given, std::int64_t dim,
+                             const std::vector<double>& weights) {
+  const auto x = given.contiguous();
+  const c10::cuda::CUDAGuard device(x.device());
+  BlurTaps taps{.radius = static_cast<int>(weights.size()) - 1};
+  std::copy(weights.begin(), weights.end(), taps.weights);
+  auto blurred = at::empty_like(x);
+  C10_CUDA_CHECK(launch_blur_axis(x.const_data_ptr<float>(), blurred.mutable_data_ptr<float>(),
+                                  x.numel(), {x.size(dim), x.stride(dim)}, taps,
+                                  c10::cuda::getCurrentCUDAStream()));
+  return blurred;
+}
+
+#endif
+
 // Blurs [B, C, H, W] along H (dim 2) or W (dim 3). A sum of shifted pictures instead of a
 // convolution: its weights are host numbers, so nothing is copied to the device, and cuDNN's TF32
 // cannot touch it.
@@ -39,6 +64,10 @@ torch::Tensor blur_axis(const torch::Tensor& x, std::int64_t dim, std::int64_t r
   const auto side = x.size(dim);
   const auto reach = std::min(radius, side - 1);  // reflection needs a neighbour for every tap
   const auto weights = gaussian_weights(reach, sigma);
+#ifdef SAG_WITH_CUDA
+  if (x.is_cuda() && x.scalar_type() == torch::kFloat && reach <= kBlurMaxRadius)
+    return blur_axis_cuda(x, dim, weights);
+#endif
   const auto padded = dim == 2 ? at::reflection_pad2d(x, {0, 0, reach, reach})
                                : at::reflection_pad2d(x, {reach, reach, 0, 0});
   auto blurred = x * weights[0];
