@@ -7,6 +7,10 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#ifdef SAG_WITH_CUDA
+#include "attention_map_cuda.h"
+#endif
+
 namespace sag {
 namespace {
 
@@ -93,6 +97,9 @@ torch::Tensor column_sums_in_blocks(const torch::Tensor& q, const torch::Tensor&
 }
 
 torch::Tensor column_sums(const torch::Tensor& q, const torch::Tensor& k, double scale) {
+#ifdef SAG_WITH_CUDA
+  if (column_sums_cuda_takes(q, k, scale)) return column_sums_cuda(q, k, scale);
+#endif
   return column_sums_in_blocks(q, k, scale);
 }
 
