@@ -1,5 +1,11 @@
 #include "sag/attention_map.h"
 
+#include <atomic>
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/CPUAllocator.h>
+
 #include "support/device.h"
 #include "support/reference.h"
 #include "support/toy_unet.h"
@@ -74,6 +80,88 @@ TEST_P(AttentionMap, IsTheSameInEveryRun) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, AttentionMap, test::backends(), test::backend_name);
+
+// Runs body on so many threads.
+template <typename Body>
+auto on_threads(int count, const Body& body) {
+  const auto before = at::get_num_threads();
+  at::set_num_threads(count);
+  auto result = body();
+  at::set_num_threads(before);
+  return result;
+}
+
+TEST(AttentionMapCpu, IsTheSameOnAnyNumberOfThreads) {
+  torch::manual_seed(4);
+  for (const auto dtype : {torch::kFloat, torch::kBFloat16})
+    for (const auto& shape : std::vector<std::vector<std::int64_t>>{
+             {1, 8, 64, 160}, {1, 3, 1999, 40}, {3, 5, 331, 7}, {1, 1, 997, 64}}) {
+      const auto q = torch::randn(shape).to(dtype), k = torch::randn(shape).to(dtype);
+      const auto map = [&] { return attention_map(q, k); };
+      const auto one = on_threads(1, map);
+      for (const auto threads : {2, 3, 7})
+        EXPECT_TRUE(torch::equal(on_threads(threads, map), one)) << shape << " on " << threads;
+    }
+}
+
+TEST(AttentionMapCpu, LeavesAutocastAside) {
+  torch::manual_seed(5);
+  const auto q = torch::randn({1, 4, 331, 64}), k = torch::randn({1, 4, 331, 64});
+  const auto expected = attention_map(q, k);
+  at::autocast::set_autocast_enabled(torch::kCPU, true);
+  const auto map = attention_map(q, k);
+  at::autocast::set_autocast_enabled(torch::kCPU, false);
+  at::autocast::clear_cache();
+  EXPECT_TRUE(torch::equal(map, expected));
+}
+
+// While it lives, counts what tensors on the CPU take.
+class CpuMemory final : public c10::Allocator {
+ public:
+  CpuMemory() { c10::SetCPUAllocator(this, 100); }
+  ~CpuMemory() override { c10::SetCPUAllocator(allocator_, 100); }
+
+  c10::DataPtr allocate(std::size_t bytes) override {
+    auto block = std::make_unique<Block>(*this, bytes, allocator_->allocate(bytes));
+    const auto now = bytes_ += bytes;
+    for (auto peak = peak_.load(); now > peak && !peak_.compare_exchange_weak(peak, now);) {
+    }
+    auto* const data = block->data.get();
+    return {data, block.release(), &free_block, torch::kCPU};
+  }
+  void copy_data(void* to, const void* from, std::size_t count) const override {
+    default_copy_data(to, from, count);
+  }
+  std::size_t peak() const { return peak_; }
+
+ private:
+  struct Block {
+    Block(CpuMemory& owner, std::size_t bytes, c10::DataPtr data)
+        : owner(owner), bytes(bytes), data(std::move(data)) {}
+    CpuMemory& owner;
+    std::size_t bytes;
+    c10::DataPtr data;
+  };
+  static void free_block(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    block->owner.bytes_ -= block->bytes;
+  }
+
+  c10::Allocator* allocator_ = c10::GetCPUAllocator();
+  std::atomic<std::size_t> bytes_ = 0, peak_ = 0;
+};
+
+TEST(AttentionMapCpu, NeedsLittleMemory) {
+  const auto q = torch::randn({1, 2, 4096, 16});  // 128 MiB of scores
+  const auto peak = on_threads(2, [&q] {
+    const CpuMemory memory;
+    attention_map(q, q);
+    return memory.peak();
+  });
+  // A block of scores, 4 MiB, and the same of weights; and single rows.
+  EXPECT_LE(peak, std::size_t{9} << 20);
+  EXPECT_GE(peak, std::size_t{8} << 20) << "is it counted?";
+}
 
 TEST(AttentionMapArguments, AreChecked) {
   const auto q = torch::zeros({2, 4, 6, 8});

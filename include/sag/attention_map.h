@@ -16,9 +16,15 @@ namespace sag {
 /// or fp64, any strides, CPU or CUDA. Key heads must divide heads (grouped-query attention). scale:
 /// nothing means 1 / sqrt(head_dim).
 ///
-/// The queries × keys matrix never exists: blocks of query rows go through fp32 arithmetic, in
-/// working memory that does not grow with the number of queries (16 MiB of scores, or one row, and
-/// k in fp32). Sums run in a fixed order, so the result is the same in every run.
+/// The queries × keys matrix never exists: working memory grows with queries + keys only. Products
+/// and sums are fp32 whatever autocast and TF32 settings say, in a fixed order, so the result is
+/// the same in every run. Works on the current stream without waiting for it and can be captured in
+/// a CUDA graph.
+///
+/// On CUDA, fp16 and bf16 take tensor core kernels (working memory: 8 bytes a query and head, 4 a
+/// key and head) if head_dim is a multiple of 8 up to 256, the innermost stride 1, every row
+/// 16-byte aligned and scale > 0. Everything else goes through blocks of scores, of 16 MiB or one
+/// row.
 ///
 /// Throws ValueError or TypeError on other shapes, dtypes and devices.
 /// Source: Hong et al. 2023, section 4.2; ComfyUI: `attn_and_record`, `create_blur_map`.

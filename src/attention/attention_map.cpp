@@ -2,14 +2,22 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#ifdef SAG_WITH_CUDA
+#include "attention_map_cuda.h"
+#endif
 
 namespace sag {
 namespace {
 
 // Score matrices are made in blocks of at most this size, or of one query row if that is larger.
 constexpr std::int64_t kBlockBytes = 16 << 20;
+// On the CPU smaller: softmax and sum find them in the cache, and yet they fill many threads.
+constexpr std::int64_t kCpuBlockBytes = 4 << 20;
 
 void check_arguments(const torch::Tensor& q, const torch::Tensor& k, std::optional<double> scale) {
   TORCH_CHECK_VALUE(
@@ -36,18 +44,63 @@ torch::Tensor with_heads(const torch::Tensor& k, std::int64_t heads) {
   return k.size(1) == heads ? k : k.repeat_interleave(heads / k.size(1), 1);
 }
 
-// q: [images, heads, queries, head_dim] in its own dtype; k: [images, heads, keys, head_dim],
-// scaled, in the dtype of the sums → [images, keys].
-torch::Tensor map_of_images(const torch::Tensor& q, const torch::Tensor& k,
-                            std::int64_t rows_per_block) {
-  const auto keys = k.transpose(-1, -2);
-  auto sums = at::zeros({q.size(0), q.size(1), k.size(2)}, k.options());
-  for (std::int64_t begin = 0; begin < q.size(2); begin += rows_per_block) {
-    const auto rows =
-        q.narrow(2, begin, std::min(rows_per_block, q.size(2) - begin)).to(k.scalar_type());
-    sums += at::matmul(rows, keys).softmax(-1).sum(2);
+// What blocks of scores and of their softmax are written to, one after the other: fresh memory for
+// each would cost more than the arithmetic.
+struct BlockBuffers {
+  torch::Tensor scores, weights;  // [heads, rows, keys]
+};
+
+// q: [heads, queries, head_dim] in its own dtype; keys: [heads, head_dim, keys], in the dtype of
+// the sums → [heads, keys].
+torch::Tensor column_sums_of_heads(const torch::Tensor& q, const torch::Tensor& keys, double scale,
+                                   const BlockBuffers& buffers) {
+  auto sums = at::zeros({keys.size(0), keys.size(2)}, keys.options());
+  for (std::int64_t begin = 0; begin < q.size(1); begin += buffers.scores.size(1)) {
+    const auto count = std::min(buffers.scores.size(1), q.size(1) - begin);
+    const auto rows = q.narrow(1, begin, count).to(keys.scalar_type()) * scale;
+    const auto block = [&](const torch::Tensor& buffer) {
+      return buffer.narrow(0, 0, q.size(0)).narrow(1, 0, count);
+    };
+    auto scores = block(buffers.scores), weights = block(buffers.weights);
+    at::bmm_out(scores, rows, keys);
+    at::softmax_out(weights, scores, -1);
+    sums += weights.sum(1);
   }
-  return sums.mean(1);
+  return sums;
+}
+
+// On any device, whatever the layout: a block is some heads of an image or, where one head's scores
+// are more than a block holds, some query rows of one.
+torch::Tensor column_sums_in_blocks(const torch::Tensor& q, const torch::Tensor& k, double scale) {
+  const at::NoTF32Guard exact_fp32;  // 10 bits of a score must not decide a mask
+  const auto images = q.size(0), heads = q.size(1), queries = q.size(2), tokens = k.size(2);
+  const auto options =
+      q.options().dtype(q.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat);
+  const auto row_bytes = tokens * static_cast<std::int64_t>(options.dtype().itemsize());
+  const auto block_rows = (q.is_cpu() ? kCpuBlockBytes : kBlockBytes) / row_bytes;
+  const auto heads_per_block = std::clamp<std::int64_t>(block_rows / queries, 1, heads);
+  const auto rows_per_block = std::clamp<std::int64_t>(block_rows, 1, queries);
+  const auto empty = [&] { return at::empty({heads_per_block, rows_per_block, tokens}, options); };
+  const BlockBuffers buffers = {empty(), empty()};
+
+  const auto all_k = with_heads(k, heads);
+  auto sums = at::empty({images, heads, tokens}, options);
+  for (std::int64_t image = 0; image < images; ++image)
+    for (std::int64_t head = 0; head < heads; head += heads_per_block) {
+      const auto part = [&](const torch::Tensor& x) {
+        return x[image].narrow(0, head, std::min(heads_per_block, heads - head));
+      };
+      const auto keys = part(all_k).to(options.dtype()).transpose(1, 2);
+      part(sums).copy_(column_sums_of_heads(part(q), keys, scale, buffers));
+    }
+  return sums;
+}
+
+torch::Tensor column_sums(const torch::Tensor& q, const torch::Tensor& k, double scale) {
+#ifdef SAG_WITH_CUDA
+  if (column_sums_cuda_takes(q, k, scale)) return column_sums_cuda(q, k, scale);
+#endif
+  return column_sums_in_blocks(q, k, scale);
 }
 
 }  // namespace
@@ -55,23 +108,11 @@ torch::Tensor map_of_images(const torch::Tensor& q, const torch::Tensor& k,
 torch::Tensor attention_map(const torch::Tensor& q, const torch::Tensor& k,
                             std::optional<double> scale) {
   check_arguments(q, k, scale);
+  // Autocast would make the products in half precision.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const torch::NoGradGuard no_grad;
-  const auto dtype = q.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
   const auto head_scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
-  const auto images = q.size(0), heads = q.size(1), queries = q.size(2), tokens = k.size(2);
-
-  const auto row_bytes = heads * tokens * static_cast<std::int64_t>(c10::elementSize(dtype));
-  const auto rows_per_block = std::clamp<std::int64_t>(kBlockBytes / row_bytes, 1, queries);
-  const auto images_per_block =
-      std::clamp<std::int64_t>(kBlockBytes / (row_bytes * queries), 1, images);
-
-  std::vector<torch::Tensor> maps;
-  for (std::int64_t begin = 0; begin < images; begin += images_per_block) {
-    const auto count = std::min(images_per_block, images - begin);
-    const auto block_k = with_heads(k.narrow(0, begin, count).to(dtype) * head_scale, heads);
-    maps.push_back(map_of_images(q.narrow(0, begin, count), block_k, rows_per_block));
-  }
-  return at::cat(maps);
+  return column_sums(q, k, head_scale).mean(1);
 }
 
 }  // namespace sag
