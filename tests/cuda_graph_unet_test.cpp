@@ -17,6 +17,7 @@
 
 #ifdef SAG_WITH_CUDA
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -228,11 +229,58 @@ TEST_F(CudaGraph, ServesGuidersOnThreadsAndStreamsOfTheirOwn) {
   EXPECT_EQ(unet->report().failure, "");
 }
 
-TEST_F(CudaGraph, ReleaseGivesTheMemoryBack) {
-  const auto allocated = [] {
-    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(0);
-    return stats.allocated_bytes[0].current;
+std::int64_t allocated() {
+  return c10::cuda::CUDACachingAllocator::getDeviceStats(0).allocated_bytes[0].current;
+}
+
+TEST_F(CudaGraph, NothingStaysAllocatedAfterSamplingButTheGraphs) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  sample_toy(toy);
+  const auto before = allocated();  // libraries keep workspaces from their first use on
+  sample_toy(toy);
+  sample_toy(toy, 24, {.one_pass = true});
+  EXPECT_EQ(allocated(), before);
+  const auto unet = std::make_shared<CudaGraphUNet>(toy);
+  sample_toy(unet);
+  unet->release();
+  const auto after_graphs = allocated();
+  sample_toy(unet);
+  unet->release();
+  EXPECT_EQ(allocated(), after_graphs);
+}
+
+// Whatever a step does, the host must not wait for the device: it would lose its lead.
+TEST_F(CudaGraph, NoStepWaitsForTheDevice) {
+  const std::shared_ptr<const UNet> file =
+      TorchScriptUNet::load(SAG_TEST_DATA_DIR "/comfy_sd15_tiny.ts", {.device = device()});
+  const std::vector<std::shared_ptr<const UNet>> unets = {file,
+                                                          std::make_shared<CudaGraphUNet>(file)};
+  const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};
+  const auto prompt = [](double phase) {
+    return Conditioning{.context = fill({1, 10, 32}, 0.3, phase, 1.0)};
   };
+  for (const auto& unet : unets) {
+    for (const bool one_pass : {false, true}) {
+      const auto model =
+          apply_self_attention_guidance({unet, ModelSampling::discrete()}, {.one_pass = one_pass});
+      for (const auto name : {"euler", "dpmpp_2m_sde", "uni_pc"}) {
+        const auto x = fill({2, 4, 24, 17}, 0.7, 0.3, 15.0).to(device());
+        const auto run = [&](CfgGuider& guider) {
+          return get_sampler(name)(std::ref(guider), x, sigmas, {});
+        };
+        const CfgGuiderOptions options{.cond_scale = 5.0, .sigmas = sigmas};
+        CfgGuider first(model, {prompt(0.1)}, {prompt(0.7)}, options);
+        run(first);  // captures wait
+        CfgGuider guider(model, {prompt(0.1)}, {prompt(0.7)}, options);
+        c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR);
+        EXPECT_NO_THROW(run(guider)) << name << " " << one_pass;
+        c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED);
+      }
+    }
+  }
+}
+
+TEST_F(CudaGraph, ReleaseGivesTheMemoryBack) {
   const auto toy = std::make_shared<ToyUNet>(device());
   CudaGraphUNet unet(toy);
   unet.forward(toy_input(1, device()));

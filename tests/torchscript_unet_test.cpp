@@ -238,6 +238,14 @@ INSTANTIATE_TEST_SUITE_P(
 
 // ---- scripted modules
 
+TEST_P(GoldenUNet, GivesTheSameWithChannelsLast) {
+  const auto unet = load({.channels_last = true});
+  const auto in = input("a");
+  const Hooked hooked(*unet, in, {GetParam().site});
+  EXPECT_LT(relative_error(hooked.out, tensor("a", "out")), 2e-5);
+  EXPECT_TRUE(hooked.out.is_contiguous());
+}
+
 TEST(TorchScriptUNet, RunsAScriptedModuleAndHooksExactlyOneOfItsSharedClasses) {
   const auto module = make_torchscript_unet();
   const auto unet = TorchScriptUNet::from_module(module);
@@ -455,6 +463,13 @@ TEST(TorchScriptUNetLoad, ConvertsAFrozenFile) {
   const auto out = unet->forward(in);
   EXPECT_EQ(out.scalar_type(), torch::kHalf);
   EXPECT_LT(relative_error(out, expected), 5e-3);
+}
+
+TEST(TorchScriptUNetLoad, LaysAFrozenFileOutWithChannelsLast) {
+  const auto module = make_torchscript_unet();
+  const auto in = fixture_input();
+  const auto unet = save_and_load(torch::jit::freeze(module), {.channels_last = true});
+  EXPECT_LT(relative_error(unet->forward(in), run_module(module, in)), 1e-5);
 }
 
 TEST(TorchScriptUNetLoad, RunsAHalfPrecisionFileInFp32OnTheCpu) {

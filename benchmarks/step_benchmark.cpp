@@ -1,0 +1,221 @@
+// A sampling step with and without guidance, and the UNet alone, on any TorchScript UNet:
+//
+//   step_benchmark --unet=sd15.ts --height=64 --width=64 --context_width=768
+//   step_benchmark --unet=sdxl.ts --height=128 --width=128 --context_width=2048 --y=1286
+//
+// Time is per call of the UNet or per step, over a whole run without a pause in between. "host_ms"
+// is how long the host was busy, "MiB" what the run allocates at its peak. Further options are
+// Google Benchmark's.
+
+#include <iostream>
+#include <map>
+#include <string>
+
+#include "device.h"
+#include "sag/cfg_guider.h"
+#include "sag/cuda_graph_unet.h"
+#include "sag/samplers.h"
+#include "sag/schedules.h"
+#include "sag/self_attention_guidance.h"
+#include "sag/torchscript_unet.h"
+
+namespace {
+
+using namespace sag;
+
+struct Settings {
+  std::map<std::string, std::string> values = {
+      {"unet", ""},     {"device", torch::cuda::is_available() ? "cuda" : "cpu"},
+      {"dtype", ""},    {"channels", "4"},
+      {"height", "64"}, {"width", "64"},
+      {"tokens", "77"}, {"context_width", "768"},
+      {"y", "0"},       {"steps", "20"},
+      {"cfg", "7"}};
+
+  const std::string& text(const std::string& key) const { return values.at(key); }
+  std::int64_t number(const std::string& key) const { return std::stoll(text(key)); }
+  torch::Device device() const { return torch::Device(text("device")); }
+
+  // Takes what is ours from the arguments and leaves the rest.
+  void parse(int& argc, char** argv) {
+    int kept = 1;
+    for (int i = 1; i < argc; ++i) {
+      const std::string argument = argv[i];
+      const auto equals = argument.find('=');
+      const auto key = argument.substr(0, equals).substr(std::min<std::size_t>(2, equals));
+      if (equals != std::string::npos && values.contains(key))
+        values[key] = argument.substr(equals + 1);
+      else
+        argv[kept++] = argv[i];
+    }
+    argc = kept;
+  }
+};
+
+void synchronize(torch::Device device) {
+  if (device.is_cuda()) torch::cuda::synchronize();
+}
+
+// Runs `work`, which does `count` things, until the benchmark has seen enough of it.
+void measure_run(benchmark::State& state, torch::Device device, std::int64_t count,
+                 const std::function<void()>& work) {
+  const torch::NoGradGuard no_grad;
+  work();  // plans, captures, the allocator's cache
+  synchronize(device);
+  state.counters["MiB"] = bench::peak_mib(device, work);
+  double host = 0, total = 0;
+  for (auto _ : state) {
+    synchronize(device);
+    double launched = 0;
+    const auto seconds = bench::seconds_of_host([&] {
+      launched = bench::seconds_of_host(work);
+      synchronize(device);
+    });
+    state.SetIterationTime(seconds / static_cast<double>(count));
+    host += launched;
+    total += static_cast<double>(count);
+  }
+  state.counters["host_ms"] = host / total * 1e3;
+}
+
+class Model {
+ public:
+  explicit Model(const Settings& settings) : settings_(settings) {}
+
+  // The file is loaded once per layout.
+  std::shared_ptr<const UNet> unet(bool graph, bool channels_last) {
+    auto& file = files_[channels_last];
+    if (!file) {
+      TorchScriptUNetOptions options{.device = settings_.device(), .channels_last = channels_last};
+      const auto& dtype = settings_.text("dtype");
+      if (!dtype.empty())
+        options.dtype = dtype == "fp16"   ? torch::kHalf
+                        : dtype == "bf16" ? torch::kBFloat16
+                                          : torch::kFloat;
+      file = TorchScriptUNet::load(settings_.text("unet"), options);
+    }
+    if (!graph) return file;
+    auto& captured = graphs_[channels_last];
+    if (!captured) captured = std::make_shared<CudaGraphUNet>(file);
+    return captured;
+  }
+
+  torch::Tensor latent(std::int64_t rows) const {
+    return torch::randn(
+        {rows, settings_.number("channels"), settings_.number("height"), settings_.number("width")},
+        settings_.device());
+  }
+  Conditioning prompt() const {
+    const auto device = settings_.device();
+    Conditioning cond;
+    if (settings_.number("context_width") > 0)
+      cond.context =
+          torch::randn({1, settings_.number("tokens"), settings_.number("context_width")}, device);
+    if (settings_.number("y") > 0) cond.y = torch::randn({1, settings_.number("y")}, device);
+    return cond;
+  }
+  const Settings& settings() const { return settings_; }
+
+ private:
+  const Settings& settings_;
+  std::map<bool, std::shared_ptr<const UNet>> files_;
+  std::map<bool, std::shared_ptr<const UNet>> graphs_;
+};
+
+void measure_unet(benchmark::State& state, Model& model, const UNet& unet, std::int64_t rows) {
+  const auto cond = model.prompt();
+  const auto given = [&](const torch::Tensor& t) {
+    if (!t.defined()) return t;
+    auto sizes = t.sizes().vec();
+    sizes[0] = rows;
+    return t.expand(sizes).to(unet.dtype()).contiguous();
+  };
+  const UNetInput input{.x = model.latent(rows).to(unet.dtype()),
+                        .timesteps = torch::full({rows}, 500.0, model.settings().device()),
+                        .context = given(cond.context),
+                        .y = given(cond.y)};
+  const auto calls = model.settings().number("steps");
+  measure_run(state, unet.device(), calls, [&] {
+    for (std::int64_t i = 0; i < calls; ++i) unet.forward(input);
+  });
+}
+
+void measure_step(benchmark::State& state, Model& model, const std::shared_ptr<const UNet>& unet,
+                  const std::optional<SelfAttentionGuidanceOptions>& guidance) {
+  const auto sampling = ModelSampling::discrete();
+  ModelPatcher patched(unet, sampling);
+  if (guidance) patched = apply_self_attention_guidance(patched, *guidance);
+  const auto steps = model.settings().number("steps");
+  auto sigmas = get_sigmas("karras", sampling, steps + 1);
+  sigmas.pop_back();
+  const auto positive = model.prompt(), negative = model.prompt();
+  const auto x = model.latent(1) * sigmas.front();
+  const double cfg = std::stod(model.settings().text("cfg"));
+  double rows = 0;
+  measure_run(state, unet->device(), steps, [&] {
+    CfgGuider guider(patched, {positive}, {negative}, {.cond_scale = cfg, .sigmas = sigmas});
+    sample_euler(std::ref(guider), x, sigmas);
+    rows = static_cast<double>(guider.report().unet_rows());
+  });
+  state.counters["rows"] = rows / static_cast<double>(steps);
+}
+
+void add_benchmarks(Model& model) {
+  const bool cuda = model.settings().device().is_cuda();
+  struct Way {
+    const char* name;
+    bool graph, channels_last;
+  };
+  std::vector<Way> ways = {{"eager", false, false}};
+  if (cuda) {
+    ways.push_back({"graph", true, false});
+    ways.push_back({"graph_channels_last", true, true});
+  }
+  const auto add = [](const std::string& name, auto function) {
+    benchmark::RegisterBenchmark(name.c_str(), function)
+        ->UseManualTime()
+        ->Unit(benchmark::kMillisecond)
+        ->Iterations(5);
+  };
+  const std::vector<std::pair<const char*, std::optional<SelfAttentionGuidanceOptions>>> guidances =
+      {{"cfg", std::nullopt},
+       {"sag", SelfAttentionGuidanceOptions{}},
+       {"sag_one_pass", SelfAttentionGuidanceOptions{.one_pass = true}},
+       {"sag_interval_2", SelfAttentionGuidanceOptions{.scale = 1.0, .interval = 2}},
+       {"sag_one_pass_interval_2",
+        SelfAttentionGuidanceOptions{.scale = 1.0, .interval = 2, .one_pass = true}}};
+  for (const auto& way : ways) {
+    for (const std::int64_t rows : {1, 2, 3})
+      add("unet/" + std::string(way.name) + "/rows:" + std::to_string(rows),
+          [&model, way, rows](benchmark::State& state) {
+            measure_unet(state, model, *model.unet(way.graph, way.channels_last), rows);
+          });
+    for (const auto& [name, guidance] : guidances)
+      add("step/" + std::string(way.name) + "/" + name,
+          [&model, way, guidance = guidance](benchmark::State& state) {
+            measure_step(state, model, model.unet(way.graph, way.channels_last), guidance);
+          });
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Settings settings;
+  settings.parse(argc, argv);
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  if (settings.text("unet").empty()) {
+    std::cerr << "step_benchmark: --unet=FILE is needed; tools/make_benchmark_unet.py makes one.\n";
+    return 1;
+  }
+  try {
+    Model model(settings);
+    add_benchmarks(model);
+    benchmark::RunSpecifiedBenchmarks();
+  } catch (const std::exception& error) {
+    std::cerr << "step_benchmark: " << error.what() << '\n';
+    return 1;
+  }
+  benchmark::Shutdown();
+}
