@@ -144,11 +144,9 @@ torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) 
 struct CudaGraphUNet::State {
   // What belongs to one stream of the caller's: graphs that share a pool must not run at once.
   struct Lane {
-    explicit Lane(c10::cuda::CUDAStream caller)
-        : caller(caller),
-          capture(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, caller.device_index())),
-          pool(at::cuda::graph_pool_handle()) {}
-    const c10::cuda::CUDAStream caller, capture;  // the default stream cannot be captured
+    explicit Lane(c10::cuda::CUDAStream stream)
+        : stream(stream), pool(at::cuda::graph_pool_handle()) {}
+    const c10::cuda::CUDAStream stream;
     const at::cuda::MempoolId_t pool;
     std::mutex mutex;
     std::list<std::unique_ptr<Graph>> graphs;  // the latest used first
@@ -174,7 +172,7 @@ std::shared_ptr<CudaGraphUNet::State::Lane> CudaGraphUNet::State::current_lane()
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const std::lock_guard lock(mutex);
   for (const auto& lane : lanes)
-    if (lane->caller == stream) return lane;
+    if (lane->stream == stream) return lane;
   return lanes.emplace_back(std::make_shared<Lane>(stream));
 }
 
@@ -200,15 +198,26 @@ bool CudaGraphUNet::State::failed() const {
   return !report.failure.empty();
 }
 
+// All captures of a device share one stream, as they come one at a time: libraries keep a workspace
+// for every stream that they have seen. (The default stream cannot be captured.)
+c10::cuda::CUDAStream capture_stream(c10::DeviceIndex device) {
+  static std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const auto known = streams.find(device);
+  if (known != streams.end()) return known->second;
+  return streams.emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device))
+      .first->second;
+}
+
 void CudaGraphUNet::State::warm_up(const Graph& graph, Lane& lane) const {
-  lane.caller.synchronize();
-  const c10::cuda::CUDAStreamGuard on(lane.capture);
+  lane.stream.synchronize();
+  const auto stream = capture_stream(lane.stream.device_index());
+  const c10::cuda::CUDAStreamGuard on(stream);
   for (std::int64_t i = 0; i < options.warmup_runs; ++i) run_apart(*unet, graph.input, nullptr);
-  lane.capture.synchronize();
+  stream.synchronize();
 }
 
 void CudaGraphUNet::State::record(Graph& graph, Lane& lane) const {
-  const c10::cuda::CUDAStreamGuard on(lane.capture);
+  const c10::cuda::CUDAStreamGuard on(capture_stream(lane.stream.device_index()));
   graph.graph.capture_begin(lane.pool, cudaStreamCaptureModeThreadLocal);
   try {
     graph.output = run_apart(*unet, graph.input, &graph);
@@ -345,11 +354,11 @@ void CudaGraphUNet::release() {
   std::vector<std::shared_ptr<State::Lane>> lanes;
   {
     const std::lock_guard lock(state_->mutex);
-    lanes.swap(state_->lanes);
+    lanes = state_->lanes;
   }
   for (const auto& lane : lanes) {
     const std::lock_guard lock(lane->mutex);
-    lane->caller.synchronize();
+    lane->stream.synchronize();
     lane->graphs.clear();
   }
 }
