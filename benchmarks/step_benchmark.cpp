@@ -4,8 +4,8 @@
 //   step_benchmark --unet=sdxl.ts --height=128 --width=128 --context_width=2048 --y=1286
 //
 // Time is per call of the UNet or per step, over a whole run without a pause in between. "host_ms"
-// is how long the host was busy, "MiB" what the run allocates at its peak. Further options are
-// Google Benchmark's.
+// is how long the host was busy, "MiB" what the run allocates at its peak. --cudnn_benchmark=1 lets
+// cuDNN try its kernels out. Further options are Google Benchmark's.
 
 #include <iostream>
 #include <map>
@@ -25,11 +25,17 @@ using namespace sag;
 
 struct Settings {
   std::map<std::string, std::string> values = {
-      {"unet", ""},     {"device", torch::cuda::is_available() ? "cuda" : "cpu"},
-      {"dtype", ""},    {"channels", "4"},
-      {"height", "64"}, {"width", "64"},
-      {"tokens", "77"}, {"context_width", "768"},
-      {"y", "0"},       {"steps", "20"},
+      {"unet", ""},
+      {"device", torch::cuda::is_available() ? "cuda" : "cpu"},
+      {"dtype", ""},
+      {"channels", "4"},
+      {"height", "64"},
+      {"width", "64"},
+      {"tokens", "77"},
+      {"context_width", "768"},
+      {"y", "0"},
+      {"steps", "20"},
+      {"cudnn_benchmark", "0"},
       {"cfg", "7"}};
 
   const std::string& text(const std::string& key) const { return values.at(key); }
@@ -210,6 +216,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   try {
+    at::globalContext().setBenchmarkCuDNN(settings.number("cudnn_benchmark") != 0);
     Model model(settings);
     add_benchmarks(model);
     benchmark::RunSpecifiedBenchmarks();

@@ -51,5 +51,5 @@ measure sd15_512px step_benchmark --unet="$out/sd15.ts" --height=64 --width=64 -
 make_unet sdxl
 sdxl=(step_benchmark --unet="$out/sdxl.ts" --context_width=2048 --y=1286)
 measure sdxl_1024px "${sdxl[@]}" --height=128 --width=128
-measure sdxl_2048px "${sdxl[@]}" --height=256 --width=256 --steps=5 --benchmark_filter='step/graph/'
+measure sdxl_2048px "${sdxl[@]}" --height=256 --width=256 --steps=5 --benchmark_filter=step/graph/
 say "done; the JSON is in $out"
