@@ -273,6 +273,7 @@ TEST_F(CudaGraph, NoStepWaitsForTheDevice) {
         run(first);  // captures wait
         CfgGuider guider(model, {prompt(0.1)}, {prompt(0.7)}, options);
         c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR);
+        EXPECT_THROW(x.sum().item<float>(), c10::Error) << "the mode is in force";
         EXPECT_NO_THROW(run(guider)) << name << " " << one_pass;
         c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED);
       }
@@ -288,6 +289,8 @@ TEST_F(CudaGraph, ReleaseGivesTheMemoryBack) {
   const auto before = allocated();  // libraries keep workspaces from their first use on
   unet.forward(toy_input(2, device()));
   unet.forward(toy_input(3, device()));
+  EXPECT_EQ(unet.report().failure, "");
+  EXPECT_EQ(unet.report().graphs, 2);
   EXPECT_GT(allocated(), before);
   unet.release();
   EXPECT_EQ(unet.report().graphs, 0);

@@ -147,7 +147,7 @@ struct CudaGraphUNet::State {
     explicit Lane(c10::cuda::CUDAStream stream)
         : stream(stream), pool(at::cuda::graph_pool_handle()) {}
     const c10::cuda::CUDAStream stream;
-    const at::cuda::MempoolId_t pool;
+    at::cuda::MempoolId_t pool;  // dies with its last graph
     std::mutex mutex;
     std::list<std::unique_ptr<Graph>> graphs;  // the latest used first
   };
@@ -360,6 +360,7 @@ void CudaGraphUNet::release() {
     const std::lock_guard lock(lane->mutex);
     lane->stream.synchronize();
     lane->graphs.clear();
+    lane->pool = at::cuda::graph_pool_handle();
   }
 }
 
