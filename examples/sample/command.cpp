@@ -136,6 +136,11 @@ void print_summary(const Settings& settings, const Inputs& inputs,
   }
 }
 
+std::optional<sag::CudaGraphReport> graph_report(const sag::UNet& unet) {
+  const auto* graphs = dynamic_cast<const sag::CudaGraphUNet*>(&unet);
+  return graphs ? std::optional(graphs->report()) : std::nullopt;
+}
+
 void sample_and_write(const Options& options, const Settings& settings,
                       const std::shared_ptr<const sag::UNet>& unet, std::ostream& out) {
   auto outputs = open_outputs(options);
@@ -163,8 +168,13 @@ void sample_and_write(const Options& options, const Settings& settings,
     const Drawn drawn = {pictures(results.latents), pictures(unguided.latents), results.heat};
     png = encode_png(draw(drawn, options, settings, inputs));
   }
-  write_outputs(outputs, png, results.latents, report_json(options, settings, inputs, runs));
-  if (!options.quiet) print_summary(settings, inputs, runs, outputs, out);
+  const auto graphs = graph_report(*unet);
+  write_outputs(outputs, png, results.latents,
+                report_json(options, settings, inputs, runs, graphs));
+  if (options.quiet) return;
+  print_summary(settings, inputs, runs, outputs, out);
+  if (graphs && !graphs->failure.empty())
+    out << "without CUDA graphs, as capturing one failed: " << graphs->failure << '\n';
 }
 
 // Nothing: what the library chooses.

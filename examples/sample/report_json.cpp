@@ -94,10 +94,19 @@ json run_json(const RunReport& run) {
           {"steps", steps}};
 }
 
+json graphs_json(const sag::CudaGraphReport& graphs) {
+  return {{"captures", graphs.captures},
+          {"replays", graphs.replays},
+          {"bytes", graphs.bytes},
+          {"eager", graphs.eager},
+          {"failure", graphs.failure}};
+}
+
 }  // namespace
 
 std::string report_json(const Options& options, const Settings& settings, const Inputs& inputs,
-                        const std::vector<RunReport>& runs) {
+                        const std::vector<RunReport>& runs,
+                        const std::optional<sag::CudaGraphReport>& graphs) {
   const Totals totals = total(runs);
   json pictures = json::array(), run_list = json::array();
   for (const auto& picture : inputs.pictures)
@@ -113,6 +122,7 @@ std::string report_json(const Options& options, const Settings& settings, const 
                        {"skipped", totals.skipped},
                        {"masked", totals.guided > 0 ? json(totals.masked) : json(nullptr)},
                        {"seconds", totals.seconds},
+                       {"cuda_graphs", graphs ? graphs_json(*graphs) : json(nullptr)},
                        {"runs", run_list}};
   // Prompts may hold anything: what is no UTF-8 is replaced.
   return report.dump(2, ' ', false, json::error_handler_t::replace) + "\n";
