@@ -207,6 +207,29 @@ TEST_F(CudaGraph, FallsBackWhenItCannotCapture) {
   healthy.forward(input);
   EXPECT_EQ(healthy.report().failure, "");
   EXPECT_EQ(healthy.report().replays, 1);
+  EXPECT_NO_THROW(c10::cuda::CUDACachingAllocator::emptyCache());
+}
+
+TEST_F(CudaGraph, OutlivesTheInferenceModeItWasCapturedIn) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const CudaGraphUNet unet(toy);
+  const auto input = toy_input(2, device());
+  {
+    const c10::InferenceMode inference;
+    unet.forward(input);
+  }
+  EXPECT_TRUE(unet.forward(input).equal(toy->forward(input)));
+  EXPECT_FALSE(unet.forward(input).is_inference());
+}
+
+TEST_F(CudaGraph, InsideAnotherIsEager) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const auto inner = std::make_shared<CudaGraphUNet>(toy);
+  const CudaGraphUNet outer(inner);
+  const auto input = toy_input(2, device());
+  EXPECT_TRUE(outer.forward(input).equal(toy->forward(input)));
+  EXPECT_GT(inner->report().eager.at("another capture is under way"), 0);
+  EXPECT_EQ(outer.report().replays, 1);
 }
 
 TEST_F(CudaGraph, ServesGuidersOnThreadsAndStreamsOfTheirOwn) {
@@ -245,6 +268,7 @@ TEST_F(CudaGraph, NothingStaysAllocatedAfterSamplingButTheGraphs) {
   unet->release();
   const auto after_graphs = allocated();
   sample_toy(unet);
+  EXPECT_EQ(unet->report().captures, 4);
   unet->release();
   EXPECT_EQ(allocated(), after_graphs);
 }

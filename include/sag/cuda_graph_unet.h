@@ -29,14 +29,15 @@ struct CudaGraphReport {
   std::int64_t captures = 0, replays = 0;
   /// Calls that ran without a graph, by reason.
   std::map<std::string, std::int64_t> eager = {};
-  /// Why a capture failed; after that every call is eager. Empty: none did.
+  /// Why a capture failed; after that nothing new is captured, and calls without a graph are eager.
+  /// Empty: none did.
   std::string failure = {};
 };
 
 /// Runs another UNet as CUDA graphs: the first call of its kind is captured, later ones are
 /// replayed, which costs the host next to nothing. Calls are of one kind when shapes, dtypes, the
 /// pass's groups of rows and the active hooks are the same, on one stream. Values are those of the
-/// UNet run eagerly.
+/// UNet run eagerly, to the bit for the same kernels.
 ///
 /// Only hooks declared capturable run inside a graph (`AttentionHookOptions::capturable`): their
 /// host code runs at capture, and what they recorded is recorded anew at each replay. With any

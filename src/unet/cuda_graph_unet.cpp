@@ -11,9 +11,12 @@
 #include "sag/step_context.h"
 
 #ifdef SAG_WITH_CUDA
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/util/ScopeExit.h>
 #endif
 
 namespace sag {
@@ -64,7 +67,8 @@ Kind kind_of(const UNetInput& input) {
   }
   for (const auto& hook : AttentionScope::hooks()) kind.hooks.push_back(hook.identity);
   if (const auto* pass = AttentionScope::pass()) {
-    kind.numbers.insert(kind.numbers.end(), {pass->height, pass->width});
+    kind.numbers.insert(kind.numbers.end(),
+                        {pass->height, pass->width, pass->step->height(), pass->step->width()});
     for (const auto& group : pass->groups) append(kind, group);
   }
   return kind;
@@ -135,6 +139,44 @@ torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) 
   return output;
 }
 
+// All captures of a device share one stream, as they come one at a time: libraries keep a workspace
+// for every stream that they have seen. It is none of LibTorch's pool, whose streams callers use,
+// and lives as long as the process.
+c10::cuda::CUDAStream capture_stream(c10::DeviceIndex device) {
+  static std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const auto known = streams.find(device);
+  if (known != streams.end()) return known->second;
+  const c10::cuda::CUDAGuard guard(device);
+  cudaStream_t stream = nullptr;
+  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return streams.emplace(device, c10::cuda::getStreamFromExternal(stream, device)).first->second;
+}
+
+// Ends a capture that went wrong. CUDAGraph::capture_end stops at CUDA's error, before it tells the
+// allocators, which would then take the process for capturing for ever.
+void abandon(at::cuda::CUDAGraph& graph, c10::DeviceIndex device, at::cuda::MempoolId_t pool) {
+  const auto regardless = [](const auto& act) {
+    try {
+      act();
+    } catch (const std::exception&) {  // done already, or void like the capture
+    }
+  };
+  bool ended = false;
+  regardless([&] {
+    graph.capture_end();
+    ended = true;
+  });
+  if (ended) return;
+  auto* host = at::getHostAllocator(at::kCUDA);
+  regardless([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool); });
+  regardless([&] { c10::cuda::CUDACachingAllocator::releasePool(device, pool); });
+  regardless([&] { host->end_allocate_to_pool(pool); });
+  regardless([&] { host->release_pool(pool); });
+}
+
+// A UNet that captures while it is captured would wait for itself.
+thread_local bool capturing = false;
+
 #endif
 
 }  // namespace
@@ -198,16 +240,6 @@ bool CudaGraphUNet::State::failed() const {
   return !report.failure.empty();
 }
 
-// All captures of a device share one stream, as they come one at a time: libraries keep a workspace
-// for every stream that they have seen. (The default stream cannot be captured.)
-c10::cuda::CUDAStream capture_stream(c10::DeviceIndex device) {
-  static std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
-  const auto known = streams.find(device);
-  if (known != streams.end()) return known->second;
-  return streams.emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device))
-      .first->second;
-}
-
 void CudaGraphUNet::State::warm_up(const Graph& graph, Lane& lane) const {
   lane.stream.synchronize();
   const auto stream = capture_stream(lane.stream.device_index());
@@ -222,10 +254,7 @@ void CudaGraphUNet::State::record(Graph& graph, Lane& lane) const {
   try {
     graph.output = run_apart(*unet, graph.input, &graph);
   } catch (...) {
-    try {
-      graph.graph.capture_end();
-    } catch (const std::exception&) {  // the capture is void already
-    }
+    abandon(graph.graph, lane.stream.device_index(), lane.pool);
     throw;
   }
   graph.graph.capture_end();
@@ -241,6 +270,8 @@ std::unique_ptr<Graph> CudaGraphUNet::State::capture(Lane& lane, const UNetInput
   });
   static std::mutex one_at_a_time;  // in the whole process: the allocator takes no two captures
   const std::lock_guard lock_captures(one_at_a_time);
+  const auto until_the_end = c10::make_scope_exit([] { capturing = false; });
+  capturing = true;
   warm_up(*graph, lane);  // what the UNet or a hook throws here is theirs
   try {
     record(*graph, lane);
@@ -248,6 +279,7 @@ std::unique_ptr<Graph> CudaGraphUNet::State::capture(Lane& lane, const UNetInput
     const std::lock_guard lock(mutex);
     const std::string message = error.what();
     report.failure = message.substr(0, message.find('\n'));
+    if (lane.graphs.empty()) lane.pool = at::cuda::graph_pool_handle();
     return nullptr;
   }
   const std::lock_guard lock(mutex);
@@ -257,6 +289,9 @@ std::unique_ptr<Graph> CudaGraphUNet::State::capture(Lane& lane, const UNetInput
 
 torch::Tensor CudaGraphUNet::State::forward(const UNetInput& input) {
   if (const auto* reason = reason_to_be_eager(input)) return eager(input, reason);
+  if (capturing) return eager(input, "another capture is under way");
+  const torch::NoGradGuard no_grad;
+  const c10::InferenceMode ordinary_tensors(false);  // a graph's own outlive the caller's mode
   const c10::cuda::CUDAGuard device(input.x.device());
   const auto lane = current_lane();
   const std::lock_guard lock(lane->mutex);
