@@ -48,7 +48,7 @@ struct Settings {
     for (int i = 1; i < argc; ++i) {
       const std::string argument = argv[i];
       const auto equals = argument.find('=');
-      const auto key = argument.substr(0, equals).substr(std::min<std::size_t>(2, equals));
+      const auto key = argument.starts_with("--") ? argument.substr(2, equals - 2) : "";
       if (equals != std::string::npos && values.contains(key))
         values[key] = argument.substr(equals + 1);
       else

@@ -1,5 +1,7 @@
 // SAG at every k-th step, and with its own rows in the main call.
 
+#include <algorithm>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -55,7 +57,12 @@ Run run(const std::vector<SelfAttentionGuidanceOptions>& guidances, double cond_
   CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)},
                    {.cond_scale = cond_scale, .sigmas = sigmas});
   const auto x = fill({2, 4, 16, 24}, .7, .3, 1.5) * sigmas.front();
-  return {get_sampler(sampler)(std::ref(guider), x, sigmas, {}), guider.report()};
+  const auto both = [&](const torch::Tensor& at, double sigma) {
+    return guider.predict_both(at, sigma);
+  };
+  const auto& info = sampler_info(sampler);
+  const DenoiseFunction denoise = info.needs_uncond ? DenoiseFunction(both) : std::ref(guider);
+  return {info.sample(denoise, x, sigmas, {.flow = flow}), guider.report()};
 }
 
 TEST(SagInterval, GuidesEveryKthStep) {
@@ -157,21 +164,58 @@ TEST(SagOnePass, GoesWithOtherGuidances) {
 }
 
 TEST(SagOnePass, GoesWithEverySamplerAndKeepsNoTimeOfItsOwn) {
-  for (const char* sampler : {"heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "uni_pc"}) {
-    const auto once = run({{.one_pass = true}}, 7, sampler);
+  for (const auto name : sampler_names()) {
+    const std::string sampler(name);
+    const auto once = run({{.one_pass = true}}, 7, sampler.c_str());
     EXPECT_TRUE(once.samples.isfinite().all().item<bool>()) << sampler;
-    EXPECT_TRUE(once.samples.equal(run({{.one_pass = true}}, 7, sampler).samples)) << sampler;
+    EXPECT_TRUE(once.samples.equal(run({{.one_pass = true}}, 7, sampler.c_str()).samples))
+        << sampler;
+    // One call an evaluation, but for those before the first δ: step 0 has none, however often it
+    // is evaluated.
+    const auto& evaluations = once.report.evaluations;
+    const auto first_step = std::count_if(
+        evaluations.begin(), evaluations.end(),
+        [](const EvaluationReport& evaluation) { return evaluation.step_index == 0; });
+    EXPECT_EQ(once.report.unet_calls(), static_cast<std::int64_t>(evaluations.size()) + first_step)
+        << sampler;
   }
 }
 
-TEST(SagOnePass, IsExactWithoutTheRunsSigmas) {
-  const auto sample = [](const SelfAttentionGuidanceOptions& options) {
-    CfgGuider guider(apply_self_attention_guidance(
-                         {std::make_shared<ToyUNet>(), ModelSampling::discrete()}, options),
-                     {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
-    return sample_euler(std::ref(guider), fill({1, 4, 16, 24}, .7, .3, 15), kSigmas);
-  };
-  EXPECT_TRUE(sample({.one_pass = true}).equal(sample({})));
+TEST(SagOnePass, WantsTheRunsSigmas) {
+  for (const SelfAttentionGuidanceOptions& options :
+       {SelfAttentionGuidanceOptions{.one_pass = true},
+        SelfAttentionGuidanceOptions{.interval = 2}}) {
+    const auto model = apply_self_attention_guidance(
+        {std::make_shared<ToyUNet>(), ModelSampling::discrete()}, options);
+    EXPECT_THROW(CfgGuider(model, {toy_prompt(1)}, {toy_prompt(-1)}), c10::ValueError);
+  }
+}
+
+// With η = 1 these evaluate at σ_next itself, but for the last bit, which must not decide the step.
+TEST(SagInterval, DoesNotDependOnTheLastBitOfASigma) {
+  for (const char* sampler : {"dpm_2_ancestral", "dpmpp_2s_ancestral"}) {
+    const auto guided = run({{.interval = 2}}, 7, sampler).guided();
+    EXPECT_THAT(guided, ElementsAre(true, false, false, true, true, false, false)) << sampler;
+  }
+}
+
+TEST(SagOnePass, SaysWhyItDidNotGuideAtCfg1) {
+  EXPECT_EQ(run({{.interval = 2, .one_pass = true}}, 1).report.skipped().at("between guided steps"),
+            2);
+}
+
+TEST(Guidance, RefusesRowsInTheNameOfTheMainPass) {
+  ModelPatcher early(std::make_shared<ToyUNet>(), ModelSampling::discrete()), again = early;
+  early.set_post_cfg_function([](const PostCfgArgs& args) { return args.denoised; },
+                              {.early = [](const EarlyArgs& args) {
+                                return EarlyRows{Branch::uncond, Owner::main, args.x};
+                              }});
+  again.set_post_cfg_function(
+      [](const PostCfgArgs& args) { return args.predict(args.x, Branch::uncond, Owner()); });
+  for (const auto& model : {early, again}) {
+    CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
+    EXPECT_THROW(guider(fill({1, 4, 16, 24}, .7, .3, 15), 4.0), c10::ValueError);
+  }
 }
 
 TEST(SagInterval, RefusesWhatIsNone) {

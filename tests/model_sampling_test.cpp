@@ -283,5 +283,28 @@ TEST(ModelSampling, LinearBetasAreLinear) {
   EXPECT_NEAR(sampling.sigma_max(), std::sqrt((1 - alpha_cumprod) / alpha_cumprod), 1e-7);
 }
 
+TEST(ModelSampling, FlowTablesEndAtOneWhateverTheShift) {
+  for (int hundredths = 1; hundredths <= 600; ++hundredths) {
+    const auto sampling = ModelSampling::flow({.shift = hundredths / 100.0});
+    EXPECT_EQ(sampling.sigma_max(), 1.0) << hundredths;
+    EXPECT_EQ(sampling.sigma(sampling.timestep(1.0)), 1.0) << hundredths;
+  }
+}
+
+TEST(ModelSampling, EveryTableCanEndInPureNoise) {
+  for (const char* schedule : {"scaled_linear", "linear"}) {
+    for (const std::int64_t timesteps : {2, 1000, 4000}) {
+      const auto sampling = ModelSampling::discrete(Prediction::v, {.beta_start = 1e-4,
+                                                                    .beta_end = 0.02,
+                                                                    .timesteps = timesteps,
+                                                                    .beta_schedule = schedule,
+                                                                    .zero_terminal_snr = true});
+      EXPECT_GT(sampling.sigma_max(), 4000) << schedule << timesteps;
+    }
+  }
+  EXPECT_THROW(ModelSampling::discrete(Prediction::v, {.timesteps = 1, .zero_terminal_snr = true}),
+               c10::ValueError);
+}
+
 }  // namespace
 }  // namespace sag

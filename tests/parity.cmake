@@ -42,7 +42,7 @@ function(check_table file first_cell entries)
   set(${entries} "${found}" PARENT_SCOPE)
 endfunction()
 
-check_table(docs/parity.md "P?[0-9]+" deviations)
+check_table(docs/parity.md "P?[0-9]+b?" deviations)
 check_table(tests/golden/README.md "`[A-Za-z0-9_]+`" entries)
 
 file(READ "${SOURCE}/tests/golden/toy.json" toy)

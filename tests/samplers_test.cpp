@@ -447,6 +447,31 @@ TEST(SamplerParity, SdeSamplersOfFlowModelsStartBelowOne) {
   }
 }
 
+TEST(SamplerParity, UniPcOfAFlowModelIsScaledForWhereItEnds) {
+  // The reference writes 0.001 into the schedule, and so undoes the scaling of 0.001.
+  const auto constant = [](const torch::Tensor& x, double) { return torch::ones_like(x); };
+  const auto samples = sample(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),
+                              std::vector<double>{1, .75, .5, .25, 0});
+  const double ended = 0.999 * 1 + 0.001 * 2;  // (1 − σ)·x0 + σ·n, as the prediction never changes
+  EXPECT_NEAR(samples.item<double>(), ended / 0.999, 5e-5);  // λ is fp32, as there; without: 1e-3
+}
+
+TEST(UniPc, IsFiniteAtTheSmallestSigmas) {
+  const std::vector<std::vector<double>> tiny = {
+      {1, 3e-4, 1e-4, 0}, {1, 1e-4, 0}, {1, 1e-4, 5e-5, 0}};
+  for (const auto& sigmas : tiny)
+    EXPECT_TRUE(sample_uni_pc(scalar_model, scalar(1), sigmas, {}).isfinite().all().item<bool>());
+}
+
+TEST(FlowSamplers, NameTheSigmaThatTheyCannotStartAt) {
+  const auto with = [](std::vector<double> sigmas) {
+    return [=] { sample_dpmpp_2m_sde(scalar_model, scalar(1), sigmas, {.flow = true}); };
+  };
+  EXPECT_THAT(with({5, .5, 0}), ThrowsMessage<c10::ValueError>(HasSubstr("must be <= 1, got 5")));
+  EXPECT_THAT(with({1, .99995, 0}),
+              ThrowsMessage<c10::ValueError>(HasSubstr("second sigma must be below 0.9999")));
+}
+
 TEST(CfgPlusPlus, NeedsBothPredictions) {
   for (const auto name : sampler_names()) {
     const auto alone = [](const torch::Tensor& x, double) { return 0.3 * x; };
@@ -468,7 +493,7 @@ TEST(GetSampler, FindsEveryName) {
 TEST(GetSampler, ListsTheKnownNamesForAnUnknownOne) {
   EXPECT_THAT([] { get_sampler("plms"); },
               ThrowsMessage<c10::ValueError>(HasSubstr(
-                  "[get_sampler] name must be one of euler, euler_cfg_pp, euler_ancestral, ")));
+                  "[sampler_info] name must be one of euler, euler_cfg_pp, euler_ancestral, ")));
   EXPECT_THAT([] { get_sampler("plms"); },
               ThrowsMessage<c10::ValueError>(HasSubstr(", uni_pc, uni_pc_bh2, got \"plms\".")));
 }

@@ -328,10 +328,12 @@ TEST(Sag, IsActiveAtBothEndsOfItsWindow) {
   };
   const SelfAttentionGuidanceOptions percent{.start_percent = 0.25, .end_percent = 0.6};
   EXPECT_EQ(guided({start, end, 0}, percent), 2);
-  EXPECT_EQ(guided({std::nextafter(start, 99), std::nextafter(end, 0), 0}, percent), 0);
+  EXPECT_EQ(guided({start * (1 + 1e-5), end * (1 - 1e-5), 0}, percent), 0);
   const SelfAttentionGuidanceOptions sigma{.sigma_start = start, .sigma_end = end};
   EXPECT_EQ(guided({start, end, 0}, sigma), 2);
-  EXPECT_EQ(guided({std::nextafter(start, 99), std::nextafter(end, 0), 0}, sigma), 0);
+  EXPECT_EQ(guided({start * (1 + 1e-5), end * (1 - 1e-5), 0}, sigma), 0);
+  // The last bit of a sigma that a sampler computed anew does not count.
+  EXPECT_EQ(guided({std::nextafter(start, 99), std::nextafter(end, 0), 0}, sigma), 2);
 }
 
 TEST(Sag, AsksForUncondRowsAtCfg1OnlyWhereItGuides) {

@@ -195,6 +195,8 @@ Batch tensor_batch(const Options& options, const Settings& settings, const Tenso
   if (tensors.uncond.defined() || !tensors.cond.defined())
     batch.negative = conds(tensors.uncond, tensors.uncond_y);
   batch.cfg = settings.cfg;
+  if (batch.negative.empty() && sag::sampler_info(settings.sampler).needs_uncond)
+    throw UsageError(fmt::format("--sampler {} needs --uncond.", settings.sampler));
   if (batch.negative.empty()) {
     if (options.cfg && *options.cfg != 1.0)
       throw UsageError(fmt::format("--cfg {} needs --uncond.", *options.cfg));

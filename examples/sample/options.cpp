@@ -236,6 +236,9 @@ void add_sampling_options(CLI::App& app, Options& o) {
                "Share of the schedule to run, with --latent", "1");
   group.text("--sigmas", o.sigmas, "T",
              "Noise levels, used as they are, the last 0 included, in place of a schedule");
+  group.number("--eta", o.eta, kShare, "X",
+               "Share of fresh noise in ancestral and SDE samplers, 0 ... 1", "1");
+  group.number("--s-noise", o.s_noise, kNotNegative, "X", "Factor on fresh noise", "1");
   group.number("--cfg", o.cfg, kFinite, "X", "Scale of classifier-free guidance",
                "the model's, else 7.5; 1 without an unconditional prediction");
 }
@@ -260,7 +263,7 @@ void add_sag_options(CLI::App& app, Options& o) {
                "The same as a share of the model's timesteps, 0 ... 1");
   group.number("--sag-interval", o.sag_interval,
                Range<std::int64_t>{1, 10000, "a whole number between 1 and 10000"}, "N",
-               "Guide every Nth step; 2 with twice the scale costs half as much", "1");
+               "Guide every Nth step: 1/N of the extra rows, and less of the effect", "1");
   group.flag("--sag-one-pass", o.sag_one_pass,
              "Perturb with what the step before blurred, in one call of the UNet");
   group.flag("--no-sag", o.no_sag, "Sample without self-attention guidance");

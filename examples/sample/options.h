@@ -33,6 +33,7 @@ struct Options {
   std::optional<std::string> sampler, schedule;
   std::optional<std::int64_t> steps;
   std::optional<double> cfg, denoise;
+  std::optional<double> eta, s_noise;
   std::string sigmas;
 
   // Self-attention guidance.

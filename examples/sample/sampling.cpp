@@ -125,7 +125,9 @@ Sampled sample_batch(const sag::ModelPatcher& model, bool guided, const Settings
   TimedModel timed(guider, sampler.needs_uncond, settings.device);
   sag::SampleOptions sample_options = {.denoise_mask = batch.mask,
                                        .inpaint_noise = inpaint_noise(batch, inputs, settings),
-                                       .sampler = {.seeds = batch.seeds}};
+                                       .sampler = {.seeds = batch.seeds,
+                                                   .eta = options.eta.value_or(1.0),
+                                                   .s_noise = options.s_noise.value_or(1.0)}};
   if (batch.latent.defined()) sample_options.latent = batch.latent * options.latent_scale;
   std::int64_t calls = 0;
   const auto steps = static_cast<double>(inputs.sigmas.size() - 1);

@@ -40,7 +40,7 @@ struct CfgGuiderOptions {
   double cond_scale = 1.0;
   /// The run's sigmas, as the sampler gets them: an evaluation at σ belongs to step i, the largest
   /// i with sigmas[i] >= σ, so that Heun's corrector counts as the next step. Empty: every
-  /// evaluation is step 0.
+  /// evaluation is step 0, which guidances that depend on the step refuse.
   std::vector<double> sigmas = {};
   /// At most so many rows in one UNet call; 0: no limit. See `CalcCondBatchOptions`.
   std::int64_t max_rows = 0;
@@ -73,7 +73,8 @@ class SAG_API CfgGuider {
   torch::Tensor operator()(const torch::Tensor& x, double sigma);
 
   /// Like operator(), with the unconditional prediction, as it was before any post-CFG function and
-  /// evaluated at cond_scale 1 too: what CFG++ samplers need.
+  /// evaluated at cond_scale 1 too: what CFG++ samplers need. Undefined where no negative is
+  /// active.
   Denoised predict_both(const torch::Tensor& x, double sigma);
 
   const GuiderReport& report() const { return report_; }

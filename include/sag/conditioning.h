@@ -36,6 +36,13 @@ struct Conditioning {
 /// Returns the conditioning with every tensor on `device`.
 SAG_API Conditioning to_device(Conditioning cond, torch::Device device);
 
+/// Sigmas that differ by less, relative to each other, are the same to windows and steps: samplers
+/// compute them anew, and the references in fp32.
+inline constexpr double kSigmaTolerance = 1e-6;
+
+/// Returns whether sigma_end <= sigma <= sigma_start.
+SAG_API bool is_in_window(double sigma, double sigma_start, double sigma_end);
+
 /// Returns whether the conditioning counts at `sigma`. ComfyUI: `get_area_and_mult`.
 SAG_API bool is_active(const Conditioning& cond, double sigma);
 

@@ -20,7 +20,8 @@ namespace sag {
 /// evaluation: Heun and others evaluate a step twice.
 class SAG_API RunContext {
  public:
-  /// Keeps `value` for the guidance `owner`, made in step `step_index`. The two latest steps stay.
+  /// Keeps `value` for the guidance `owner`, made in step `step_index`. It replaces
+  /// what that step kept, and three steps stay: samplers look up to two ahead.
   void keep(const Owner& owner, std::int64_t step_index, torch::Tensor value);
   /// Returns the value of the latest step before `step_index`; undefined if there is none.
   torch::Tensor latest_before(const Owner& owner, std::int64_t step_index) const;
@@ -67,8 +68,8 @@ struct PostCfgArgs {
   StepContext& step;
   RunContext& run;
   /// Evaluates a branch once more, at another x of the same shape, in a pass whose rows belong to
-  /// `owner`. Returns the branch's denoised prediction; undefined if it has no conditioning active
-  /// at this sigma.
+  /// `owner`, which must be a named one. Returns the branch's denoised prediction; undefined if it
+  /// has no conditioning active at this sigma.
   std::function<torch::Tensor(const torch::Tensor& x, Branch branch, const Owner& owner)> predict;
   /// The prediction of the rows that `PostCfgOptions::early` asked for; undefined: it did not, or
   /// the branch has no conditioning active at this sigma.
@@ -88,7 +89,7 @@ struct EarlyArgs {
 /// Rows to evaluate together with the main ones: a branch at another x of the same shape.
 struct EarlyRows {
   Branch branch = Branch::uncond;
-  Owner owner;
+  Owner owner;  ///< must be named: the main pass has its rows already
   torch::Tensor x;
 };
 
@@ -97,6 +98,8 @@ struct PostCfgOptions {
   /// size are known, nothing is recorded yet), also where cond_scale 1 does not. Empty: never.
   /// (ComfyUI: `disable_cfg1_optimization`, which cannot be switched off again.)
   std::function<bool(const StepContext& step)> needs_uncond = {};
+  /// True if the function depends on the step: the guider then insists on the run's sigmas.
+  bool needs_steps = false;
   /// Asks for rows in the main call, where they cost less than in a call of their own. Empty, or
   /// nothing returned: none.
   std::function<std::optional<EarlyRows>(const EarlyArgs&)> early = {};

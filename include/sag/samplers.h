@@ -149,8 +149,8 @@ SAG_API torch::Tensor sample_gradient_estimation(const DenoiseFunction& model, t
 SAG_API torch::Tensor sample_er_sde(const DenoiseFunction& model, torch::Tensor x,
                                     std::span<const double> sigmas,
                                     const SamplerOptions& options = {});
-/// UniPC, third order, B1(h): each evaluation also corrects the step before. A last sigma of 0 is
-/// reached at 0.001. Zhao et al. 2023; ComfyUI: `sample_unipc`.
+/// UniPC, third order, B1(h): each evaluation also corrects the step before. With a last sigma of 0
+/// the run ends at 0.001 instead. Zhao et al. 2023; ComfyUI: `sample_unipc`.
 SAG_API torch::Tensor sample_uni_pc(const DenoiseFunction& model, torch::Tensor x,
                                     std::span<const double> sigmas,
                                     const SamplerOptions& options = {});
@@ -167,19 +167,26 @@ SAG_API torch::Tensor sample_ddim(const DenoiseFunction& model, torch::Tensor x,
 SAG_API torch::Tensor sample_euler_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
                                           std::span<const double> sigmas,
                                           const SamplerOptions& options = {});
+/// Euler steps with fresh noise, CFG++.
 SAG_API torch::Tensor sample_euler_ancestral_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
                                                     std::span<const double> sigmas,
                                                     const SamplerOptions& options = {});
+/// DPM-Solver++(2S) steps with fresh noise, CFG++, two evaluations a step. The noise is that of
+/// x = x0 + σ·n in flow models too, as in the reference: there `sample_euler_ancestral_cfg_pp` is
+/// right.
 SAG_API torch::Tensor sample_dpmpp_2s_ancestral_cfg_pp(const DenoiseFunction& model,
                                                        torch::Tensor x,
                                                        std::span<const double> sigmas,
                                                        const SamplerOptions& options = {});
+/// DPM-Solver++(2M), CFG++.
 SAG_API torch::Tensor sample_dpmpp_2m_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
                                              std::span<const double> sigmas,
                                              const SamplerOptions& options = {});
+/// Two-step exponential integrator, CFG++.
 SAG_API torch::Tensor sample_res_multistep_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
                                                   std::span<const double> sigmas,
                                                   const SamplerOptions& options = {});
+/// Euler steps along the extrapolated unconditional derivative, CFG++.
 SAG_API torch::Tensor sample_gradient_estimation_cfg_pp(const DenoiseFunction& model,
                                                         torch::Tensor x,
                                                         std::span<const double> sigmas,
@@ -191,8 +198,10 @@ struct SamplerInfo {
   Sampler sample;
   /// A CFG++ sampler: the model must return both predictions.
   bool needs_uncond = false;
-  /// The field runs it without the last sigma but one; see `get_sigmas`.
+  /// ComfyUI and others run it without the last sigma but one: `ScheduleOptions`.
   bool discards_penultimate_sigma = false;
+  /// Where a run to σ = 0 really ends: UniPC at 0.001, as in the reference.
+  double end_sigma = 0.0;
 };
 
 /// Returns the names of all samplers: "euler", "euler_cfg_pp", …

@@ -62,7 +62,8 @@ struct SelfAttentionGuidanceOptions {
   /// `ModelSampling::percent_to_sigma`. Where given, it replaces sigma_start or sigma_end.
   std::optional<double> start_percent = {}, end_percent = {};
   /// Guides every interval-th step of the run, from the first; the steps between cost nothing.
-  /// Needs `CfgGuiderOptions::sigmas`, without which every evaluation is step 0.
+  /// A step is the interval of `CfgGuiderOptions::sigmas` that an evaluation falls into (Heun's
+  /// corrector counts as the next); without them the guider throws.
   std::int64_t interval = 1;
   /// Perturbs with what was blurred in the step before, so that guidance's own rows go through the
   /// UNet together with the main ones: with δ = degraded − uncond_denoised of the latest earlier
@@ -70,7 +71,8 @@ struct SelfAttentionGuidanceOptions {
   ///
   ///     result = denoised + scale · (uncond_denoised + δ − predict_uncond(x + renoise_scale · δ))
   ///
-  /// The first guided step has no δ and runs as without it. Needs `CfgGuiderOptions::sigmas`.
+  /// The first guided step has no δ and runs as without it. The guider needs the run's sigmas here,
+  /// too.
   bool one_pass = false;
   /// The self-attention to watch.
   AttentionSite site = {"middle", 0, 0};

@@ -19,9 +19,9 @@ struct GuidanceNote {
   bool guided = false;
   /// Why it did not guide; empty when it did.
   std::string reason = {};
-  /// Where the guidance changed the picture, [images, 1, height, width] bool on the latent's
-  /// device; undefined if it has no such mask. A tensor, so that nothing waits for the device
-  /// inside a step.
+  /// Where the guidance blurred the picture (one-pass SAG: what acts in the next step), [images, 1,
+  /// height, width] bool on the latent's device; undefined if it has no such mask. A tensor, so
+  /// that nothing waits for the device inside a step.
   torch::Tensor mask = {};
 };
 

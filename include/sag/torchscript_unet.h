@@ -23,9 +23,9 @@ struct TorchScriptUNetOptions {
   /// 60 times slower there), the file's own elsewhere.
   std::optional<torch::ScalarType> dtype = {};
   /// Whether convolutions' weights, and x, are laid out with channels last, which tensor cores like
-  /// better. Nothing: on CUDA in half precision, if convolutions hold at least 40 % of the weights.
-  /// That is SD1.5's kind of UNet, which it makes a fifth faster; SDXL's, mostly transformers, it
-  /// makes slower.
+  /// better. Nothing: on CUDA in half precision, if convolutions hold at least 40 % of the
+  /// parameters (frozen files have none, and stay as they are). That is SD1.5's kind of UNet, which
+  /// it makes a fifth faster; SDXL's, mostly transformers, it makes slower.
   std::optional<bool> channels_last = {};
 };
 

@@ -65,7 +65,8 @@ torch::Tensor blur_axis(const torch::Tensor& x, std::int64_t dim, std::int64_t r
   const auto reach = std::min(radius, side - 1);  // reflection needs a neighbour for every tap
   const auto weights = gaussian_weights(reach, sigma);
 #ifdef SAG_WITH_CUDA
-  if (x.is_cuda() && x.scalar_type() == torch::kFloat && reach <= kBlurMaxRadius)
+  const bool differentiable = x.requires_grad() && at::GradMode::is_enabled();
+  if (x.is_cuda() && x.scalar_type() == torch::kFloat && reach <= kBlurMaxRadius && !differentiable)
     return blur_axis_cuda(x, dim, weights);
 #endif
   const auto padded = dim == 2 ? at::reflection_pad2d(x, {0, 0, reach, reach})

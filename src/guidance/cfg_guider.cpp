@@ -14,16 +14,22 @@ void check_options(const CfgGuiderOptions& options) {
                     "[CfgGuider] cond_scale must be finite, got ", options.cond_scale, ".");
   TORCH_CHECK_VALUE(options.max_rows >= 0, "[CfgGuider] max_rows must be at least 0, got ",
                     options.max_rows, ".");
-  const auto falls =
-      std::adjacent_find(options.sigmas.begin(), options.sigmas.end(),
-                         [](double a, double b) { return !(a > b); }) == options.sigmas.end();
-  TORCH_CHECK_VALUE(falls, "[CfgGuider] sigmas must fall strictly.");
+  for (std::size_t i = 0; i < options.sigmas.size(); ++i) {
+    const double sigma = options.sigmas[i];
+    TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma >= 0,
+                      "[CfgGuider] sigmas must be finite and at least 0, got ", sigma, " at ", i,
+                      ".");
+    TORCH_CHECK_VALUE(i == 0 || sigma < options.sigmas[i - 1],
+                      "[CfgGuider] sigmas must fall strictly, got ", sigma, " at ", i, " after ",
+                      options.sigmas[i - 1], ".");
+  }
 }
 
-// The largest i with sigmas[i] >= sigma; 0 before the first.
+// The largest i with sigmas[i] >= sigma; 0 before the first. Samplers compute sigmas anew, and may
+// miss one of the schedule by its last bit.
 std::int64_t step_of(const std::vector<double>& sigmas, double sigma) {
-  const auto after =
-      std::partition_point(sigmas.begin(), sigmas.end(), [sigma](double s) { return s >= sigma; });
+  const auto reaches = [sigma](double s) { return s >= sigma * (1 - kSigmaTolerance); };
+  const auto after = std::partition_point(sigmas.begin(), sigmas.end(), reaches);
   return std::max<std::int64_t>(after - sigmas.begin() - 1, 0);
 }
 
@@ -93,6 +99,16 @@ torch::Tensor cfg(const ModelPatcher& model, const CfgArgs& args) {
   return args.uncond_denoised + (args.cond_denoised - args.uncond_denoised) * args.cond_scale;
 }
 
+// What a guidance has evaluated must not pass for the main pass, whose rows hooks record.
+void check_rows(const torch::Tensor& rows, const Owner& owner, const torch::Tensor& x) {
+  TORCH_CHECK_VALUE(rows.defined() && rows.sizes() == x.sizes(),
+                    "[CfgGuider] the x of a guidance's rows must have the shape of x, ", x.sizes(),
+                    ", got ", rows.defined() ? c10::str(rows.sizes()) : "an undefined tensor", ".");
+  TORCH_CHECK_VALUE(owner != Owner::main,
+                    "[CfgGuider] the owner of a guidance's rows must be a named Owner, got the "
+                    "main pass.");
+}
+
 void check_shape(const torch::Tensor& t, const torch::Tensor& x, const char* what) {
   TORCH_CHECK_VALUE(t.defined() && t.sizes() == x.sizes(), "[CfgGuider] a ", what,
                     " must return the shape of x, ", x.sizes(), ", got ",
@@ -134,6 +150,11 @@ CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
     : model_(std::move(model)), options_(options) {
   check_options(options_);
   check_given(positive, negative);
+  for (const auto& installed : model_.post_cfg_functions())
+    TORCH_CHECK_VALUE(
+        !installed.options.needs_steps || !options_.sigmas.empty(),
+        "[CfgGuider] sigmas must be the run's, as a guidance of this model depends on "
+        "the step (interval, one_pass), got none.");
   positive_ = on_device(std::move(positive), model_.unet().device());
   negative_ = on_device(std::move(negative), model_.unet().device());
 }
@@ -182,7 +203,7 @@ Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_unc
     if (!installed.options.early) continue;
     const auto rows = installed.options.early({x, sigma, model_.model_sampling(), step, run_});
     if (!rows) continue;
-    check_shape(rows->x, x, "post-CFG function's early x");
+    check_rows(rows->x, rows->owner, x);
     early.back() = requests.size();
     requests.push_back({rows->branch, rows->owner, rows->x, conds_of(rows->branch)});
   }
@@ -209,7 +230,7 @@ Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_unc
   check_shape(result, x, "CFG function");
 
   const auto predict = [&](const torch::Tensor& x_again, Branch branch, const Owner& owner) {
-    check_shape(x_again, x, "prediction's new x");
+    check_rows(x_again, owner, x);
     const CondRequest request{branch, owner, x_again, conds_of(branch)};
     return evaluate_batch({&request, 1}).front();
   };

@@ -100,7 +100,7 @@ SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options,
 const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigma) {
   if (options.scale == 0) return "scale is 0";
   if (options.blur_sigma == 0) return "blur_sigma is 0";
-  if (sigma > options.sigma_start || sigma < options.sigma_end)
+  if (!is_in_window(sigma, options.sigma_start, options.sigma_end))
     return "sigma is outside the window";
   return nullptr;
 }
@@ -182,7 +182,9 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
   if (const auto* reason = idle_reason(options, args.sigma)) return skip(reason);
   if (!options.one_pass && !guides_step(options, args.step)) return skip("between guided steps");
   if (!args.uncond_denoised.defined())
-    return skip("there is no unconditional prediction at this sigma");
+    return skip(guides_step(options, args.step)
+                    ? "there is no unconditional prediction at this sigma"
+                    : "between guided steps");
   if (too_small(args.step.height(), args.step.width()))
     return skip("a side of the latent is 4 or less");
   const auto records = args.step.records(owner);
@@ -233,6 +235,7 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
   PostCfgOptions post_cfg{.needs_uncond = [options](const StepContext& step) {
     return looks(options, step) && guides_step(options, step);
   }};
+  post_cfg.needs_steps = options.one_pass || options.interval > 1;
   if (options.one_pass)
     post_cfg.early = [owner, options](const EarlyArgs& args) {
       return early_rows(owner, options, args);

@@ -70,8 +70,12 @@ Conditioning to_device(Conditioning cond, torch::Device device) {
   return cond;
 }
 
+bool is_in_window(double sigma, double sigma_start, double sigma_end) {
+  return sigma_end <= sigma * (1 + kSigmaTolerance) && sigma * (1 - kSigmaTolerance) <= sigma_start;
+}
+
 bool is_active(const Conditioning& cond, double sigma) {
-  return cond.sigma_end <= sigma && sigma <= cond.sigma_start;
+  return is_in_window(sigma, cond.sigma_start, cond.sigma_end);
 }
 
 void check_conditioning(const Conditioning& cond, std::int64_t images, std::int64_t height,
@@ -105,6 +109,8 @@ void check_conditioning_values(const Conditioning& cond, const char* caller) {
   for (const auto& [name, tensor] : cond.extra)
     check_finite(tensor, extra_name(name).c_str(), caller);
   if (!cond.mask.defined() || cond.mask.numel() == 0) return;
+  TORCH_CHECK_TYPE(cond.mask.is_floating_point(), "[", caller, "] mask must be floating, got ",
+                   cond.mask.scalar_type(), ".");
   check_finite(cond.mask, "mask", caller);
   const auto least = cond.mask.min().item<double>(), most = cond.mask.max().item<double>();
   TORCH_CHECK_VALUE(least >= 0 && most <= 1, "[", caller, "] mask must be within 0 and 1, got ",

@@ -6,20 +6,24 @@
 namespace sag {
 
 void RunContext::keep(const Owner& owner, std::int64_t step_index, torch::Tensor value) {
-  const auto earlier = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Kept& kept) {
-    return kept.owner == owner && kept.step_index < step_index;
-  });
-  const auto latest_earlier = earlier == kept_.rend() ? step_index : earlier->step_index;
   std::erase_if(kept_, [&](const Kept& kept) {
-    return kept.owner == owner && kept.step_index != latest_earlier;
+    return kept.owner == owner && kept.step_index == step_index;
   });
   kept_.push_back({owner, step_index, std::move(value)});
+  const auto own = [&](const Kept& kept) { return kept.owner == owner; };
+  if (std::count_if(kept_.begin(), kept_.end(), own) > 3)
+    kept_.erase(std::min_element(kept_.begin(), kept_.end(), [&](const Kept& a, const Kept& b) {
+      return own(a) && (!own(b) || a.step_index < b.step_index);
+    }));
 }
 
 torch::Tensor RunContext::latest_before(const Owner& owner, std::int64_t step_index) const {
-  for (auto kept = kept_.rbegin(); kept != kept_.rend(); ++kept)
-    if (kept->owner == owner && kept->step_index < step_index) return kept->value;
-  return {};
+  const Kept* latest = nullptr;
+  for (const auto& kept : kept_)
+    if (kept.owner == owner && kept.step_index < step_index &&
+        (!latest || kept.step_index > latest->step_index))
+      latest = &kept;
+  return latest ? latest->value : torch::Tensor();
 }
 
 ModelPatcher::ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling)

@@ -36,14 +36,16 @@ torch::Tensor rescale_to_zero_terminal_snr(const torch::Tensor& alphas_cumprod) 
   const auto sqrt_alphas = alphas_cumprod.sqrt();
   const auto first = sqrt_alphas[0], last = sqrt_alphas[-1];
   auto rescaled = ((sqrt_alphas - last) * (first / (first - last))).square();
-  rescaled[-1] = 4.8973451890853435e-08;
+  // Long tables come nearer to 0 than this before their end.
+  rescaled[-1] = std::min(4.8973451890853435e-08, rescaled[-2].item<double>() / 2);
   return rescaled;
 }
 
 // ComfyUI: `time_snr_shift`.
 template <typename Real>
 Real time_snr_shift(Real shift, Real t) {
-  return shift * t / (1 + (shift - 1) * t);
+  if (t == 1) return 1;  // which rounding may miss
+  return std::min<Real>(shift * t / (1 + (shift - 1) * t), 1);
 }
 
 void check_sigma(double sigma, Prediction prediction, const char* caller) {
@@ -98,6 +100,9 @@ ModelSampling ModelSampling::discrete(Prediction prediction,
                                   .square()
                             : torch::linspace(beta_start, beta_end, timesteps, torch::kFloat64);
   auto alphas_cumprod = (1 - betas).cumprod(0);
+  TORCH_CHECK_VALUE(!zero_terminal_snr || timesteps >= 2,
+                    "[ModelSampling.discrete] zero_terminal_snr needs at least 2 timesteps, got ",
+                    timesteps, ".");
   if (zero_terminal_snr) alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod);
   return from_alphas_cumprod(prediction, to_vector(alphas_cumprod));
 }

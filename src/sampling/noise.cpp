@@ -103,7 +103,7 @@ class BrownianPath {
     for (std::uint64_t node = 1;;) {
       if (time == left) return w_left;
       if (time == right) return w_right;
-      // No two steps are so close to each other that they would meet here.
+      // Steps are wider than this, relative to where they are; nearer ones would share their noise.
       const bool last = right - left <= 1e-4 * time;
       const double middle = last ? time : (left + right) / 2;
       const double share = (middle - left) / (right - left);

@@ -22,7 +22,7 @@ torch::Tensor at_least_fp32(const torch::Tensor& tensor) {
 }
 
 void check_latent(const torch::Tensor& x, const char* name, const char* caller) {
-  TORCH_CHECK_VALUE(x.defined() && x.dim() == 4, "[", caller, "] ", name,
+  TORCH_CHECK_VALUE(x.defined() && x.dim() == 4 && x.numel() > 0, "[", caller, "] ", name,
                     " must be [images, channels, height, width], got ",
                     x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
   TORCH_CHECK_TYPE(x.is_floating_point(), "[", caller, "] ", name, " must be floating point, got ",
@@ -59,8 +59,8 @@ torch::Tensor Run::predict(const torch::Tensor& x, double sigma) const {
 Denoised Run::predict_both(const torch::Tensor& x, double sigma) const {
   const auto both = model_(x, sigma);
   TORCH_CHECK_VALUE(both.uncond_denoised.defined(), "[", caller_,
-                    "] model must return uncond_denoised too (as CfgGuider::predict_both does), "
-                    "got denoised alone.");
+                    "] model must return uncond_denoised too (CfgGuider::predict_both does, if the "
+                    "guider has a negative), got denoised alone.");
   return {checked(both.denoised, x, "model"), checked(both.uncond_denoised, x, "model")};
 }
 

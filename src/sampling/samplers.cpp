@@ -52,9 +52,14 @@ constexpr std::array kSamplers = {
                 .needs_uncond = true},
     SamplerInfo{.name = "er_sde", .sample = sample_er_sde},
     SamplerInfo{.name = "ddim", .sample = sample_ddim},
-    SamplerInfo{.name = "uni_pc", .sample = sample_uni_pc, .discards_penultimate_sigma = true},
-    SamplerInfo{
-        .name = "uni_pc_bh2", .sample = sample_uni_pc_bh2, .discards_penultimate_sigma = true},
+    SamplerInfo{.name = "uni_pc",
+                .sample = sample_uni_pc,
+                .discards_penultimate_sigma = true,
+                .end_sigma = 0.001},
+    SamplerInfo{.name = "uni_pc_bh2",
+                .sample = sample_uni_pc_bh2,
+                .discards_penultimate_sigma = true,
+                .end_sigma = 0.001},
 };
 
 constexpr auto kNames = [] {
@@ -71,7 +76,7 @@ std::span<const std::string_view> sampler_names() {
 
 const SamplerInfo& sampler_info(std::string_view name) {
   const auto found = std::find(kNames.begin(), kNames.end(), name);
-  TORCH_CHECK_VALUE(found != kNames.end(), "[get_sampler] name must be one of ",
+  TORCH_CHECK_VALUE(found != kNames.end(), "[sampler_info] name must be one of ",
                     c10::Join(", ", kNames), ", got \"", name, "\".");
   return kSamplers[static_cast<std::size_t>(found - kNames.begin())];
 }
@@ -125,18 +130,25 @@ torch::Tensor checked_mask(torch::Tensor mask, const torch::Tensor& noise) {
   TORCH_CHECK_VALUE(mask.device() == noise.device(), "[sample] denoise_mask must be on ",
                     noise.device(), " as noise is, got ", mask.device(), ".");
   const auto images = noise.size(0), height = noise.size(2), width = noise.size(3);
-  const auto given = mask.sizes().vec();
+  const auto given = mask;
   if (mask.dim() == 2) mask = mask.unsqueeze(0).unsqueeze(0);
   TORCH_CHECK_VALUE(mask.dim() == 4 && (mask.size(0) == images || mask.size(0) == 1) &&
                         mask.size(1) == 1 && mask.size(2) == height && mask.size(3) == width,
                     "[sample] denoise_mask must be [", height, ", ", width, "] or [", images,
-                    " or 1, 1, ", height, ", ", width, "], got ", given, ".");
+                    " or 1, 1, ", height, ", ", width, "], got ", given.sizes(), ".");
   mask = mask.to(noise.scalar_type());
   check_finite(mask, "denoise_mask");
   TORCH_CHECK_VALUE(((mask >= 0) & (mask <= 1)).all().item<bool>(),
                     "[sample] denoise_mask must be within 0 and 1, got ", mask.min().item<double>(),
                     " to ", mask.max().item<double>(), ".");
   return mask;
+}
+
+// Where the sampler leaves a run.
+double end_of(Sampler sampler, std::span<const double> sigmas) {
+  const auto* known = std::find_if(kSamplers.begin(), kSamplers.end(),
+                                   [sampler](const auto& info) { return info.sample == sampler; });
+  return sigmas.back() == 0 && known != kSamplers.end() ? known->end_sigma : sigmas.back();
 }
 
 // Relative, as in the reference. ComfyUI: `Sampler.max_denoise`.
@@ -171,7 +183,7 @@ torch::Tensor sample(Sampler sampler, const DenoiseFunction& model, const ModelS
   sampler_options.flow = sampling.prediction() == Prediction::flow;
   sampler_options.flow_shift = sampling.flow_shift();
   // A run that is ended early returns a clean prediction, which is not to be scaled.
-  double sigma_end = sigmas.back();
+  double sigma_end = end_of(sampler, sigmas);
   if (options.sampler.callback) {
     sampler_options.callback = [&](const SamplerProgress& progress) {
       const bool goes_on = options.sampler.callback(progress);

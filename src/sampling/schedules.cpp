@@ -227,6 +227,7 @@ std::vector<double> get_sigmas_linear_quadratic(std::int64_t n, double sigma_max
 std::vector<double> get_sigmas_kl_optimal(std::int64_t n, double sigma_min, double sigma_max) {
   check_steps(n, "get_sigmas_kl_optimal");
   check_range(sigma_min, sigma_max, "get_sigmas_kl_optimal");
+  if (n == 1) return {sigma_max, 0.0};
   const auto share =
       torch::arange(n, torch::kFloat32) / static_cast<double>(std::max<std::int64_t>(n - 1, 1));
   return append_zero((share * std::atan(sigma_min) + (1 - share) * std::atan(sigma_max)).tan());

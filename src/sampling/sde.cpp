@@ -11,12 +11,16 @@ namespace {
 
 // At a flow model's σ = 1 nothing is left of the image and λ is −∞, so the run starts just below.
 // ComfyUI: `offset_first_sigma_for_snr`.
-std::vector<double> with_finite_snr(std::span<const double> sigmas, const SamplerOptions& options) {
+std::vector<double> with_finite_snr(std::span<const double> sigmas, const SamplerOptions& options,
+                                    const char* caller) {
+  check_sigmas(sigmas, caller);
   std::vector<double> result(sigmas.begin(), sigmas.end());
-  if (options.flow && !result.empty() && result.front() >= 1) {
-    const double u = 1 - 1e-4;
-    result.front() = options.flow_shift * u / (1 + (options.flow_shift - 1) * u);
-  }
+  if (!options.flow || result.front() != 1) return result;
+  const double u = 1 - 1e-4;
+  result.front() = options.flow_shift * u / (1 + (options.flow_shift - 1) * u);
+  TORCH_CHECK_VALUE(result[1] < result[0], "[", caller, "] the second sigma must be below ",
+                    result[0], ", where a flow model's run starts in place of 1, got ", result[1],
+                    ".");
   return result;
 }
 
@@ -30,7 +34,7 @@ double fresh_share(double h, double eta) {
 torch::Tensor sample_dpmpp_sde(const DenoiseFunction& model, torch::Tensor x,
                                std::span<const double> given_sigmas,
                                const SamplerOptions& options) {
-  const auto sigmas = with_finite_snr(given_sigmas, options);
+  const auto sigmas = with_finite_snr(given_sigmas, options, "sample_dpmpp_sde");
   Run run("sample_dpmpp_sde", model, sigmas, options);
   x = run.start(x);
   run.use_brownian_noise(x);
@@ -64,7 +68,7 @@ enum class Correction { midpoint, heun };
 torch::Tensor dpmpp_2m_sde(const char* caller, Correction correction, const DenoiseFunction& model,
                            torch::Tensor x, std::span<const double> given_sigmas,
                            const SamplerOptions& options) {
-  const auto sigmas = with_finite_snr(given_sigmas, options);
+  const auto sigmas = with_finite_snr(given_sigmas, options, caller);
   Run run(caller, model, sigmas, options);
   x = run.start(x);
   run.use_brownian_noise(x);
@@ -108,7 +112,7 @@ torch::Tensor sample_dpmpp_2m_sde_heun(const DenoiseFunction& model, torch::Tens
 torch::Tensor sample_dpmpp_3m_sde(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> given_sigmas,
                                   const SamplerOptions& options) {
-  const auto sigmas = with_finite_snr(given_sigmas, options);
+  const auto sigmas = with_finite_snr(given_sigmas, options, "sample_dpmpp_3m_sde");
   Run run("sample_dpmpp_3m_sde", model, sigmas, options);
   x = run.start(x);
   run.use_brownian_noise(x);
@@ -164,7 +168,7 @@ double integral_over_scaler(double level, double level_next, const Weight& weigh
 
 torch::Tensor sample_er_sde(const DenoiseFunction& model, torch::Tensor x,
                             std::span<const double> given_sigmas, const SamplerOptions& options) {
-  const auto sigmas = with_finite_snr(given_sigmas, options);
+  const auto sigmas = with_finite_snr(given_sigmas, options, "sample_er_sde");
   Run run("sample_er_sde", model, sigmas, options);
   x = run.start(x);
   run.use_fresh_noise(x);

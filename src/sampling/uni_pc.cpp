@@ -21,7 +21,8 @@ enum class Variant { bh1, bh2 };
 struct Level {
   double sigma, ratio, lambda;  // ratio: σ again, rounded as λ is
 
-  explicit Level(double sigma) : sigma(sigma) {
+  explicit Level(double sigma) : sigma(sigma), ratio(sigma), lambda(-std::log(sigma)) {
+    if (sigma < 1e-3) return;  // there fp32 would lose it all
     const auto variance = static_cast<float>(sigma) * static_cast<float>(sigma);
     const float log_alpha = 0.5f * std::log(1.0f / (variance + 1.0f));
     const float noise_variance = 1.0f - std::exp(2.0f * log_alpha);
