@@ -81,8 +81,8 @@ def settings_of(options):
 def make_judge(options):
     """What is missing of the glyphs and the judge."""
     tools = ROOT / "tools/emoji"
-    for path, command in ((options.glyphs, ["render.py", "--font", options.font]),
-                          (options.judge, ["judge.py", "--glyphs", options.glyphs] + (["--limit", options.limit, "--steps", 40, "--batch", 32] if options.smoke else []))):
+    short = ["--limit", options.limit, "--steps", 40, "--batch", 32] if options.smoke else []
+    for path, command in ((options.glyphs, ["render.py", "--font", options.font]), (options.judge, ["judge.py", "--glyphs", options.glyphs, *short])):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([sys.executable, *map(str, [tools / command[0], *command[1:], "--out", path])], check=True, stdout=sys.stderr)
@@ -93,22 +93,24 @@ class Sampler:
 
     def __init__(self, options, gallery):
         self.options = options
-        sets = [gallery.noise_set(number) for number in range(options.sets)]
-        self.glyphs = [glyphs for glyphs, _ in sets]
+        self.glyphs, self.noise = zip(*[gallery.noise_set(number) for number in range(options.sets)])
         self.names = [gallery.glyphs.captions[glyph][0] for glyphs in self.glyphs for glyph in glyphs.tolist()]
-        for copies in {len(bases) for _, bases in CALLS}:
-            torch.save(torch.cat([noise.cpu() for _, noise in sets] * copies), self.noise(copies))
+        self.files = {}
 
-    def noise(self, copies):
-        return self.options.work / f"noise-{copies}.pt"
+    def noise_file(self, copies):
+        if copies not in self.files:
+            self.files[copies] = self.options.work / f"noise-{copies}.pt"
+            torch.save(torch.cat([noise.cpu() for noise in self.noise] * copies), self.files[copies])
+        return self.files[copies]
 
     def draw(self, arguments, cfg, bases, number):
         """The pictures of each base, and the command's report. An empty prompt draws without words."""
         options = self.options
         prompts = [f"--prompt={'' if base == 'unconditional' else name}" for base in bases for name in self.names]
         files = [options.work / f"pictures-{number % 2}.pt", options.work / "report.json"]
-        command = [options.sag_sample, "--model", options.model, "--noise", self.noise(len(bases)), "--cfg", cfg, "--sampler", "euler", "--schedule", "karras",
-                   "--steps", options.steps, "--max-rows", options.max_rows, "--no-cuda-graph", "--quiet", "--save-latent", files[0], "--json", files[1]]
+        command = [options.sag_sample, "--model", options.model, "--noise", self.noise_file(len(bases)), "--cfg", cfg, "--sampler", "euler",
+                   "--schedule", "karras", "--steps", options.steps, "--max-rows", options.max_rows, "--no-cuda-graph", "--quiet",
+                   "--save-latent", files[0], "--json", files[1]]
         if subprocess.run([*map(str, command), *arguments, *prompts]).returncode:
             sys.exit(f"{options.sag_sample} failed with {' '.join(arguments)}")
         return files[0], json.loads(files[1].read_text())
@@ -121,6 +123,10 @@ def costs(run, pictures):
     seconds = sum(step["seconds"] for step in later) * run["rows"] / sum(step["rows"] for step in later)
     masked = [step["masked"] for step in steps if step["masked"] is not None]
     return {"unet_rows": run["rows"] / pictures, "milliseconds": 1000 * seconds / pictures, "masked": sum(masked) / len(masked) if masked else None}
+
+
+def device_name():
+    return f"one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "a CPU"
 
 
 class Judgement:
@@ -153,7 +159,7 @@ class Judgement:
         pictures = torch.load(file, weights_only=True).chunk(len(bases))
         for number, base in enumerate(bases):
             run = next(run for run in command_report["runs"] if run["pictures"][0] == number * len(pictures[0]))
-            row = {**self.judge(base, pictures[number]), **costs(run, len(pictures[0]))}
+            row = {"date": datetime.date.today().isoformat(), "device": device_name(), **self.judge(base, pictures[number]), **costs(run, len(pictures[0]))}
             self.rows.keep(base, variant, row)
             print(f"{base}, {variant}: FD {sum(row['fd']) / len(row['fd']):.3f}, {row['milliseconds']:.2f} ms a picture", file=sys.stderr, flush=True)
 
@@ -165,7 +171,7 @@ def measure(options, sampler, judgement, rows):
         for variant, arguments in variants(options.scale).items():
             for cfg, of_call in CALLS:
                 bases = [base for base in of_call if re.search(options.rows, f"{base}, {variant}") and not rows.find(base, variant)]
-                if not bases or (options.minutes and time.time() - options.started > 60 * options.minutes):
+                if not bases or time.time() - options.started > 60 * options.minutes:
                     continue
                 drawn = sampler.draw(arguments, cfg, bases, len(judged))
                 for earlier in judged[-1:]:
@@ -186,7 +192,7 @@ def spread(row, other=None):
 
 def line(base, variant, row, none, exact):
     def against(other, itself):
-        return report.number(spread(row, other), 2, "+") if other and variant not in itself else ""
+        return report.number(spread(row, other), 3, "+") if other and variant not in itself else ""
 
     top1 = ""
     if row["top1"]:
@@ -198,14 +204,14 @@ def line(base, variant, row, none, exact):
 
 
 def table(options, rows, facts):
-    lines = [f"Measured {facts['date']} on {facts['device']}: {options.sets} noise sets of {options.pictures} pictures, Euler, {options.steps} steps, scale {options.scale:g}, "
-             f"± one standard error. The judge names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. Real pictures measured in the same way have FD "
-             f"{report.number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and {report.number(facts['floors']['at_random'], 2)} where glyphs come "
-             "at random, as in the unconditional rows.", "",
+    found = [(base, variant, row) for base in BASES for variant in variants(options.scale) if (row := rows.find(base, variant))]
+    dates, devices = (" and ".join(sorted({row[key] for _, _, row in found})) for key in ("date", "device"))
+    lines = [f"Measured {dates} on {devices}: {options.sets} noise sets of {options.pictures} pictures, Euler, {options.steps} steps, "
+             f"scale {options.scale:g}, ± one standard error. The judge names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. "
+             f"Real pictures measured in the same way have FD {report.number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and "
+             f"{report.number(facts['floors']['at_random'], 2)} where glyphs come at random, as in the unconditional rows.", "",
              "| row | FD | change | minus exact | top-1 | UNet rows a picture | ms a picture |", "|---|---|---|---|---|---|---|"]
-    for base in BASES:
-        none, exact = rows.find(base, "none"), rows.find(base, "exact")
-        lines += [line(base, variant, row, none, exact) for variant in variants(options.scale) if (row := rows.find(base, variant))]
+    lines += [line(base, variant, row, rows.find(base, "none"), rows.find(base, "exact")) for base, variant, row in found]
     return "\n".join(lines)
 
 
@@ -222,7 +228,7 @@ def read_options():
     add("--rows", default="", metavar="REGEX", help="only these, as in 'cfg 1|none'")
     add("--sets", type=int, default=3)
     add("--pictures", type=int, default=2000, help="in a noise set")
-    add("--minutes", type=float, help="begin no row after this time")
+    add("--minutes", type=float, default=float("inf"), help="begin no row after this time; 0: print what is there")
     add("--steps", type=int, default=20)
     add("--scale", type=float, default=1.0)
     add("--real", type=int, default=20000, help="pictures that stand for the real distribution")
@@ -248,8 +254,7 @@ def main():
     rows = Rows(options.work, settings_of(options))
     sampler = Sampler(options, gallery)
     measure(options, sampler, Judgement(gallery, sampler, rows), rows)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
-    text = table(options, rows, {"date": datetime.date.today().isoformat(), "device": name, **gallery.facts})
+    text = table(options, rows, gallery.facts)
     print(text)
     if options.doc:
         report.insert(text, options.doc)
