@@ -295,6 +295,29 @@ TEST_F(SampleCommand, OutsideTheWindowNothingIsGuided) {
   EXPECT_FALSE(json["skipped"].empty());
 }
 
+TEST_F(SampleCommand, ShufflingMovesTheMaskAndNothingElse) {
+  const auto draw = [this](std::vector<std::string> more) {
+    auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    arguments.insert(arguments.end(),
+                     {"--save-latent", path("latent.pt"), "--json", path("report.json")});
+    const auto finished = run(arguments);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    return latent("latent.pt");
+  };
+  const auto none = draw({"--no-sag"});
+  const auto unguided = draw({"--sag-scale", "0", "--sag-shuffle"});
+  const auto guided = draw({"--sag-scale", "2"});
+  const double masked = report("report.json")["runs"][0]["steps"][0]["masked"];
+  const auto shuffled = draw({"--sag-scale", "2", "--sag-shuffle"});
+  EXPECT_TRUE(report("report.json")["options"]["sag"]["shuffle"]);
+  EXPECT_EQ(report("report.json")["runs"][0]["steps"][0]["masked"], masked) << "as many tokens";
+  const double largest = none.abs().max().item<double>();
+  EXPECT_LE((unguided - none).abs().max().item<double>(), 2e-5 * largest);
+  EXPECT_GT((shuffled - guided).abs().max().item<double>(), 1e-2 * largest);
+  EXPECT_TRUE(shuffled.equal(draw({"--sag-scale", "2", "--sag-shuffle"}))) << "no chance in it";
+}
+
 TEST_F(SampleCommand, MistakesAreOneSentence) {
   const auto model = make_model();
   const std::string out = path("out.png");

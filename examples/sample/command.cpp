@@ -25,6 +25,7 @@
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
 #include "sampling.h"
+#include "shuffle.h"
 #include "tensor_file.h"
 
 namespace sag_sample {
@@ -141,13 +142,18 @@ std::optional<sag::CudaGraphReport> graph_report(const sag::UNet& unet) {
   return graphs ? std::optional(graphs->report()) : std::nullopt;
 }
 
+sag::ModelPatcher guided(const sag::ModelPatcher& plain, const Options& options,
+                         const sag::SelfAttentionGuidanceOptions& guidance) {
+  return sag::apply_self_attention_guidance(
+      options.sag_shuffle ? shuffle_tokens(plain, guidance.site) : plain, guidance);
+}
+
 void sample_and_write(const Options& options, const Settings& settings,
                       const std::shared_ptr<const sag::UNet>& unet, std::ostream& out) {
   auto outputs = open_outputs(options);
   const auto inputs = read_inputs(options, settings);
   const sag::ModelPatcher plain(unet, settings.sampling);
-  const auto model =
-      settings.guided ? sag::apply_self_attention_guidance(plain, settings.guidance) : plain;
+  const auto model = settings.guided ? guided(plain, options, settings.guidance) : plain;
   const auto decoder = load_decoder(options, settings, inputs, *unet);
 
   Progress progress(Progress::style_for(options.quiet),

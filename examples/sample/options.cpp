@@ -266,6 +266,8 @@ void add_sag_options(CLI::App& app, Options& o) {
                "Guide every Nth step: 1/N of the extra rows, and less of the effect", "1");
   group.flag("--sag-one-pass", o.sag_one_pass,
              "Perturb with what the step before blurred, in one call of the UNet");
+  group.flag("--sag-shuffle", o.sag_shuffle,
+             "Control: blur as much, but at random places instead of what receives attention");
   group.flag("--no-sag", o.no_sag, "Sample without self-attention guidance");
 }
 
@@ -341,6 +343,7 @@ void check_combinations(const Options& o) {
   never_both(!o.mask.empty(), o.latent.empty(), "--mask needs the --latent that it repaints.");
   never_both(!o.inpaint_noise.empty(), o.mask.empty(), "--inpaint-noise needs a --mask.");
   never_both(o.no_sag, o.compare, "--compare and --no-sag cannot be given together.");
+  never_both(o.no_sag, o.sag_shuffle, "--sag-shuffle and --no-sag cannot be given together.");
   never_both(o.compare, o.out.empty(), "--compare needs --out.");
   never_both(o.sag_start.has_value(), o.sag_start_percent.has_value(),
              "--sag-start and --sag-start-percent cannot be given together.");

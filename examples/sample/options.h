@@ -41,7 +41,7 @@ struct Options {
   std::optional<std::int64_t> sag_kernel;
   std::optional<double> sag_start, sag_end, sag_start_percent, sag_end_percent;
   std::int64_t sag_interval = 1;
-  bool sag_one_pass = false, no_sag = false;
+  bool sag_one_pass = false, no_sag = false, sag_shuffle = false;
   std::optional<std::string> site;
 
   // Where to compute.

@@ -40,6 +40,7 @@ json options_json(const Options& options, const Settings& settings, const Inputs
                 {"sigma_end", sag.sigma_end},
                 {"interval", sag.interval},
                 {"one_pass", sag.one_pass},
+                {"shuffle", options.sag_shuffle},
                 {"start_percent", optional(sag.start_percent)},
                 {"end_percent", optional(sag.end_percent)},
                 {"site", sag.site.name()}};

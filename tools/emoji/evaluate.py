@@ -50,13 +50,22 @@ def rows():
     return table
 
 
-def frechet(features, real):
-    """Distance of the two Gaussians that the feature vectors [N, C] of generated and real pictures define."""
-    (mean1, cov1), (mean2, cov2) = [(f.mean(0), torch.cov(f.T)) for f in (features.double(), real.double())]
+def gaussian(features):
+    """Mean and covariance of feature vectors [N, C]."""
+    return features.double().mean(0), torch.cov(features.double().T)
+
+
+def distance(one, other):
+    """Fréchet distance of two Gaussians."""
+    (mean1, cov1), (mean2, cov2) = one, other
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return ((mean1 - mean2)**2).sum().add(cov1.trace() + cov2.trace() - 2 * overlap).item()
+
+
+def frechet(features, real):
+    return distance(gaussian(features), gaussian(real))
 
 
 def load_model(folder, device):
@@ -81,16 +90,12 @@ def compiled(network, batch, side, context):
         return network
 
 
-class Bench:
+class Gallery:
+    """Real pictures, the judge's view of them, and the noise sets."""
+
     def __init__(self, options, device):
         self.options = options
         self.glyphs = Glyphs(options.glyphs, device, options.limit)
-        self.network, encoder = load_model(options.model, device)
-        captions = Captions(self.glyphs.captions, encoder, device)
-        self.condition = encoder(*captions.names(torch.arange(self.glyphs.count, device=device)))
-        self.empty = encoder(*captions.empty())
-        if options.compile:
-            self.network = compiled(self.network, options.pictures, self.glyphs.side, self.empty)
         self.judge = judging.load(options.judge, device)
         torch.manual_seed(options.seed)
         self.real = torch.cat([self.look_at_real(1000) for _ in range(options.real // 1000)])
@@ -114,6 +119,19 @@ class Bench:
         random = torch.Generator().manual_seed(1000 + number)
         glyphs = torch.cat([torch.randperm(self.glyphs.count, generator=random) for _ in range(1 + count // self.glyphs.count)])[:count]
         return glyphs.to(device), torch.randn(count, 3, self.glyphs.side, self.glyphs.side, generator=random).to(device)
+
+
+class Bench(Gallery):
+    """And the model."""
+
+    def __init__(self, options, device):
+        super().__init__(options, device)
+        self.network, encoder = load_model(options.model, device)
+        captions = Captions(self.glyphs.captions, encoder, device)
+        self.condition = encoder(*captions.names(torch.arange(self.glyphs.count, device=device)))
+        self.empty = encoder(*captions.empty())
+        if options.compile:
+            self.network = compiled(self.network, options.pictures, self.glyphs.side, self.empty)
 
     def measure(self, guidance, number, glyphs, noise):
         """Fréchet distance, top-1 and evaluations of one noise set."""

@@ -27,6 +27,12 @@ def markdown(report):
     return "\n".join(lines)
 
 
+def insert(table, document):
+    """Puts the table between the document's marks."""
+    between = re.compile(re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1]), re.S)
+    document.write_text(between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", document.read_text()))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measured", required=True, type=pathlib.Path)
@@ -35,8 +41,7 @@ def main():
     table = markdown(json.loads(options.measured.read_text()))
     print(table)
     if options.readme and options.readme.exists():
-        between = re.compile(re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1]), re.S)
-        options.readme.write_text(between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", options.readme.read_text()))
+        insert(table, options.readme)
 
 
 if __name__ == "__main__":
