@@ -161,17 +161,18 @@ void abandon(at::cuda::CUDAGraph& graph, c10::DeviceIndex device, at::cuda::Memp
     } catch (const std::exception&) {  // done already, or void like the capture
     }
   };
-  bool ended = false;
+  regardless([&] { graph.capture_end(); });
+  // Where capture_end got as far as the allocators, these throw at once, and nothing is released
+  // twice.
   regardless([&] {
-    graph.capture_end();
-    ended = true;
+    c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool);
+    c10::cuda::CUDACachingAllocator::releasePool(device, pool);
   });
-  if (ended) return;
-  auto* host = at::getHostAllocator(at::kCUDA);
-  regardless([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool); });
-  regardless([&] { c10::cuda::CUDACachingAllocator::releasePool(device, pool); });
-  regardless([&] { host->end_allocate_to_pool(pool); });
-  regardless([&] { host->release_pool(pool); });
+  regardless([&] {
+    auto* host = at::getHostAllocator(at::kCUDA);
+    host->end_allocate_to_pool(pool);
+    host->release_pool(pool);
+  });
 }
 
 // A UNet that captures while it is captured would wait for itself.
