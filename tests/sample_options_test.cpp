@@ -115,6 +115,8 @@ TEST(SampleOptions, RefusesWhatDoesNotGoTogether) {
   EXPECT_NE(mistake_in_more({"--sigmas", "s.pt", "--steps", "3"}), "");
   EXPECT_NE(mistake_in_more({"--mask", "m.pt"}), "");
   EXPECT_NE(mistake_in_more({"--compare", "--no-sag"}), "");
+  EXPECT_NE(mistake_in_more({"--sag-one-pass", "--no-sag"}), "");
+  EXPECT_NE(mistake_in_more({"--sag-interval", "2", "--no-sag"}), "");
   EXPECT_NE(mistake_in_more({"--sag-shuffle", "--no-sag"}), "");
   EXPECT_NE(mistake_in_more({"--cond-y", "y.pt"}), "");
   EXPECT_NE(mistake_in_more({"--sag-start", "3", "--sag-start-percent", "0.1"}), "");

@@ -344,6 +344,8 @@ void check_combinations(const Options& o) {
   never_both(!o.inpaint_noise.empty(), o.mask.empty(), "--inpaint-noise needs a --mask.");
   never_both(o.no_sag, o.compare, "--compare and --no-sag cannot be given together.");
   never_both(o.no_sag, o.sag_shuffle, "--sag-shuffle and --no-sag cannot be given together.");
+  never_both(o.no_sag, o.sag_one_pass || o.sag_interval > 1,
+             "--sag-one-pass and --sag-interval cannot be given together with --no-sag.");
   never_both(o.compare, o.out.empty(), "--compare needs --out.");
   never_both(o.sag_start.has_value(), o.sag_start_percent.has_value(),
              "--sag-start and --sag-start-percent cannot be given together.");

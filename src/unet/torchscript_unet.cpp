@@ -125,6 +125,16 @@ void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
   if (recorded != dtype || dtype != torch::kFloat) follow_weights(graph);
 }
 
+// What a network that fails was given: it says itself only which of its layers minded.
+std::string list_shapes(const UNetInput& input) {
+  auto text = c10::str("x of shape ", input.x.sizes());
+  if (input.context.defined()) text += c10::str(", context of shape ", input.context.sizes());
+  if (input.y.defined()) text += c10::str(", y of shape ", input.y.sizes());
+  for (const auto& [name, t] : input.extra)
+    if (t.defined()) text += c10::str(", ", name, " of shape ", t.sizes());
+  return text;
+}
+
 }  // namespace
 
 struct TorchScriptUNet::State {
@@ -228,8 +238,8 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
   try {
     forward->run(stack);
   } catch (const std::exception& error) {
-    TORCH_CHECK(false, "[TorchScriptUNet::forward] ", origin.model, " failed for x of shape ",
-                input.x.sizes(), ": ", plain_message(error));
+    TORCH_CHECK(false, "[TorchScriptUNet::forward] ", origin.model, " failed for ",
+                list_shapes(input), ": ", plain_message(error));
   }
   const auto out = output_tensor(stack.back());
   TORCH_CHECK_VALUE(
