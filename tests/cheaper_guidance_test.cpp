@@ -11,6 +11,7 @@
 #include "sag/cfg_guider.h"
 #include "sag/samplers.h"
 #include "sag/self_attention_guidance.h"
+#include "support/denoise.h"
 #include "support/reference.h"
 #include "support/toy_unet.h"
 
@@ -57,11 +58,8 @@ Run run(const std::vector<SelfAttentionGuidanceOptions>& guidances, double cond_
   CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)},
                    {.cond_scale = cond_scale, .sigmas = sigmas});
   const auto x = fill({2, 4, 16, 24}, .7, .3, 1.5) * sigmas.front();
-  const auto both = [&](const torch::Tensor& at, double sigma) {
-    return guider.predict_both(at, sigma);
-  };
   const auto& info = sampler_info(sampler);
-  const DenoiseFunction denoise = info.needs_uncond ? DenoiseFunction(both) : std::ref(guider);
+  const auto denoise = test::denoise_with(guider, info);
   return {info.sample(denoise, x, sigmas, {.flow = flow}), guider.report()};
 }
 

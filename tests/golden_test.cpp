@@ -6,6 +6,7 @@
 #include "sag/cfg_guider.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
+#include "support/denoise.h"
 #include "support/device.h"
 #include "support/golden_runs.h"
 #include "support/reference.h"
@@ -62,11 +63,9 @@ torch::Tensor sample_as(const json& run, CfgGuider& guider, const ModelSampling&
                         const test::Golden& golden) {
   const double factor = run["latent_scale_factor"];
   const auto& sampler = sampler_info(run["sampler"].get<std::string>());
-  const auto denoise = [&](const torch::Tensor& x, double sigma) {
-    return sampler.needs_uncond ? guider.predict_both(x, sigma) : Denoised(guider(x, sigma));
-  };
   const auto latent = golden.get("latent");
-  return sample(sampler.sample, denoise, sampling, golden.get("noise"), golden.numbers("sigmas"),
+  return sample(sampler.sample, test::denoise_with(guider, sampler), sampling, golden.get("noise"),
+                golden.numbers("sigmas"),
                 {.latent = latent.defined() ? latent * factor : latent,
                  .denoise_mask = golden.get("denoise_mask"),
                  .inpaint_noise = golden.get("inpaint_noise")}) /

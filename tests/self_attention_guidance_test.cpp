@@ -8,6 +8,7 @@
 #include "sag/blur.h"
 #include "sag/cfg_guider.h"
 #include "sag/samplers.h"
+#include "support/denoise.h"
 #include "support/device.h"
 #include "support/reference.h"
 #include "support/toy.h"
@@ -50,10 +51,8 @@ ToyResult run(const ToyRun& toy, torch::Device device = torch::kCPU) {
                    {.cond_scale = toy.cond_scale, .sigmas = toy.sigmas, .max_rows = toy.max_rows});
   const auto noise = fill({toy.images, 4, toy.height, toy.width}, .7, .3, 1.5).to(device);
   const auto& sampler = sampler_info(toy.sampler);
-  const auto denoise = [&](const torch::Tensor& x, double sigma) {
-    return sampler.needs_uncond ? guider.predict_both(x, sigma) : Denoised(guider(x, sigma));
-  };
-  const auto samples = sampler.sample(denoise, noise * toy.sigmas.front(), toy.sigmas, {});
+  const auto samples = sampler.sample(test::denoise_with(guider, sampler),
+                                      noise * toy.sigmas.front(), toy.sigmas, {});
   return {samples, guider.report()};
 }
 

@@ -1,7 +1,5 @@
 // Samplers of the deterministic ODE that remember earlier steps.
 
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -77,6 +75,12 @@ std::vector<double> lms_coefficients(std::span<const double> sigmas, std::size_t
   for (std::size_t j = 0; j < order; ++j)
     coefficients.push_back(
         half * (lagrange(nodes, j, middle - gauss) + lagrange(nodes, j, middle + gauss)));
+  return coefficients;
+}
+
+// Coefficients of a step of width 1, for one of the given width.
+std::vector<double> scaled(std::vector<double> coefficients, double width) {
+  for (double& c : coefficients) c *= width;
   return coefficients;
 }
 
@@ -173,9 +177,7 @@ torch::Tensor sample_ipndm(const DenoiseFunction& model, torch::Tensor x,
                            std::span<const double> sigmas, const SamplerOptions& options) {
   return adams("sample_ipndm", 4, model, std::move(x), sigmas, options,
                [&](std::size_t step, std::size_t order) {
-                 auto coefficients = ipndm_coefficients(order);
-                 for (double& c : coefficients) c *= sigmas[step + 1] - sigmas[step];
-                 return coefficients;
+                 return scaled(ipndm_coefficients(order), sigmas[step + 1] - sigmas[step]);
                });
 }
 
@@ -183,9 +185,8 @@ torch::Tensor sample_ipndm_v(const DenoiseFunction& model, torch::Tensor x,
                              std::span<const double> sigmas, const SamplerOptions& options) {
   return adams("sample_ipndm_v", 4, model, std::move(x), sigmas, options,
                [&](std::size_t step, std::size_t order) {
-                 auto coefficients = ipndm_v_coefficients(sigmas, step, order);
-                 for (double& c : coefficients) c *= sigmas[step + 1] - sigmas[step];
-                 return coefficients;
+                 return scaled(ipndm_v_coefficients(sigmas, step, order),
+                               sigmas[step + 1] - sigmas[step]);
                });
 }
 

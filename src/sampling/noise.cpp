@@ -41,7 +41,8 @@ std::int64_t SeededNoise::images() const {
 torch::Tensor SeededNoise::draw(torch::IntArrayRef image_shape, torch::Device device) {
   std::vector<std::int64_t> shape = {images()};
   shape.insert(shape.end(), image_shape.begin(), image_shape.end());
-  auto noise = torch::empty(shape, torch::kFloat32);
+  auto noise =
+      torch::empty(shape, torch::TensorOptions(torch::kFloat32).pinned_memory(device.is_cuda()));
   for (std::int64_t i = 0; i < images(); ++i) {
     noise[i].normal_(0.0, 1.0, state_->generators[static_cast<std::size_t>(i)]);
   }

@@ -16,8 +16,7 @@ std::vector<double> with_finite_snr(std::span<const double> sigmas, const Sample
   check_sigmas(sigmas, caller);
   std::vector<double> result(sigmas.begin(), sigmas.end());
   if (!options.flow || result.front() != 1) return result;
-  const double u = 1 - 1e-4;
-  result.front() = options.flow_shift * u / (1 + (options.flow_shift - 1) * u);
+  result.front() = ModelSampling::flow({.shift = options.flow_shift}).percent_to_sigma(1e-4);
   TORCH_CHECK_VALUE(result[1] < result[0], "[", caller, "] the second sigma must be below ",
                     result[0], ", where a flow model's run starts in place of 1, got ", result[1],
                     ".");

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <list>
 #include <mutex>
-#include <optional>
-#include <tuple>
 #include <utility>
 
 #include "sag/attention.h"
@@ -200,7 +198,7 @@ struct CudaGraphUNet::State {
   torch::Tensor eager(const UNetInput& input, const char* reason);
   Graph* find(Lane& lane, const Kind& kind);
   bool failed() const;
-  std::unique_ptr<Graph> capture(Lane& lane, const UNetInput& input);
+  std::unique_ptr<Graph> capture(Lane& lane, const UNetInput& input, Kind kind);
   void warm_up(const Graph& graph, Lane& lane) const;
   void record(Graph& graph, Lane& lane) const;
 
@@ -262,9 +260,10 @@ void CudaGraphUNet::State::record(Graph& graph, Lane& lane) const {
 }
 
 // Returns nothing if it cannot be captured.
-std::unique_ptr<Graph> CudaGraphUNet::State::capture(Lane& lane, const UNetInput& input) {
+std::unique_ptr<Graph> CudaGraphUNet::State::capture(Lane& lane, const UNetInput& input,
+                                                     Kind kind) {
   auto graph = std::make_unique<Graph>();
-  graph->kind = kind_of(input);
+  graph->kind = std::move(kind);
   graph->input = input;
   for_each_tensor(graph->input, input, [](torch::Tensor& own, const torch::Tensor& t) {
     if (t.defined()) own = t.clone(at::MemoryFormat::Preserve);
@@ -296,12 +295,13 @@ torch::Tensor CudaGraphUNet::State::forward(const UNetInput& input) {
   const c10::cuda::CUDAGuard device(input.x.device());
   const auto lane = current_lane();
   const std::lock_guard lock(lane->mutex);
-  auto* graph = find(*lane, kind_of(input));
+  auto kind = kind_of(input);
+  auto* graph = find(*lane, kind);
   if (!graph) {
     if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
       return eager(input, "the caller captures a graph itself");
     if (failed()) return eager(input, "a capture failed");
-    auto captured = capture(*lane, input);
+    auto captured = capture(*lane, input, std::move(kind));
     if (!captured) return eager(input, "a capture failed");
     if (lane->graphs.size() == options.max_graphs) lane->graphs.pop_back();
     lane->graphs.push_front(std::move(captured));
