@@ -73,10 +73,11 @@ class CudaGraph : public ::testing::Test {
     return run(model, width);
   }
   static torch::Tensor run(const ModelPatcher& model, std::int64_t width = 24) {
+    const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};
     CfgGuider guider(model, {toy_prompt(1, device())}, {toy_prompt(-1, device())},
-                     {.cond_scale = 7.0});
+                     {.cond_scale = 7.0, .sigmas = sigmas});
     const auto x = fill({1, 4, 16, width}, 0.7, 0.3, 15.0).to(device());
-    return sample_euler(std::ref(guider), x, std::vector<double>{10, 4, 1.5, 0.5, 0});
+    return sample_euler(std::ref(guider), x, sigmas);
   }
 };
 

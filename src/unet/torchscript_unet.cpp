@@ -15,6 +15,7 @@
 #include "flatten.h"
 #include "forward_call.h"
 #include "graph_rewrite.h"
+#include "group_norm.h"
 #include "sag/attention.h"
 
 namespace sag {
@@ -160,6 +161,7 @@ struct TorchScriptUNet::State {
       channels_last = true;
       use_channels_last(module);
       constants_to_channels_last(*flat.graph);
+      fuse_group_norms(*flat.graph);
     }
   }
 
