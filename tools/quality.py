@@ -117,12 +117,9 @@ class Sampler:
 
 
 def costs(run, pictures):
-    """UNet rows and milliseconds a picture, and the share that was blurred. The first step's time is left out: it loads the kernels."""
-    steps = run["steps"]
-    later = [step for step in steps if step["step"] > 0] or steps
-    seconds = sum(step["seconds"] for step in later) * run["rows"] / sum(step["rows"] for step in later)
-    masked = [step["masked"] for step in steps if step["masked"] is not None]
-    return {"unet_rows": run["rows"] / pictures, "milliseconds": 1000 * seconds / pictures, "masked": sum(masked) / len(masked) if masked else None}
+    """UNet rows a picture, and the share that was blurred. Time follows the rows, and is measured elsewhere (scripts/bench.sh)."""
+    masked = [step["masked"] for step in run["steps"] if step["masked"] is not None]
+    return {"unet_rows": run["rows"] / pictures, "masked": sum(masked) / len(masked) if masked else None}
 
 
 def device_name():
@@ -161,7 +158,7 @@ class Judgement:
             run = next(run for run in command_report["runs"] if run["pictures"][0] == number * len(pictures[0]))
             row = {"date": datetime.date.today().isoformat(), "device": device_name(), **self.judge(base, pictures[number]), **costs(run, len(pictures[0]))}
             self.rows.keep(base, variant, row)
-            print(f"{base}, {variant}: FD {sum(row['fd']) / len(row['fd']):.3f}, {row['milliseconds']:.2f} ms a picture", file=sys.stderr, flush=True)
+            print(f"{base}, {variant}: FD {sum(row['fd']) / len(row['fd']):.3f}", file=sys.stderr, flush=True)
 
 
 def measure(options, sampler, judgement, rows):
@@ -199,7 +196,7 @@ def line(base, variant, row, none, exact):
         mean, count = sum(row["top1"]) / len(row["top1"]), row["settings"]["sets"] * row["settings"]["pictures"]
         top1 = report.number((mean, (mean * (1 - mean) / count)**0.5), 3)
     cells = [f"{base}, {variant}", report.number(spread(row), 2), against(none, ("none",)), against(exact, ("none", "exact")), top1,
-             f"{row['unet_rows']:.0f}", f"{row['milliseconds']:.2f}"]
+             f"{row['unet_rows']:.0f}"]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -210,7 +207,7 @@ def table(options, rows, facts):
              f"scale {options.scale:g}, ± one standard error. The judge names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. "
              f"Real pictures measured in the same way have FD {report.number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and "
              f"{report.number(facts['floors']['at_random'], 2)} where glyphs come at random, as in the unconditional rows.", "",
-             "| row | FD | change | minus exact | top-1 | UNet rows a picture | ms a picture |", "|---|---|---|---|---|---|---|"]
+             "| row | FD | change | minus exact | top-1 | UNet rows a picture |", "|---|---|---|---|---|---|"]
     lines += [line(base, variant, row, rows.find(base, "none"), rows.find(base, "exact")) for base, variant, row in found]
     return "\n".join(lines)
 

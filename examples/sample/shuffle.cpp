@@ -10,8 +10,9 @@ namespace {
 
 // A random order of the tokens for each row of the pass, [rows, tokens].
 torch::Tensor random_orders(const sag::Pass& pass, std::int64_t tokens, torch::Device device) {
-  const auto seed = static_cast<std::uint64_t>(pass.step_index) << 32 |
-                    static_cast<std::uint64_t>(pass.groups.front().image);
+  // In 32 bits, for the generator heeds no more; images stay below the prime.
+  const auto seed =
+      static_cast<std::uint64_t>(pass.step_index * 1'000'003 + pass.groups.front().image);
   const auto generator = at::detail::createCPUGenerator(seed);
   return torch::rand({pass.size(), tokens}, generator).to(device).argsort(std::int64_t{1});
 }
