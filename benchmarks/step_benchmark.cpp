@@ -9,7 +9,9 @@
 //
 // Time is per call of the UNet or per step, over a whole run without a pause in between. "host_ms"
 // is how long the host was busy, "MiB" what the run allocates at its peak. --cudnn_benchmark=1 lets
-// cuDNN try its kernels out. Further options are Google Benchmark's.
+// cuDNN try its kernels out. --reference=FILE first compares the output and the attention map with
+// another program's, and stops where token sums differ by 1e-3 or the output by 5 %. Further
+// options are Google Benchmark's.
 
 #include <filesystem>
 #include <iostream>
@@ -17,6 +19,7 @@
 #include <string>
 
 #include "device.h"
+#include "reference.h"
 #include "sag/aoti_unet.h"
 #include "sag/cfg_guider.h"
 #include "sag/cuda_graph_unet.h"
@@ -42,6 +45,7 @@ struct Settings {
       {"y", "0"},
       {"steps", "20"},
       {"cudnn_benchmark", "0"},
+      {"reference", ""},
       {"cfg", "7"}};
 
   const std::string& text(const std::string& key) const { return values.at(key); }
@@ -218,6 +222,25 @@ void add_benchmarks(Model& model) {
   }
 }
 
+// Throws where the UNet is not what the reference says.
+void check(Model& model) {
+  const auto& path = model.settings().text("reference");
+  if (path.empty()) return;
+  const torch::NoGradGuard no_grad;
+  const bench::ReferenceFile file(path);
+  for (const bool graph : {false, true}) {
+    if (graph && !model.settings().device().is_cuda()) break;
+    for (const bool channels_last : {false, true}) {
+      if (channels_last && model.compiled()) break;
+      const auto off = bench::compare_with_reference(*model.unet(graph, channels_last), file);
+      std::cout << "reference, " << (graph ? "graph" : "eager")
+                << (channels_last ? ", channels last" : "") << ": token sums differ by up to "
+                << off.token_sums << ", the output by " << off.output << " of its largest value\n";
+      TORCH_CHECK(off.token_sums < 1e-3 && off.output < 5e-2, "the UNet differs from ", path);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -232,6 +255,7 @@ int main(int argc, char** argv) {
   try {
     at::globalContext().setBenchmarkCuDNN(settings.number("cudnn_benchmark") != 0);
     Model model(settings);
+    check(model);
     add_benchmarks(model);
     benchmark::RunSpecifiedBenchmarks();
   } catch (const std::exception& error) {
