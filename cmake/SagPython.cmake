@@ -34,7 +34,8 @@ else()
     "are left out; -DSAG_PYTHON=<python> names one")
 endif()
 
-# sag_add_python_test(<name> COMMAND <argument of python>... [ENVIRONMENT <variable=value>...] [PROPERTIES <property>...])
+# sag_add_python_test(<name> COMMAND <argument of python>... [ENVIRONMENT <variable=value>...]
+#                     [PROPERTIES <property>...])
 #
 # A ctest test that runs Python, with tools/ and tests/ on its path. What PyTorch's compiler writes stays in the build.
 function(sag_add_python_test name)
@@ -43,8 +44,13 @@ function(sag_add_python_test name)
   file(MAKE_DIRECTORY "${scratch}")
   add_test(NAME ${name} COMMAND "${SAG_PYTHON}" -B ${ARG_COMMAND}
     WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}/tests")
+  set(environment
+    "PYTHONPATH=${PROJECT_SOURCE_DIR}/tools:${PROJECT_SOURCE_DIR}/tests:${SAG_PYTHONPATH}"
+    "CXX=${CMAKE_CXX_COMPILER}"
+    "TMPDIR=${scratch}"
+    "TORCHINDUCTOR_CACHE_DIR=${scratch}/cache"
+    ${ARG_ENVIRONMENT})
   set_tests_properties(${name} PROPERTIES
-    ENVIRONMENT
-      "PYTHONPATH=${PROJECT_SOURCE_DIR}/tools:${PROJECT_SOURCE_DIR}/tests:${SAG_PYTHONPATH};CXX=${CMAKE_CXX_COMPILER};TMPDIR=${scratch};TORCHINDUCTOR_CACHE_DIR=${scratch}/cache;${ARG_ENVIRONMENT}"
+    ENVIRONMENT "${environment}"
     LABELS python TIMEOUT 900 ${ARG_PROPERTIES})
 endfunction()

@@ -21,7 +21,7 @@ struct AotiUNetOptions {
 /// A UNet compiled by AOTInductor: a package that `tools/export_model.py --format aoti` wrote
 /// (`unet.pt2`), or a folder of such packages, compiled for several shapes. Each call takes the
 /// most specific package that fits its shapes, one compiled for just these before one that takes a
-/// range. Packages compiled without their weights share the file `weights.pt` in the folder.
+/// range. Packages compiled without their weights share the file `weights.pt` beside them.
 ///
 /// A package holds machine code, which runs in this process: load only files that you trust. It
 /// fits the kind of CPU, the GPU (compute capability) and the minor version of LibTorch that it was

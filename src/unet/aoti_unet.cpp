@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <mutex>
-#include <set>
 #include <unordered_map>
 #include <utility>
 
@@ -143,6 +142,18 @@ void give_weights(LoadedPackage& package, const Weights& weights) {
                                  /*user_managed=*/true);
 }
 
+// Unpacks the compiled code and loads it.
+std::unique_ptr<AOTIModelPackageLoader> unpack(const Package& package, torch::Device device) {
+  try {
+    return std::make_unique<AOTIModelPackageLoader>(package.path, "model",
+                                                    /*run_single_threaded=*/true,
+                                                    /*num_runners=*/1, device.index());
+  } catch (const std::exception& error) {
+    TORCH_CHECK_VALUE(false, "[AotiUNet::load] path must name a compiled UNet (.pt2), got '",
+                      package.path, "', which cannot be loaded: ", plain_message(error));
+  }
+}
+
 // ---- inputs
 
 torch::Tensor named(const UNetInput& input, const std::string& name) {
@@ -208,17 +219,16 @@ struct AotiUNet::State {
 };
 
 AotiUNet::State::State(const std::string& path, const AotiUNetOptions& options) {
-  std::set<std::string> shared;
   for (const auto& file : find_packages(path)) {
-    auto package = std::make_unique<LoadedPackage>();
-    package->about = read_package(file);
-    packages.push_back(std::move(package));
+    packages.push_back(std::make_unique<LoadedPackage>());
+    packages.back()->about = read_package(file);
     check_belongs(packages.back()->about, first());
   }
   std::stable_sort(packages.begin(), packages.end(), [](const auto& a, const auto& b) {
     return a->about.free_dims() < b->about.free_dims();
   });
   device = choose_device(first(), options.device);
+  // Everything is checked before anything is loaded: a loader that throws leaves its files in /tmp.
   for (const auto& package : packages) {
     check_gpu(package->about, device);
     if (package->about.weights.empty()) continue;
@@ -227,14 +237,7 @@ AotiUNet::State::State(const std::string& path, const AotiUNetOptions& options) 
     check_weights(package->about, weights);
   }
   for (const auto& package : packages) {
-    try {
-      package->loader = std::make_unique<AOTIModelPackageLoader>(package->about.path, "model",
-                                                                 /*run_single_threaded=*/true,
-                                                                 /*num_runners=*/1, device.index());
-    } catch (const std::exception& error) {
-      TORCH_CHECK_VALUE(false, "[AotiUNet::load] path must name a compiled UNet (.pt2), got '",
-                        package->about.path, "', which cannot be loaded: ", plain_message(error));
-    }
+    package->loader = unpack(package->about, device);
     if (!package->about.weights.empty()) give_weights(*package, weights);
   }
 }
