@@ -155,21 +155,22 @@ TEST(AttentionScope, NeedsAStep) {
 }
 
 // Calls one site so often, with so many rows each, in a pass of 2 uncond and 2 cond rows, and
-// records the sum of each row of q. `heads`: how many of them are folded into each row.
+// records the mean over heads of each row of q: its number.
 struct Calls {
-  explicit Calls(const std::vector<std::int64_t>& rows) {
+  explicit Calls(const std::vector<std::int64_t>& rows, std::int64_t heads = 2) {
     const AttentionHook record = [&](const AttentionCall& call, const Pass& pass,
                                      const NextAttention& next) {
       groups.push_back(pass.groups.size());
       for (const auto& group : pass.rows(Branch::uncond))
-        pass.step->record(owner, group, pass.select(group, call.q).sum({1, 3}));
+        pass.step->record(owner, group, pass.select(group, call.q).mean({1, 3}));
       return next(call);
     };
     const AttentionScope scope(
         {{"a", record, {}}},
         {.groups = {{.count = 2, .branch = Branch::uncond}, {.begin = 2, .count = 2}},
          .step = &step});
-    const auto q = torch::arange(16).to(torch::kFloat).view({16, 1, 1, 1});
+    const auto q =
+        torch::arange(16).to(torch::kFloat).view({16, 1, 1, 1}).expand({-1, heads, -1, -1});
     std::int64_t begin = 0;
     for (const auto count : rows) {
       const auto part = q.narrow(0, begin, count);
@@ -200,10 +201,10 @@ TEST(AttentionScope, TellsEachCallWhichRowsItCarries) {
 }
 
 TEST(AttentionScope, TakesHeadsFoldedIntoRows) {
-  const Calls calls({8});
+  const Calls calls({8}, 1);
   const auto records = calls.step.records(calls.owner);
   ASSERT_EQ(records.size(), 1u);
-  EXPECT_TRUE(torch::equal(records[0].map, torch::tensor({{1.f}, {5.f}})));
+  EXPECT_TRUE(torch::equal(records[0].map, torch::tensor({{0.5f}, {2.5f}})));
 }
 
 // Parts of the heads, the same rows again, rows that are missing or too many: what the rows of such
@@ -229,6 +230,13 @@ TEST(AttentionScope, DropsRecordsWhereCallsAreNoPartsOfTheBatch) {
     const auto reason = calls.step.skip_reason(calls.owner);
     EXPECT_EQ(reason.find("site ran") != std::string::npos, sees_rows) << rows << reason;
   }
+}
+
+// One head of each of two rows, or a row of one head: [1, tokens, head_dim] does not tell.
+TEST(AttentionScope, TakesNoPartsWhoseHeadsMayBeFolded) {
+  const Calls calls({1, 1, 1, 1}, 1);
+  EXPECT_EQ(calls.groups, std::vector<std::size_t>(4, 0));
+  EXPECT_TRUE(calls.step.records(calls.owner).empty());
 }
 
 TEST(ActiveHooks, AreChosenBySigmaBeforeThePass) {

@@ -100,7 +100,8 @@ SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> h
 /// outermost. Scopes nest; the innermost counts. Without a scope `sag::attention` is plain SDPA.
 ///
 /// The calls of a site must bring each row of the pass once: all in one call (heads may be folded
-/// into rows), or some in each, in order and one call after the other. Hooks then see a pass of
+/// into rows), or some in each, [rows, heads, tokens, head_dim], in order and one call after the
+/// other. Hooks then see a pass of
 /// the call's rows. A call that fits neither gets a pass without groups.
 class SAG_API AttentionScope {
  public:

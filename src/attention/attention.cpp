@@ -34,14 +34,16 @@ std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks,
 SiteCalls::SiteCalls(const StepContext& step)
     : records(step.sigma(), step.step_index(), step.height(), step.width()) {}
 
-Pass AttentionScopeState::enter(std::string_view site, std::int64_t rows) {
+Pass AttentionScopeState::enter(std::string_view site, c10::IntArrayRef shape) {
   const std::lock_guard lock(mutex_);
   auto& calls = sites_.try_emplace(std::string(site), *pass.step).first->second;
   auto of_call = pass;
-  const auto size = pass.size();
-  if (size == 0 || (rows > 0 && rows % size == 0)) {
+  const auto size = pass.size(), rows = shape.front();
+  // Otherwise a few rows may as well be a few heads of one row.
+  const bool heads_are_apart = shape.size() == 4 && shape[1] > 1;
+  if (size == 0 || rows == size || (rows % size == 0 && !heads_are_apart)) {
     ++calls.whole;
-  } else if (calls.rows + rows <= size) {
+  } else if (heads_are_apart && calls.rows + rows <= size) {
     of_call = pass.part(calls.rows, rows);
     calls.rows += rows;
   } else {
@@ -154,9 +156,9 @@ torch::Tensor run_hooks(AttentionScopeState& scope, std::string_view site,
   std::vector<const InstalledHook*> chain;
   for (const auto& hook : scope.hooks)
     if (hook.site == site) chain.push_back(&hook);
-  if (chain.empty()) return plain(call);
-  const auto& rows_first = call.probabilities.defined() ? call.probabilities : call.q;
-  const auto pass = scope.enter(site, rows_first.size(0));
+  const auto& first = call.probabilities.defined() ? call.probabilities : call.q;
+  if (chain.empty() || first.numel() == 0) return plain(call);  // empty: beyond this batch
+  const auto pass = scope.enter(site, first.sizes());
   auto out = run_chain(pass, chain, call, plain);
   TORCH_CHECK_VALUE(out.defined() && out.sizes() == shape, "[attention] the hooks of site \"", site,
                     "\" must return the attention's shape, ", shape, ", got ",

@@ -32,9 +32,8 @@ struct AttentionScopeState final : c10::DebugInfoBase {
   std::vector<InstalledHook> hooks;
   Pass pass;
 
-  /// Returns the pass of the next call of `site`, whose tensors have `rows` rows, heads folded into
-  /// them or not.
-  Pass enter(std::string_view site, std::int64_t rows);
+  /// Returns the pass of the next call of `site`, whose q or probabilities have this shape.
+  Pass enter(std::string_view site, c10::IntArrayRef shape);
   /// Gives what hooks recorded to `pass.step`, except at sites whose calls do not add up.
   void finish();
 

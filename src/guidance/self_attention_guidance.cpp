@@ -127,6 +127,10 @@ torch::Tensor map_of(const AttentionCall& call, const Pass& pass, const RowGroup
 }
 
 void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass) {
+  if (pass.groups.empty()) {
+    pass.step->skipped(owner, "which rows a call of the site's attention has is not known");
+    return;
+  }
   if (call.attn_mask || call.is_causal) {
     pass.step->skipped(owner, "the attention of the site is masked");
     return;
