@@ -171,6 +171,15 @@ TEST_F(AttentionMapCuda, NeedsBoundedMemoryInBlocksToo) {
   EXPECT_LE(peak_bytes([&] { return attention_map(q, q); }), 96 * kMiB);
 }
 
+// Of the same kind from 640 MiB of probabilities: the sums, and what a reduction works in.
+TEST_F(AttentionMapCuda, CopiesNoProbabilities) {
+  for (const auto dtype : {torch::kHalf, torch::kBFloat16, torch::kFloat}) {
+    const auto p = torch::rand({1, 20, 4096, 4096}, kCuda).to(dtype);
+    EXPECT_LE(peak_bytes([&] { return attention_map(p); }), 8 * kMiB) << dtype;
+    EXPECT_LT(test::max_diff(attention_map(p), p.sum(2, false, torch::kDouble).mean(1)), 2e-2);
+  }
+}
+
 TEST_F(AttentionMapCuda, CanBeCapturedInAGraph) {
   for (const auto dtype : {torch::kHalf, torch::kBFloat16, torch::kFloat}) {
     const auto q = randn({1, 8, 331, 160}, dtype), k = randn({1, 8, 331, 160}, dtype);

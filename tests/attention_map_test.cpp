@@ -79,6 +79,32 @@ TEST_P(AttentionMap, IsTheSameInEveryRun) {
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(torch::equal(attention_map(q, k), first));
 }
 
+TEST_P(AttentionMap, IsTheSameFromProbabilities) {
+  torch::manual_seed(6);
+  const auto q = torch::randn({2, 3, 331, 16}, device()),
+             k = torch::randn({2, 3, 331, 16}, device());
+  const auto p = torch::matmul(q, k.transpose(2, 3)).mul(0.25).softmax(-1);
+  const auto map = attention_map(p);
+  EXPECT_EQ(map.scalar_type(), torch::kFloat);
+  EXPECT_LT(max_diff(map, attention_map(q, k)), 1e-5);
+  const auto strided = p.permute({1, 3, 0, 2}).contiguous().permute({2, 0, 3, 1});
+  EXPECT_LT(max_diff(attention_map(strided), map), 1e-5);
+  EXPECT_EQ(attention_map(p.to(torch::kDouble)).scalar_type(), torch::kDouble);
+  EXPECT_EQ(attention_map(p.narrow(2, 0, 7)).sizes(), map.sizes());
+}
+
+// A sum in half precision would stop growing at 2048 of its smallest steps.
+TEST_P(AttentionMap, AddsProbabilitiesInFp32) {
+  torch::manual_seed(7);
+  for (const auto dtype : {torch::kHalf, torch::kBFloat16}) {
+    const auto p = torch::rand({2, 3, 1500, 70}, device()).to(dtype);
+    const auto map = attention_map(p);
+    EXPECT_EQ(map.scalar_type(), torch::kFloat);
+    EXPECT_LT(max_diff(map, p.to(torch::kDouble).sum(2).mean(1)), 750 * 1e-6) << dtype;
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(torch::equal(attention_map(p), map));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, AttentionMap, test::backends(), test::backend_name);
 
 // Runs body on so many threads.
@@ -99,8 +125,13 @@ TEST(AttentionMapCpu, IsTheSameOnAnyNumberOfThreads) {
       const auto q = torch::randn(shape).to(dtype), k = torch::randn(shape).to(dtype);
       const auto map = [&] { return attention_map(q, k); };
       const auto one = on_threads(1, map);
-      for (const auto threads : {2, 3, 7})
+      const auto p = torch::matmul(q, k.transpose(2, 3)).softmax(-1);
+      const auto sums = [&] { return attention_map(p); };
+      const auto one_sum = on_threads(1, sums);
+      for (const auto threads : {2, 3, 7}) {
         EXPECT_TRUE(torch::equal(on_threads(threads, map), one)) << shape << " on " << threads;
+        EXPECT_TRUE(torch::equal(on_threads(threads, sums), one_sum)) << shape << " on " << threads;
+      }
     }
 }
 
@@ -163,6 +194,19 @@ TEST(AttentionMapCpu, NeedsLittleMemory) {
   EXPECT_GE(peak, std::size_t{8} << 20) << "is it counted?";
 }
 
+// 64 MiB of half-precision probabilities: a copy in fp32 would be 128.
+TEST(AttentionMapCpu, CopiesNoProbabilities) {
+  for (const auto dtype : {torch::kHalf, torch::kFloat}) {
+    const auto p = torch::zeros({1, 2, 4096, 4096}, dtype);
+    const auto peak = on_threads(2, [&p] {
+      const CpuMemory memory;
+      attention_map(p);
+      return memory.peak();
+    });
+    EXPECT_LE(peak, std::size_t{5} << 20) << dtype;
+  }
+}
+
 TEST(AttentionMapArguments, AreChecked) {
   const auto q = torch::zeros({2, 4, 6, 8});
   EXPECT_THROW(attention_map(torch::zeros({2, 6, 8}), q), c10::ValueError);
@@ -173,6 +217,9 @@ TEST(AttentionMapArguments, AreChecked) {
   EXPECT_THROW(attention_map(q, q.to(torch::kHalf)), c10::TypeError);
   EXPECT_THROW(attention_map(q.to(torch::kInt), q.to(torch::kInt)), c10::TypeError);
   EXPECT_THROW(attention_map(q, q, NAN), c10::ValueError);
+  EXPECT_THROW(attention_map(torch::zeros({2, 6, 6})), c10::ValueError);
+  EXPECT_THROW(attention_map(torch::zeros({2, 4, 0, 6})), c10::ValueError);
+  EXPECT_THROW(attention_map(torch::zeros({2, 4, 6, 6}, torch::kInt)), c10::TypeError);
 }
 
 }  // namespace

@@ -35,6 +35,67 @@ TEST(AttentionOp, RunsHooks) {
   EXPECT_LT(test::max_diff(call_op(q, "a"), 2 * at::scaled_dot_product_attention(q, q, q)), 1e-6);
 }
 
+torch::Tensor call_probabilities_op(const torch::Tensor& p, const torch::Tensor& v,
+                                    const std::string& product) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("sag::attention_probabilities", "")
+                             .typed<torch::Tensor(const torch::Tensor&, const torch::Tensor&,
+                                                  std::string_view, std::string_view)>();
+  return op.call(p, v, product, "a");
+}
+
+TEST(AttentionProbabilitiesOp, MultipliesAsTheModelDoes) {
+  const auto p = torch::rand({2, 3, 5, 5}), v = torch::randn({2, 3, 5, 8});
+  const auto p3 = p.flatten(0, 1), v3 = v.flatten(0, 1), vt = v3.transpose(1, 2).contiguous();
+  StepContext step(1, 0, 8, 8);
+  AttentionCall seen;
+  const AttentionHook look = [&](const AttentionCall& call, const Pass&,
+                                 const NextAttention& next) {
+    seen = call;
+    return next(call);
+  };
+  const auto all = [&] {
+    EXPECT_TRUE(torch::equal(call_probabilities_op(p, v, "matmul"), at::matmul(p, v)));
+    EXPECT_TRUE(torch::equal(call_probabilities_op(p3, v3, "bmm"), at::bmm(p3, v3)));
+    EXPECT_TRUE(torch::equal(call_probabilities_op(p3, vt, "matmul_transposed"),
+                             at::bmm(vt, p3.permute({0, 2, 1}))));
+    EXPECT_TRUE(torch::equal(call_probabilities_op(p3, vt, "bts,bcs->bct"),
+                             at::einsum("bts,bcs->bct", {p3, vt})));
+  };
+  all();
+  const AttentionScope scope({{"a", look, {}}}, {.groups = {{.count = 2}}, .step = &step});
+  all();
+  EXPECT_FALSE(seen.q.defined());
+  EXPECT_FALSE(seen.k.defined());
+  EXPECT_TRUE(torch::equal(seen.probabilities, p3));
+  EXPECT_TRUE(torch::equal(seen.v, vt));
+}
+
+TEST(AttentionProbabilitiesOp, TakesWhatHooksReturnInTheProductsShape) {
+  const auto p = torch::rand({2, 5, 5}), v = torch::randn({2, 8, 5});
+  StepContext step(1, 0, 8, 8);
+  torch::Tensor replacement = v;
+  const AttentionHook replace = [&](const AttentionCall&, const Pass&, const NextAttention&) {
+    return replacement;
+  };
+  const AttentionScope scope({{"a", replace, {}}}, {.groups = {{.count = 2}}, .step = &step});
+  EXPECT_TRUE(torch::equal(call_probabilities_op(p, v, "bts,bcs->bct"), v));
+  EXPECT_NO_THROW(scope.finish());
+  replacement = v.transpose(1, 2);
+  call_probabilities_op(p, v, "bts,bcs->bct");
+  EXPECT_THROW(scope.finish(), c10::ValueError);
+}
+
+TEST(AttentionProbabilitiesOp, HasAMetaKernelOfTheSameShapeAndLayout) {
+  const auto p = torch::rand({6, 5, 5}), v = torch::randn({6, 8, 5});
+  for (const char* product : {"matmul_transposed", "bts,bcs->bct"}) {
+    const auto real = call_probabilities_op(p, v, product);
+    const auto meta = call_probabilities_op(p.to(torch::kMeta), v.to(torch::kMeta), product);
+    EXPECT_EQ(meta.sizes(), real.sizes());
+    EXPECT_EQ(meta.strides(), real.strides());
+  }
+}
+
 TEST(AttentionOp, KeepsAHooksExceptionForTheScopesOwner) {
   const auto q = torch::randn({2, 3, 5, 8});
   const auto plain = at::scaled_dot_product_attention(q, q, q);
@@ -50,7 +111,7 @@ TEST(AttentionOp, KeepsAHooksExceptionForTheScopesOwner) {
   EXPECT_TRUE(torch::equal(call_op(q, "a"), plain));
   EXPECT_TRUE(torch::equal(call_op(q, "a"), plain));
   EXPECT_EQ(calls, 1) << "after a failure the rest of the pass runs plain attention";
-  EXPECT_THROW(scope.rethrow_if_failed(), HookFailure);
+  EXPECT_THROW(scope.finish(), HookFailure);
 }
 
 TEST(AttentionOp, HasAMetaKernelOfTheSameShapeAndLayout) {

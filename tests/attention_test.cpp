@@ -154,6 +154,91 @@ TEST(AttentionScope, NeedsAStep) {
   EXPECT_THROW(AttentionScope({}, Pass{}), c10::ValueError);
 }
 
+// Calls one site so often, with so many rows each, in a pass of 2 uncond and 2 cond rows, and
+// records the mean over heads of each row of q: its number.
+struct Calls {
+  explicit Calls(const std::vector<std::int64_t>& rows, std::int64_t heads = 2) {
+    const AttentionHook record = [&](const AttentionCall& call, const Pass& pass,
+                                     const NextAttention& next) {
+      groups.push_back(pass.groups.size());
+      for (const auto& group : pass.rows(Branch::uncond))
+        pass.step->record(owner, group, pass.select(group, call.q).mean({1, 3}));
+      return next(call);
+    };
+    const AttentionScope scope(
+        {{"a", record, {}}},
+        {.groups = {{.count = 2, .branch = Branch::uncond}, {.begin = 2, .count = 2}},
+         .step = &step});
+    const auto q =
+        torch::arange(16).to(torch::kFloat).view({16, 1, 1, 1}).expand({-1, heads, -1, -1});
+    std::int64_t begin = 0;
+    for (const auto count : rows) {
+      const auto part = q.narrow(0, begin, count);
+      attention(part, part, part, {.site = "a"});
+      begin += count;
+    }
+    EXPECT_TRUE(step.records(owner).empty()) << "before the pass has ended";
+    scope.finish();
+    scope.finish();
+  }
+
+  Owner owner{"recorder"};
+  StepContext step{1, 0, 8, 8};
+  std::vector<std::size_t> groups;
+};
+
+TEST(AttentionScope, TellsEachCallWhichRowsItCarries) {
+  for (const auto& rows :
+       std::vector<std::vector<std::int64_t>>{{1, 2, 1}, {3, 1}, {1, 1, 1, 1}, {4, 0}, {1, 0, 3}}) {
+    const Calls calls(rows);
+    auto map = torch::full({2, 1}, -1.f);
+    for (const auto& record : calls.step.records(calls.owner))
+      map.narrow(0, record.rows.image, record.rows.count).copy_(record.map);
+    EXPECT_TRUE(torch::equal(map, torch::tensor({{0.f}, {1.f}})));
+    EXPECT_EQ(calls.step.skip_reason(calls.owner), "");
+  }
+  EXPECT_EQ(Calls({1, 2, 1}).groups, (std::vector<std::size_t>{1, 2, 1}));
+}
+
+TEST(AttentionScope, TakesHeadsFoldedIntoRows) {
+  const Calls calls({8}, 1);
+  const auto records = calls.step.records(calls.owner);
+  ASSERT_EQ(records.size(), 1u);
+  EXPECT_TRUE(torch::equal(records[0].map, torch::tensor({{0.5f}, {2.5f}})));
+}
+
+// Parts of the heads, the same rows again, rows that are missing or too many: what the rows of such
+// calls are is anybody's guess.
+TEST(AttentionScope, DropsRecordsWhereCallsAreNoPartsOfTheBatch) {
+  for (const auto& rows : std::vector<std::vector<std::int64_t>>{{4, 4},
+                                                                 {8, 8},
+                                                                 {2},
+                                                                 {3},
+                                                                 {1, 2},
+                                                                 {2, 2, 2, 2},
+                                                                 {1, 4},
+                                                                 {4, 1, 1, 1, 1},
+                                                                 {3, 3, 2},
+                                                                 {5, 3},
+                                                                 {5},
+                                                                 {1, 1, 1, 1, 1, 1, 1, 1}}) {
+    const Calls calls(rows);
+    EXPECT_TRUE(calls.step.records(calls.owner).empty()) << rows;
+    EXPECT_EQ(calls.groups.size(), rows.size()) << "hooks run all the same";
+    const bool sees_rows = std::count(calls.groups.begin(), calls.groups.end(), 0u) <
+                           static_cast<std::ptrdiff_t>(rows.size());
+    const auto reason = calls.step.skip_reason(calls.owner);
+    EXPECT_EQ(reason.find("site ran") != std::string::npos, sees_rows) << rows << reason;
+  }
+}
+
+// One head of each of two rows, or a row of one head: [1, tokens, head_dim] does not tell.
+TEST(AttentionScope, TakesNoPartsWhoseHeadsMayBeFolded) {
+  const Calls calls({1, 1, 1, 1}, 1);
+  EXPECT_EQ(calls.groups, std::vector<std::size_t>(4, 0));
+  EXPECT_TRUE(calls.step.records(calls.owner).empty());
+}
+
 TEST(ActiveHooks, AreChosenBySigmaBeforeThePass) {
   const std::vector<InstalledHook> hooks = {
       {"a", times(1), {}},

@@ -116,6 +116,46 @@ TEST_F(CudaGraph, GivesTheNumbersOfATorchScriptUNet) {
   }
 }
 
+// The toy, evaluated row by row: one attention in several calls.
+class RowByRowUNet final : public UNet {
+ public:
+  explicit RowByRowUNet(torch::Device device) : toy_(device) {}
+  torch::Tensor forward(const UNetInput& input) const override {
+    std::vector<torch::Tensor> rows;
+    for (std::int64_t i = 0; i < input.x.size(0); ++i)
+      rows.push_back(toy_.forward({.x = input.x.narrow(0, i, 1),
+                                   .timesteps = input.timesteps.narrow(0, i, 1),
+                                   .context = input.context.narrow(0, i, 1)}));
+    return torch::cat(rows);
+  }
+  std::vector<AttentionSiteInfo> attention_sites() const override { return toy_.attention_sites(); }
+  torch::Device device() const override { return toy_.device(); }
+  torch::ScalarType dtype() const override { return toy_.dtype(); }
+
+ private:
+  ToyUNet toy_;
+};
+
+TEST_F(CudaGraph, RepeatsTheRecordsOfSplitBatches) {
+  const auto sample_two = [](const std::shared_ptr<const UNet>& unet) {
+    CfgGuider guider(apply_self_attention_guidance({unet, ModelSampling::discrete()}),
+                     {toy_prompt(1, device())}, {toy_prompt(-1, device())}, {.cond_scale = 7.0});
+    const auto x = fill({2, 4, 16, 24}, 0.7, 0.3, 15.0).to(device());
+    const auto sample = sample_euler(std::ref(guider), x, std::vector<double>{10, 4, 1.5, 0.5, 0});
+    EXPECT_EQ(guider.report().guided(), 4);
+    return sample;
+  };
+  const auto split = std::make_shared<RowByRowUNet>(device());
+  const auto unet = std::make_shared<CudaGraphUNet>(split);
+  const auto eager = sample_two(split);
+  EXPECT_TRUE(sample_two(unet).equal(eager));
+  EXPECT_TRUE(sample_two(unet).equal(eager));
+  EXPECT_EQ(unet->report().failure, "");
+  EXPECT_EQ(unet->report().captures, 2);
+  const auto whole = sample_two(std::make_shared<ToyUNet>(device()));
+  EXPECT_LT((eager - whole).abs().max().item<double>(), 1e-4 * whole.abs().max().item<double>());
+}
+
 TEST_F(CudaGraph, OutputsOutliveTheNextCall) {
   const CudaGraphUNet unet(std::make_shared<ToyUNet>(device()));
   const auto input = toy_input(1, device());

@@ -10,6 +10,7 @@
 #include "sag/step_context.h"
 #include "support/torchscript_fixture.h"
 #include "unet/archive.h"
+#include "unet/attention_nodes.h"
 #include "unet/attention_sites.h"
 #include "unet/flatten.h"
 

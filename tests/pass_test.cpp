@@ -19,6 +19,26 @@ TEST(Owner, IsEqualToItsCopiesAlone) {
   EXPECT_EQ(a.name(), "sag");
 }
 
+TEST(PassPart, HasTheGroupsOfItsRows) {
+  auto pass = uncond_and_cond(3);
+  pass.groups[0].weight = torch::arange(3).view({3, 1, 1, 1});
+  pass.groups[1].weight = torch::ones({1, 1, 1, 1});
+  pass.groups[1].image = 4;
+  const auto part = pass.part(2, 3);
+  EXPECT_EQ(part.size(), 3);
+  ASSERT_EQ(part.groups.size(), 2u);
+  EXPECT_EQ(part.groups[0].begin, 0);
+  EXPECT_EQ(part.groups[0].count, 1);
+  EXPECT_EQ(part.groups[0].image, 2);
+  EXPECT_EQ(part.groups[0].weight.item<std::int64_t>(), 2);
+  EXPECT_EQ(part.groups[1].begin, 1);
+  EXPECT_EQ(part.groups[1].count, 2);
+  EXPECT_EQ(part.groups[1].image, 4);
+  EXPECT_EQ(part.groups[1].weight.size(0), 1);
+  EXPECT_EQ(pass.part(0, 6).groups.size(), 2u);
+  EXPECT_TRUE(pass.part(6, 1).groups.empty());
+}
+
 TEST(PassRows, FindsABranchOfAnOwner) {
   auto pass = uncond_and_cond(2);
   const Owner guidance("guidance");

@@ -23,6 +23,7 @@ namespace sag_sample {
 namespace {
 
 namespace fs = std::filesystem;
+using testing::ContainsRegex;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::Not;
@@ -219,6 +220,21 @@ TEST_F(SampleCommand, ListsTheSites) {
   EXPECT_THAT(finished.out, HasSubstr("middle.0.0"));
   EXPECT_THAT(finished.out, HasSubstr("#6"));
   EXPECT_THAT(finished.out, HasSubstr("middle_block.1.transformer_blocks.0.attn1"));
+  EXPECT_THAT(finished.out, HasSubstr("did not run: the file needs"));
+  EXPECT_THAT(finished.out, HasSubstr("'context', which is not given"));
+}
+
+TEST_F(SampleCommand, ListsTheSizesOfTheSites) {
+  const auto cond = kGolden + "runs/eps_euler_normal.pt:cond";
+  const auto finished = run({"--unet", kGolden + "comfy_sd15_tiny.ts", "--list-sites", "--cond",
+                             cond, "--height", "16", "--width", "24"});
+  EXPECT_EQ(finished.code, 0) << finished.err;
+  EXPECT_THAT(finished.out,
+              ContainsRegex("middle.0.0 +#6 +[0-9]+ heads x +[0-9]+ tokens x +[0-9]+  fewest"));
+  EXPECT_THAT(finished.out, ContainsRegex("input.1.0 +#0 +[0-9]+ heads x +384 tokens"));
+  const auto of_model = run({"--model", make_model(), "--list-sites"});
+  EXPECT_EQ(of_model.code, 0) << of_model.err;
+  EXPECT_THAT(of_model.out, HasSubstr("fewest"));
 }
 
 TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {

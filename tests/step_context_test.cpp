@@ -32,6 +32,22 @@ TEST(StepContext, RefusesAMapOfOtherRows) {
   EXPECT_THROW(step.record(Owner("a"), kRows, torch::ones({3, 4})), c10::ValueError);
 }
 
+TEST(StepContext, TakesOverWhatAPartHolds) {
+  const Owner a("a"), b("b"), c("c");
+  StepContext part(1.0, 0, 8, 8), step(1.0, 0, 8, 8), faulty(1.0, 0, 8, 8);
+  part.record(a, kRows, torch::ones({2, 4}));
+  part.skipped(b, "as b said");
+  part.guided(c, torch::ones({1}));
+  step.take(part);
+  EXPECT_EQ(step.records(a).size(), 1u);
+  EXPECT_EQ(step.skip_reason(b), "as b said");
+  EXPECT_TRUE(step.notes().back().guided);
+  faulty.take(part, "a fault");
+  EXPECT_TRUE(faulty.records().empty());
+  EXPECT_EQ(faulty.skip_reason(a), "a fault");
+  EXPECT_EQ(faulty.skip_reason(b), "as b said");
+}
+
 TEST(StepContext, NotesWhatGuidancesDid) {
   StepContext step(1.0, 0, 8, 8);
   const Owner a("a"), b("b");

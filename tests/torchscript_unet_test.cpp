@@ -5,13 +5,16 @@
 #include <functional>
 #include <thread>
 
+#include <caffe2/serialize/inline_container.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/jit/passes/freeze_module.h>
 #include <torch/script.h>
 #include <torch/torch.h>
+#include <torch/version.h>
 
 #include "sag/attention.h"
+#include "sag/calc_cond_batch.h"
 #include "sag/step_context.h"
 #include "support/torchscript_fixture.h"
 
@@ -91,7 +94,7 @@ struct Hooked {
     for (const auto& site : sites) hooks.push_back({site, hook, {}});
     const AttentionScope scope(hooks, pass);
     out = unet.forward(input);
-    scope.rethrow_if_failed();
+    scope.finish();
   }
 };
 
@@ -402,17 +405,40 @@ TEST(TorchScriptUNet, SitesThatShareAShortNameGoByTheirPaths) {
               one_sentence());
 }
 
-TEST(TorchScriptUNet, RefusesToHookOneOfSeveralAttentionsUnderOnePath) {
+TEST(TorchScriptUNet, HooksEveryAttentionUnderOnePath) {
   const auto unet = TorchScriptUNet::from_module(
       make_torchscript_unet({.attention = "torch.scaled_dot_product_attention(q, k, v) + "
                                           "torch.scaled_dot_product_attention(q, k, v)"}));
   const auto sites = unet->attention_sites();
-  ASSERT_EQ(sites.size(), 4u);
-  EXPECT_EQ(sites[2].path, sites[3].path);
-  EXPECT_EQ(sites[3].ordinal, 5);
-  EXPECT_NO_THROW(unet->forward(fixture_input()));
-  EXPECT_THAT(error_of<c10::ValueError>([&] { Hooked(*unet, fixture_input(), {sites[2].path}); }),
-              AllOf(one_sentence(), HasSubstr("stands for 2")));
+  ASSERT_EQ(sites.size(), 2u);
+  EXPECT_EQ(sites[0].ordinal, 0);
+  EXPECT_EQ(sites[1].ordinal, 4);
+  const auto in = fixture_input();
+  const Hooked hooked(*unet, in, {"middle.0.0"});
+  EXPECT_EQ(hooked.calls.size(), 2u);
+  EXPECT_TRUE(torch::equal(hooked.out, unet->forward(in)));
+}
+
+TEST(TorchScriptUNet, RefusesASiteWhoseOrderNobodyKnows) {
+  const std::string block = "block(self.middle_block).attn1";
+  const std::vector<std::string> bodies = {
+      "    a, b = fork(" + block + ".forward, t[:1], t[:1]), fork(" + block +
+          ".forward, t[1:], t[1:])\n"
+          "    t = t + torch.cat([torch.wait(a), torch.wait(b)])\n",
+      "    futures = [fork(" + block +
+          ".forward, t, t)]\n"
+          "    for i in range(2):\n"
+          "        futures.append(fork(" +
+          block +
+          ".forward, t, t))\n"
+          "    t = t + torch.wait(futures[1])\n"};
+  for (const auto& body : bodies) {
+    const auto unet = TorchScriptUNet::from_module(make_torchscript_unet({.body = body}));
+    EXPECT_THAT(names(*unet), ::testing::ElementsAre("middle.0.0"));
+    EXPECT_NO_THROW(unet->forward(fixture_input()));
+    EXPECT_THAT(error_of<c10::ValueError>([&] { Hooked(*unet, fixture_input(), {"middle.0.0"}); }),
+                AllOf(one_sentence(), HasSubstr("forked")));
+  }
 }
 
 TEST(TorchScriptUNet, RefusesASiteThatItDoesNotHave) {
@@ -505,6 +531,8 @@ TEST(TorchScriptUNetLoad, RefusesWhatIsNoArchive) {
   EXPECT_THAT(error_of<c10::ValueError>(load), refusal("does not exist"));
   file.write("");
   EXPECT_THAT(error_of<c10::ValueError>(load), refusal("is empty"));
+  file.write(std::string("\x40\0\0\0PTMF\0\0\0\0", 12));
+  EXPECT_THAT(error_of<c10::ValueError>(load), refusal("flatbuffer (.ff): save the module with"));
   file.write("\x89PNG\r\n\x1a\n and so on");
   EXPECT_THAT(error_of<c10::ValueError>(load), refusal("no zip archive"));
   torch::save(torch::ones({2}), file.path());
@@ -531,16 +559,64 @@ TEST(TorchScriptUNetLoad, RefusesAFileWhoseBytesAreDamaged) {
               one_sentence());
 }
 
+TEST(TorchScriptUNetLoad, ReadsAnArchiveOfTheLiteInterpreter) {
+  const auto mobile = TorchScriptUNet::load(kGolden + "attention/tiny_mobile.ptl");
+  const auto usual = TorchScriptUNet::load(kGolden + "attention/tiny_fused.ts");
+  EXPECT_EQ(names(*mobile), names(*usual));
+  torch::manual_seed(3);
+  const UNetInput in = {
+      torch::randn({2, 4, 7, 5}), torch::tensor({3.f, 800.f}), torch::randn({2, 7, 32}), {}, {}};
+  const Hooked hooked(*mobile, in, {"middle.0.0"});
+  EXPECT_EQ(hooked.calls.size(), 1u);
+  EXPECT_TRUE(torch::equal(hooked.out, usual->forward(in)));
+}
+
+// Writes the archive again, with `from` replaced by `to` in its code.
+void edit_code(const std::string& from_path, const std::string& to_path, const std::string& from,
+               const std::string& to) {
+  caffe2::serialize::PyTorchStreamReader reader(from_path);
+  caffe2::serialize::PyTorchStreamWriter writer(to_path);
+  for (const auto& name : reader.getAllRecords()) {
+    if (name == "version" || name == "byteorder" || name == ".data/version" ||
+        name == ".data/serialization_id" || name.ends_with(".debug_pkl"))
+      continue;
+    const auto [data, size] = reader.getRecord(name);
+    std::string bytes(static_cast<const char*>(data.get()), size);
+    for (auto at = bytes.find(from); name.starts_with("code/") && at != std::string::npos;
+         at = bytes.find(from, at + to.size()))
+      bytes.replace(at, from.size(), to);
+    writer.writeRecord(name, bytes.data(), bytes.size());
+  }
+  writer.writeEndOfFile();
+}
+
+TEST(TorchScriptUNetLoad, NamesAnOpThatNobodyRegisteredAndTheWayOut) {
+  const TemporaryFile file("foreign.ts");
+  const auto refusal = [&](const std::string& op) {
+    edit_code(kGolden + "attention/tiny_fused.ts", file.path(),
+              "torch.scaled_dot_product_attention(", "ops." + op + "(");
+    return error_of<c10::ValueError>([&] { TorchScriptUNet::load(file.path()); });
+  };
+  EXPECT_THAT(refusal("xformers.efficient_attention_forward_cutlass"),
+              AllOf(one_sentence(), HasSubstr(file.path()),
+                    HasSubstr("uses xformers::efficient_attention_forward_cutlass, an op"),
+                    HasSubstr("AttnProcessor2_0")));
+  EXPECT_THAT(refusal("torchvision.nms"),
+              AllOf(one_sentence(), HasSubstr("uses torchvision::nms, an op"),
+                    HasSubstr("load the library"), Not(HasSubstr("AttnProcessor"))));
+  EXPECT_THAT(refusal("aten.attention_of_tomorrow"),
+              AllOf(one_sentence(), HasSubstr("uses aten::attention_of_tomorrow, an op"),
+                    HasSubstr("PyTorch " TORCH_VERSION)));
+}
+
 TEST(TorchScriptUNetLoad, RefusesAModelWithoutSelfAttentionToHook) {
   const auto refusal = [](const test::TorchScriptFixture& fixture) {
     return error_of<c10::ValueError>([&] { save_and_load(make_torchscript_unet(fixture)); });
   };
   EXPECT_THAT(refusal({.body = ""}), AllOf(one_sentence(), HasSubstr("no attention at all")));
-  EXPECT_THAT(
-      refusal(
-          {.attention =
-               "torch.matmul(torch.softmax(torch.matmul(q, torch.transpose(k, 2, 3)), -1), v)"}),
-      AllOf(one_sentence(), HasSubstr("scaled_dot_product_attention")));
+  EXPECT_THAT(refusal({.body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n",
+                       .attention = "torch.softmax(q, -1) + torch.softmax(k, -1) + v"}),
+              AllOf(one_sentence(), HasSubstr("scaled_dot_product_attention")));
   EXPECT_THAT(refusal({.body = "    t = t + block(self.input_blocks).attn2.forward(t, context)\n"}),
               AllOf(one_sentence(), HasSubstr("only cross-attention")));
 }
@@ -614,11 +690,83 @@ TEST(TorchScriptUNetForward, NeedsNoContextWhereTheFileTakesNone) {
   EXPECT_NO_THROW(optional->forward(in));
 }
 
+TEST(TorchScriptUNetForward, FillsDictsListsAndTuplesFromTheirEntries) {
+  const std::string body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet(
+      {.arguments = "x: Tensor, timesteps: Tensor, context: Tensor, "
+                    "added_cond_kwargs: Dict[str, Tensor], down: List[Tensor], "
+                    "pair: Optional[Tuple[Tensor, Tensor]] = None, "
+                    "more: Optional[Dict[str, Tensor]] = None",
+       .body = body,
+       .result = "out * added_cond_kwargs[\"text_embeds\"][:, 0].reshape(-1, 1, 1, 1) "
+                 "+ down[0] + 10 * down[10] + len(down) "
+                 "+ (pair[0] - pair[1] if pair is not None else torch.zeros([1])) "
+                 "+ (len(more) if more is not None else 0)"}));
+  auto in = fixture_input();
+  const auto plain =
+      TorchScriptUNet::from_module(make_torchscript_unet({.body = body}))->forward(in);
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("'added_cond_kwargs.key'")));
+  in.extra["added_cond_kwargs.text_embeds"] = torch::tensor({{2.f, 0.f}, {3.f, 0.f}});
+  in.extra["added_cond_kwargs.time_ids"] = torch::ones({2, 6});
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("'down.0'")));
+  const auto residual = [&](double value) { return torch::full_like(in.x, value); };
+  for (int i = 0; i < 12; ++i) in.extra["down." + std::to_string(i)] = residual(i);
+  const auto scaled = plain * torch::tensor({2.f, 3.f}).view({2, 1, 1, 1}) + 100 + 12;
+  EXPECT_LT(relative_error(unet->forward(in), scaled), 1e-6);
+
+  in.extra["pair.0"] = residual(5);
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("tuple 'pair' must have 2 tensors")));
+  in.extra["pair.1"] = residual(3);
+  in.extra["more.one"] = residual(0);
+  EXPECT_LT(relative_error(unet->forward(in), scaled + 3), 1e-6);
+
+  in.extra.erase("down.4");
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("'down.4' is not given")));
+  in.extra["down.4"] = residual(4).narrow(0, 0, 1);
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("down.4 must have")));
+  in.extra["down.4"] = residual(4);
+  in.extra["context.0"] = residual(4);
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
+              AllOf(one_sentence(), HasSubstr("takes no tensor 'context.0'")));
+}
+
+// From a prompt to the network: repeated to the rows, in the order of the batch.
+TEST(TorchScriptUNetForward, GetsTheEntriesOfConditionings) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet(
+      {.arguments = "x: Tensor, timesteps: Tensor, context: Tensor, "
+                    "added_cond_kwargs: Dict[str, Tensor], residuals: Tuple[Tensor, Tensor]",
+       .body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n",
+       .result = "0 * out + added_cond_kwargs[\"time_ids\"][:, 1].reshape(-1, 1, 1, 1) "
+                 "+ residuals[0] + residuals[1]"}));
+  const ModelPatcher model(unet, ModelSampling::discrete(Prediction::x0));
+  const auto prompt = [](double value) {
+    return Conditioning{.context = torch::zeros({1, 3, test::kContextWidth}),
+                        .extra = {{"added_cond_kwargs.time_ids", torch::full({1, 6}, value)},
+                                  {"residuals.0", torch::full({1, 4, 6, 5}, 10 * value)},
+                                  {"residuals.1", torch::full({2, 4, 1, 1}, 100 * value)}}};
+  };
+  const auto x = torch::zeros({2, 4, 6, 5});
+  const std::vector<CondRequest> requests = {
+      {.branch = Branch::uncond, .x = x, .conds = {prompt(2)}},
+      {.branch = Branch::cond, .x = x, .conds = {prompt(1)}}};
+  StepContext step(1.0, 0, 6, 5);
+  const auto result = calc_cond_batch(model, requests, 1.0, step, {});
+  EXPECT_EQ(result.unet_calls, 1);
+  EXPECT_TRUE(torch::equal(result.denoised[0], torch::full_like(x, 222)));
+  EXPECT_TRUE(torch::equal(result.denoised[1], torch::full_like(x, 111)));
+}
+
 TEST(TorchScriptUNetForward, UnpacksTuplesListsAndDicts) {
   const auto in = fixture_input();
   const auto expected = TorchScriptUNet::from_module(make_torchscript_unet())->forward(in);
   for (const char* result : {"(out, 1)", "(1, out)", "[out, x]", "{\"sample\": out, \"x\": x}",
-                             "{\"out\": out, \"x\": x}", "{\"anything\": out}"}) {
+                             "{\"out\": out, \"x\": x}", "{\"anything\": out}", "((out, x), 1)",
+                             "(1, [out])", "{\"sample\": [out]}", "{\"a\": (1, out)}"}) {
     const auto unet = TorchScriptUNet::from_module(make_torchscript_unet({.result = result}));
     EXPECT_TRUE(torch::equal(unet->forward(in), expected)) << result;
   }

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "support/reference.h"
+#include "support/toy_unet.h"
 
 namespace sag {
 namespace {
@@ -53,6 +54,27 @@ TEST(ResolveAttentionSite, ListsTheSitesWhenThereIsNoneOrMoreThanOne) {
   EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("fits 2"));
   EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("control.middle_block.1"));
   EXPECT_THROW(resolve_attention_site(ListedUNet({}), {"middle", 0, 0}), c10::ValueError);
+}
+
+TEST(ProbeAttentionSites, ReturnsWhatEachWorksOn) {
+  const test::ManySitesUNet unet({"a", "b"});
+  const auto shapes = probe_attention_sites(
+      unet, {.x = torch::ones({3, 4, 16, 24}), .context = torch::ones({3, 1, 1})});
+  ASSERT_EQ(shapes.size(), 2u);
+  EXPECT_EQ(shapes[0].site.name, "a");
+  EXPECT_EQ(shapes[0].tokens, 6);
+  EXPECT_EQ(shapes[1].tokens, 24);
+  for (const auto& shape : shapes) {
+    EXPECT_EQ(shape.heads, 2);
+    EXPECT_EQ(shape.head_dim, 2);
+  }
+}
+
+TEST(ProbeAttentionSites, LeavesZerosWhereNothingRan) {
+  const auto shapes = probe_attention_sites(kUNet, {.x = torch::ones({1, 4, 8, 8})});
+  ASSERT_EQ(shapes.size(), kUNet.attention_sites().size());
+  for (const auto& shape : shapes) EXPECT_EQ(shape.heads + shape.tokens + shape.head_dim, 0);
+  EXPECT_THROW(probe_attention_sites(kUNet, {}), c10::ValueError);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 #include "command.h"
 
-#include <algorithm>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -25,6 +24,7 @@
 #include "sag/self_attention_guidance.h"
 #include "sampling.h"
 #include "shuffle.h"
+#include "sites.h"
 #include "tensor_file.h"
 #include "unet_file.h"
 
@@ -49,19 +49,6 @@ void set_up_torch(const Options& options) {
   // LibTorch lets convolutions use TF32 unless told otherwise.
   at::globalContext().setAllowTF32CuDNN(options.tf32);
   at::globalContext().setAllowTF32CuBLAS(options.tf32);
-}
-
-void print_sites(const sag::UNet& unet, std::ostream& out) {
-  const auto sites = unet.attention_sites();
-  std::size_t width = 0;
-  for (const auto& site : sites) width = std::max(width, site.name.size());
-  for (const auto& site : sites) {
-    const std::string ordinal = site.ordinal >= 0 ? fmt::format("#{}", site.ordinal) : "";
-    const std::string path = site.path == site.name ? "" : site.path;
-    std::string line = fmt::format("{:<{}}  {:<4}  {}", site.name, width, ordinal, path);
-    line.erase(line.find_last_not_of(' ') + 1);
-    out << line << '\n';
-  }
 }
 
 std::optional<Decoder> load_decoder(const Options& options, const Settings& settings,
@@ -193,7 +180,7 @@ void run_command(const Options& options, std::ostream& out) {
   if (!options.list_sites) static_cast<void>(open_outputs(options));  // before minutes of loading
   auto unet = load_unet(options, settings);
   if (options.list_sites) {
-    print_sites(*unet, out);
+    list_sites(options, settings, *unet, out);
     return;
   }
   settings.device = unet->device();

@@ -185,7 +185,10 @@ void add_model_options(CLI::App& app, Options& o) {
   group.text("--site", o.site, "SITE",
              "Self-attention to watch: middle.0.0, a dotted path, or #ordinal",
              "the model's, else middle.0.0");
-  group.flag("--list-sites", o.list_sites, "Print the self-attentions of the UNet and exit");
+  group.flag(
+      "--list-sites", o.list_sites,
+      "Print the self-attentions of the UNet, and exit; with their sizes where the text encoder or "
+      "--cond tells how to run it");
 }
 
 void add_picture_options(CLI::App& app, Options& o) {

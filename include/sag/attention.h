@@ -39,7 +39,8 @@ class SAG_API AttentionSite {
   std::string name_;
 };
 
-/// One call of scaled dot-product attention, with SDPA's own arguments.
+/// One call of attention: of scaled dot-product attention, with SDPA's own arguments, or the last
+/// product of attention that a model file computes step by step (`probabilities`).
 struct AttentionCall {
   torch::Tensor
       q = {},
@@ -50,17 +51,23 @@ struct AttentionCall {
   bool is_causal = false;
   std::optional<double> scale = {};  ///< nothing: 1 / sqrt(head_dim)
   bool enable_gqa = false;
+  /// Unfused attention, softmax(…) and then a product with v: what softmax returned, [rows, heads,
+  /// tokens, key tokens] or [rows * heads, tokens, key tokens], masks and all. Then q and k are
+  /// undefined, v lies as the file lays it out, and the other fields say nothing; `next` multiplies
+  /// the call's probabilities by its v. Undefined: the call is SDPA.
+  torch::Tensor probabilities = {};
 };
 
-/// Continues with the next hook of the site, and at the end with SDPA.
+/// Continues with the next hook of the site, and at the end with what the model does there.
 using NextAttention = std::function<torch::Tensor(const AttentionCall&)>;
 
 /// Replaces the attention of a site. Returns the attention's output, [rows, heads, tokens,
 /// head_dim]: `next(call)` to leave it as it is, `call.v` to perturb it, and so on. The pass tells
-/// which rows are which. A hook must not keep tensors, the call, the pass or `next` beyond the call
-/// unless it copies the tensors. It is copied itself: state that it keeps must be shared, by
-/// reference or pointer. It may throw: the exception reaches whoever evaluates the model, with its
-/// own type, and the model works afterwards.
+/// which rows are which. A network may compute one attention in several calls, each with some of
+/// the rows: the hook is called for each, with a pass of those rows. A hook must not keep tensors,
+/// the call, the pass or `next` beyond the call unless it copies the tensors. It is copied itself:
+/// state that it keeps must be shared, by reference or pointer. It may throw: the exception reaches
+/// whoever evaluates the model, with its own type, and the model works afterwards.
 using AttentionHook =
     std::function<torch::Tensor(const AttentionCall&, const Pass&, const NextAttention& next)>;
 
@@ -91,6 +98,11 @@ SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> h
 /// While it lives, calls of `sag::attention` on this thread, and on those that LibTorch forks for
 /// it (prim::fork, at::launch; not a std::thread), run the hooks of their site: installed first is
 /// outermost. Scopes nest; the innermost counts. Without a scope `sag::attention` is plain SDPA.
+///
+/// The calls of a site must bring each row of the pass once: all in one call (heads may be folded
+/// into rows), or some in each, [rows, heads, tokens, head_dim], in order and one call after the
+/// other. Hooks then see a pass of
+/// the call's rows. A call that fits neither gets a pass without groups.
 class SAG_API AttentionScope {
  public:
   /// `hooks` must be active (see `active_hooks`); `pass.step` must not be null.
@@ -99,10 +111,12 @@ class SAG_API AttentionScope {
   AttentionScope(const AttentionScope&) = delete;
   AttentionScope& operator=(const AttentionScope&) = delete;
 
-  /// Rethrows what a hook threw inside the UNet. A hook's exception cannot travel through an
-  /// interpreter without losing its type, so the op keeps it and runs plain attention: whoever owns
-  /// the scope calls this after the UNet returned.
-  void rethrow_if_failed() const;
+  /// Ends the pass: whoever owns the scope calls this after the UNet returned, or threw. Rethrows
+  /// what a hook threw: its exception cannot travel through an interpreter without losing its type,
+  /// so the op keeps it and runs plain attention. Otherwise gives what hooks recorded to
+  /// `pass.step`. Where the calls of a site did not bring each row once, as when heads are split
+  /// over calls, the records of that site are dropped and `StepContext::skipped` says why.
+  void finish() const;
 
   /// Returns the sites that have a hook in the innermost scope of this thread, in the order in
   /// which they were hooked. A UNet that rewrites its graph looks here.
@@ -134,8 +148,9 @@ struct AttentionOptions {
 SAG_API torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k,
                                 const torch::Tensor& v, const AttentionOptions& options);
 
-/// Makes sure that the op `sag::attention` is registered. Called by everything that loads models; a
-/// program that links the static library and loads models itself calls it once.
+/// Makes sure that the ops `sag::attention` and `sag::attention_probabilities` are registered.
+/// Called by everything that loads models; a program that links the static library and loads models
+/// itself calls it once.
 SAG_API void ensure_ops_registered();
 
 }  // namespace sag

@@ -31,4 +31,12 @@ namespace sag {
 SAG_API torch::Tensor attention_map(const torch::Tensor& q, const torch::Tensor& k,
                                     std::optional<double> scale = {});
 
+/// Returns the same from attention probabilities that exist already, softmax's result: the mean
+/// over heads of their sums over queries. probabilities: [B, heads, query tokens, key tokens],
+/// fp16, bf16, fp32 or fp64, any strides, CPU or CUDA → [B, key tokens] fp32 (fp64 for fp64).
+///
+/// Sums in fp32, in a fixed order, without another matrix of that size. Throws ValueError or
+/// TypeError on other shapes and dtypes.
+SAG_API torch::Tensor attention_map(const torch::Tensor& probabilities);
+
 }  // namespace sag

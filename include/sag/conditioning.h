@@ -20,7 +20,9 @@ struct Conditioning {
   torch::Tensor context = {};
   /// Vector of the whole picture (SDXL: pooled text and sizes), [1 or images, features].
   torch::Tensor y = {};
-  /// Further inputs of the UNet by the name of its argument, each [1 or images, …].
+  /// Further inputs of the UNet by the name of its argument, each [1 or images, …]. Where the
+  /// argument is a dict, list or tuple of tensors, "argument.key" and "argument.0" name its
+  /// entries.
   std::map<std::string, torch::Tensor> extra = {};
 
   /// Weight against other conditionings of the same branch.

@@ -59,6 +59,8 @@ struct SAG_API RowGroup {
 
   /// Returns these rows of `t`, a view: t[begin : begin + count].
   torch::Tensor of(const torch::Tensor& t) const;
+  /// Returns `rows` of these rows from `offset` on, with their images and weights.
+  RowGroup part(std::int64_t offset, std::int64_t rows) const;
 };
 
 /// One call of the UNet, as hooks see it: what its rows stand for. A hook asks the pass instead of
@@ -69,19 +71,21 @@ struct SAG_API Pass {
   std::int64_t step_index = 0;
   /// Size of the UNet's input in this pass: the latent's, or an area's.
   std::int64_t height = 0, width = 0;
-  /// In row order, without gaps.
+  /// In row order, without gaps. Empty where nobody knows what the rows are (`AttentionScope`).
   std::vector<RowGroup> groups = {};
   /// Where hooks leave what a guidance reads after the evaluation; never null while a hook runs.
   StepContext* step = nullptr;
 
   /// Number of rows of the UNet batch.
   std::int64_t size() const;
+  /// Returns the pass of `count` rows from `begin` on: their groups, numbered from 0.
+  Pass part(std::int64_t begin, std::int64_t count) const;
   /// Returns the groups of a branch that `owner` asked for.
   std::vector<RowGroup> rows(Branch branch, const Owner& owner = Owner::main) const;
-  /// Returns the group's rows of q, k or v as [count, heads, tokens, head_dim], a view. UNets lay
-  /// heads out in three ways, and all are taken: [rows, heads, tokens, head_dim], [rows * heads,
-  /// tokens, head_dim] and [rows * heads, 1, tokens, head_dim]. Throws ValueError when the first
-  /// dimension is no multiple of the pass's rows.
+  /// Returns the group's rows of q, k, v or probabilities as [count, heads, tokens, head_dim], a
+  /// view. UNets lay heads out in three ways, and all are taken: [rows, heads, tokens, head_dim],
+  /// [rows * heads, tokens, head_dim] and [rows * heads, 1, tokens, head_dim]. Throws ValueError
+  /// when the first dimension is no multiple of the pass's rows.
   torch::Tensor select(const RowGroup& group, const torch::Tensor& t) const;
 };
 

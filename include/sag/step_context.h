@@ -50,6 +50,10 @@ class SAG_API StepContext {
   /// Returns what was recorded for `owner`, in the order of recording.
   std::vector<Record> records(const Owner& owner) const;
 
+  /// Takes over what `part` holds: its notes and, if `fault` is empty, its records. Otherwise
+  /// `fault` becomes the reason of everybody who recorded there.
+  void take(const StepContext& part, const std::string& fault = {});
+
   /// Returns what was recorded for anybody, in the order of recording.
   std::vector<std::pair<Owner, Record>> records() const;
 

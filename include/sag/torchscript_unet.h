@@ -30,21 +30,24 @@ struct TorchScriptUNetOptions {
 };
 
 /// A UNet from a TorchScript archive, traced, scripted or frozen, in ComfyUI's (LDM's) or
-/// diffusers' naming, whose self-attentions can be hooked. Its attention must be
-/// `scaled_dot_product_attention`.
+/// diffusers' naming, whose self-attentions can be hooked. Its attention is
+/// `scaled_dot_product_attention`, or a softmax of a product (matmul, bmm, baddbmm or einsum;
+/// scaled, masked, cast) and then a product with v: see `AttentionCall::probabilities`. Several
+/// attentions under one path are one site, for networks that split their batch.
 ///
 /// The arguments of the file's `forward` are, in this order: x, timesteps, context (if it takes
-/// one), and further ones by name: "y", and those of `Conditioning::extra`; ones with a default may
-/// be missing. Its result is a tensor, or a tuple, list or dict that holds the tensor ("sample",
-/// "out", or the first).
+/// one), and further ones by name: "y", and those of `Conditioning::extra`, tensors, or dicts,
+/// lists and tuples of tensors; ones with a default may be missing. Its result is a tensor, or a
+/// tuple, list or dict that holds the tensor ("sample", "out", or the first).
 ///
 /// The archive's module is never edited. `forward` runs a private, flattened copy of its graph, in
-/// which the hooked attention, and nothing else, is replaced by the op `sag::attention`; a copy is
-/// made per set of hooked sites, on first use. May be used from several threads.
+/// which the hooked attention, and nothing else, is replaced by an op that runs the hooks; a copy
+/// is made per set of hooked sites, on first use. May be used from several threads.
 class SAG_API TorchScriptUNet final : public UNet {
  public:
-  /// Loads an archive. Throws ValueError, in one sentence, when the file cannot be read, is
-  /// truncated, is no TorchScript archive, or has no self-attention that could be hooked.
+  /// Loads an archive, also one for the lite interpreter (.ptl). Throws ValueError, in one
+  /// sentence, when the file cannot be read, is truncated, is no TorchScript archive, calls an op
+  /// that nobody registered, or has no self-attention that could be hooked.
   static std::shared_ptr<TorchScriptUNet> load(const std::string& path,
                                                const TorchScriptUNetOptions& options);
   static std::shared_ptr<TorchScriptUNet> load(const std::string& path);

@@ -16,10 +16,12 @@ namespace sag {
 struct UNetInput {
   torch::Tensor x =
       {};  ///< [rows, channels, height, width], scaled for the network, the UNet's dtype
-  torch::Tensor timesteps = {};                     ///< [rows] fp32
-  torch::Tensor context = {};                       ///< [rows, tokens, width], or undefined
-  torch::Tensor y = {};                             ///< [rows, features], or undefined
-  std::map<std::string, torch::Tensor> extra = {};  ///< by argument name, each [rows, …]
+  torch::Tensor timesteps = {};  ///< [rows] fp32
+  torch::Tensor context = {};    ///< [rows, tokens, width], or undefined
+  torch::Tensor y = {};          ///< [rows, features], or undefined
+  /// By argument name, each [rows, …]; "argument.key" and "argument.0" for entries of a dict or
+  /// list.
+  std::map<std::string, torch::Tensor> extra = {};
 };
 
 /// One attention of a UNet that can be hooked.
@@ -54,5 +56,17 @@ class SAG_API UNet {
 /// `InstalledHook::site` holds. It is the name, or the path where several sites share the name.
 /// Throws ValueError, with the list of sites, when there is no such site or more than one.
 SAG_API std::string resolve_attention_site(const UNet& unet, const AttentionSite& site);
+
+/// What a self-attention works on; all 0 where it did not run.
+struct AttentionSiteShape {
+  AttentionSiteInfo site = {};
+  std::int64_t heads = 0, tokens = 0, head_dim = 0;
+};
+
+/// Runs the UNet once, with hooks on all its self-attentions, and returns what each worked on, in
+/// the order of `UNet::attention_sites`: a way to know the sites of files without names. The middle
+/// block's have the fewest tokens.
+SAG_API std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet,
+                                                              const UNetInput& input);
 
 }  // namespace sag

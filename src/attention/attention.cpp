@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/einsum.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 
 #include "attention_scope_state.h"
@@ -26,6 +29,51 @@ std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks,
   for (const auto& hook : hooks)
     if (!hook.options.active || hook.options.active(step)) active.push_back(hook);
   return active;
+}
+
+SiteCalls::SiteCalls(const StepContext& step)
+    : records(step.sigma(), step.step_index(), step.height(), step.width()) {}
+
+Pass AttentionScopeState::enter(std::string_view site, c10::IntArrayRef shape) {
+  const std::lock_guard lock(mutex_);
+  auto& calls = sites_.try_emplace(std::string(site), *pass.step).first->second;
+  auto of_call = pass;
+  const auto size = pass.size(), rows = shape.front();
+  // Otherwise a few rows may as well be a few heads of one row.
+  const bool heads_are_apart = shape.size() == 4 && shape[1] > 1;
+  if (size == 0 || rows == size || (rows % size == 0 && !heads_are_apart)) {
+    ++calls.whole;
+  } else if (heads_are_apart && calls.rows + rows <= size) {
+    of_call = pass.part(calls.rows, rows);
+    calls.rows += rows;
+  } else {
+    of_call.groups.clear();
+    calls.has_unknown_rows = true;
+  }
+  of_call.step = &calls.records;
+  return of_call;
+}
+
+namespace {
+
+// Returns why the maps of a site's calls cannot be used, or an empty text. Calls with a part of the
+// heads, folded into rows or not, bring more rows than the pass has, or the same rows again.
+std::string fault_of(const SiteCalls& calls, std::int64_t size) {
+  if (size == 0 || (calls.whole == 1 && calls.rows == 0 && !calls.has_unknown_rows)) return {};
+  if (calls.whole == 0 && calls.rows == size && !calls.has_unknown_rows) return {};
+  if (calls.whole == 0 && !calls.has_unknown_rows)
+    return c10::str("the attention of the site ran for ", calls.rows, " of the pass's ", size,
+                    " rows");
+  return "the attention of the site ran in several calls that are no parts of the batch";
+}
+
+}  // namespace
+
+void AttentionScopeState::finish() {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [site, calls] : sites_)
+    pass.step->take(calls.records, fault_of(calls, pass.size()));
+  sites_.clear();
 }
 
 void AttentionScopeState::fail(std::exception_ptr error) {
@@ -54,8 +102,9 @@ AttentionScope::AttentionScope(std::vector<InstalledHook> hooks, Pass pass)
 
 AttentionScope::~AttentionScope() = default;
 
-void AttentionScope::rethrow_if_failed() const {
+void AttentionScope::finish() const {
   if (const auto error = state_->error()) std::rethrow_exception(error);
+  state_->finish();
 }
 
 std::vector<std::string> AttentionScope::hooked_sites() {
@@ -80,33 +129,47 @@ torch::Tensor plain_attention(const AttentionCall& call) {
                                           call.is_causal, call.scale, call.enable_gqa);
 }
 
+torch::Tensor multiply_probabilities(const torch::Tensor& probabilities, const torch::Tensor& value,
+                                     std::string_view product) {
+  if (product == "matmul") return at::matmul(probabilities, value);
+  if (product == "bmm") return at::bmm(probabilities, value);
+  if (product == "matmul_transposed") return at::matmul(value, probabilities.transpose(-1, -2));
+  return at::einsum(product, {probabilities, value});
+}
+
 namespace {
 
-torch::Tensor run_chain(const AttentionScopeState& scope,
-                        std::span<const InstalledHook* const> chain, const AttentionCall& call) {
-  if (chain.empty()) return plain_attention(call);
-  const auto next = [&scope, rest = chain.subspan(1)](const AttentionCall& changed) {
-    return run_chain(scope, rest, changed);
+torch::Tensor run_chain(const Pass& pass, std::span<const InstalledHook* const> chain,
+                        const AttentionCall& call, const NextAttention& plain) {
+  if (chain.empty()) return plain(call);
+  const auto next = [&pass, &plain, rest = chain.subspan(1)](const AttentionCall& changed) {
+    return run_chain(pass, rest, changed, plain);
   };
-  return chain.front()->hook(call, scope.pass, next);
+  return chain.front()->hook(call, pass, next);
 }
 
 }  // namespace
 
-torch::Tensor run_hooks(const AttentionScopeState& scope, std::string_view site,
-                        const AttentionCall& call) {
+torch::Tensor run_hooks(AttentionScopeState& scope, std::string_view site,
+                        const AttentionCall& call, const NextAttention& plain,
+                        c10::IntArrayRef shape) {
   std::vector<const InstalledHook*> chain;
   for (const auto& hook : scope.hooks)
     if (hook.site == site) chain.push_back(&hook);
-  auto out = run_chain(scope, chain, call);
-  TORCH_CHECK_VALUE(
-      out.defined() && out.dim() == call.q.dim() &&
-          out.sizes().slice(0, out.dim() - 1) == call.q.sizes().slice(0, call.q.dim() - 1) &&
-          out.size(-1) == call.v.size(-1),
-      "[attention] the hooks of site \"", site,
-      "\" must return the shape of q with v's last size, ", "q ", call.q.sizes(), " and v ",
-      call.v.sizes(), ", got ", out.defined() ? c10::str(out.sizes()) : "an undefined tensor", ".");
+  const auto& first = call.probabilities.defined() ? call.probabilities : call.q;
+  if (chain.empty() || first.numel() == 0) return plain(call);  // empty: beyond this batch
+  const auto pass = scope.enter(site, first.sizes());
+  auto out = run_chain(pass, chain, call, plain);
+  TORCH_CHECK_VALUE(out.defined() && out.sizes() == shape, "[attention] the hooks of site \"", site,
+                    "\" must return the attention's shape, ", shape, ", got ",
+                    out.defined() ? c10::str(out.sizes()) : "an undefined tensor", ".");
   return out;
+}
+
+std::vector<std::int64_t> attention_shape(const AttentionCall& call) {
+  auto shape = call.q.sizes().vec();
+  if (!shape.empty() && call.v.dim() > 0) shape.back() = call.v.size(-1);
+  return shape;
 }
 
 torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
@@ -115,8 +178,9 @@ torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const to
       options.attn_mask && options.attn_mask->defined() ? options.attn_mask : std::nullopt;
   const AttentionCall call{
       q, k, v, mask, options.dropout_p, options.is_causal, options.scale, options.enable_gqa};
-  const auto* scope = current_attention_scope();
-  return scope ? run_hooks(*scope, options.site, call) : plain_attention(call);
+  auto* scope = current_attention_scope();
+  return scope ? run_hooks(*scope, options.site, call, plain_attention, attention_shape(call))
+               : plain_attention(call);
 }
 
 }  // namespace sag

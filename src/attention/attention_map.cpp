@@ -115,4 +115,42 @@ torch::Tensor attention_map(const torch::Tensor& q, const torch::Tensor& k,
   return column_sums(q, k, head_scale).mean(1);
 }
 
+namespace {
+
+// On the CPU a sum in another dtype would convert the whole matrix first: here some rows at a time.
+torch::Tensor column_sums_of_rows(const torch::Tensor& probabilities, torch::ScalarType dtype) {
+  const auto images = probabilities.size(0), heads = probabilities.size(1),
+             queries = probabilities.size(2), tokens = probabilities.size(3);
+  const auto row_bytes = tokens * static_cast<std::int64_t>(c10::elementSize(dtype));
+  const auto block_rows = std::clamp<std::int64_t>(kCpuBlockBytes / row_bytes, 1, queries);
+  auto sums = at::zeros({images, heads, tokens}, probabilities.options().dtype(dtype));
+  for (std::int64_t image = 0; image < images; ++image)
+    for (std::int64_t head = 0; head < heads; ++head) {
+      auto sum = sums[image][head];
+      for (const auto& rows : probabilities[image][head].split(block_rows))
+        sum += rows.sum(0, /*keepdim=*/false, dtype);
+    }
+  return sums;
+}
+
+}  // namespace
+
+torch::Tensor attention_map(const torch::Tensor& probabilities) {
+  TORCH_CHECK_VALUE(
+      probabilities.dim() == 4 && probabilities.numel() > 0,
+      "[attention_map] probabilities must have shape [B, heads, query tokens, key tokens], none of "
+      "them 0, got ",
+      probabilities.sizes(), ".");
+  TORCH_CHECK_TYPE(probabilities.is_floating_point(),
+                   "[attention_map] probabilities must be floating, got ",
+                   probabilities.scalar_type(), ".");
+  const torch::NoGradGuard no_grad;
+  const auto dtype = at::promote_types(probabilities.scalar_type(), torch::kFloat);
+  // On CUDA the kernel reads half precision and adds in fp32.
+  const bool by_rows = probabilities.is_cpu() && probabilities.scalar_type() != dtype;
+  return (by_rows ? column_sums_of_rows(probabilities, dtype)
+                  : probabilities.sum(2, /*keepdim=*/false, dtype))
+      .mean(1);
+}
+
 }  // namespace sag

@@ -9,22 +9,28 @@
 namespace sag {
 namespace {
 
+// Contiguous, as the Meta kernels promise to graph compilers.
+template <typename Shape>
+torch::Tensor run_op(std::string_view site, const AttentionCall& call, const NextAttention& plain,
+                     const Shape& shape) {
+  auto* scope = current_attention_scope();
+  if (!scope || scope->error()) return plain(call).contiguous();
+  try {
+    return run_hooks(*scope, site, call, plain, shape()).contiguous();
+  } catch (...) {
+    // An interpreter would turn it into a runtime_error: whoever owns the scope rethrows it.
+    scope->fail(std::current_exception());
+    return plain(call).contiguous();
+  }
+}
+
 torch::Tensor attention_op(const torch::Tensor& query, const torch::Tensor& key,
                            const torch::Tensor& value,
                            const std::optional<torch::Tensor>& attn_mask, double dropout_p,
                            bool is_causal, std::optional<double> scale, bool enable_gqa,
                            std::string_view site) {
   const AttentionCall call{query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa};
-  auto* scope = current_attention_scope();
-  // Contiguous, as the Meta kernel promises to graph compilers.
-  if (!scope || scope->error()) return plain_attention(call).contiguous();
-  try {
-    return run_hooks(*scope, site, call).contiguous();
-  } catch (...) {
-    // An interpreter would turn it into a runtime_error: whoever owns the scope rethrows it.
-    scope->fail(std::current_exception());
-    return plain_attention(call).contiguous();
-  }
+  return run_op(site, call, plain_attention, [&] { return attention_shape(call); });
 }
 
 torch::Tensor attention_meta(const torch::Tensor& query, const torch::Tensor& /*key*/,
@@ -36,6 +42,26 @@ torch::Tensor attention_meta(const torch::Tensor& query, const torch::Tensor& /*
   auto sizes = query.sym_sizes().vec();
   sizes.back() = value.sym_size(-1);
   return at::empty_symint(sizes, query.options());
+}
+
+torch::Tensor probabilities_meta(const torch::Tensor& probabilities, const torch::Tensor& value,
+                                 std::string_view product, std::string_view /*site*/) {
+  return multiply_probabilities(probabilities, value, product).contiguous();
+}
+
+torch::Tensor probabilities_op(const torch::Tensor& probabilities, const torch::Tensor& value,
+                               std::string_view product, std::string_view site) {
+  const AttentionCall call{.v = value, .probabilities = probabilities};
+  const auto plain = [product](const AttentionCall& changed) {
+    return multiply_probabilities(changed.probabilities, changed.v, product);
+  };
+  const auto shape = [&] {
+    const auto meta = [](const torch::Tensor& t) {
+      return at::empty(t.sizes(), t.options().device(torch::kMeta));
+    };
+    return multiply_probabilities(meta(probabilities), meta(value), product).sizes().vec();
+  };
+  return run_op(site, call, plain, shape);
 }
 
 }  // namespace
@@ -52,10 +78,16 @@ TORCH_LIBRARY(sag, m) {
       "dropout_p=0.0, "
       "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, str site=\"\") -> Tensor",
       c10::AliasAnalysisKind::CONSERVATIVE));
+  m.def(torch::schema(
+      "attention_probabilities(Tensor probabilities, Tensor value, *, str product=\"matmul\", str "
+      "site=\"\") -> Tensor",
+      c10::AliasAnalysisKind::CONSERVATIVE));
 }
 TORCH_LIBRARY_IMPL(sag, CompositeExplicitAutograd, m) {
   m.impl("attention", sag::attention_op);
+  m.impl("attention_probabilities", sag::probabilities_op);
 }
 TORCH_LIBRARY_IMPL(sag, Meta, m) {
   m.impl("attention", sag::attention_meta);
+  m.impl("attention_probabilities", sag::probabilities_meta);
 }

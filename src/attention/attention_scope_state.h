@@ -1,21 +1,41 @@
 #pragma once
 
+#include <cstdint>
 #include <exception>
+#include <functional>
+#include <map>
 #include <mutex>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include <c10/util/ThreadLocalDebugInfo.h>
 
 #include "sag/attention.h"
+#include "sag/step_context.h"
 
 namespace sag {
+
+/// What the calls of one site brought in a pass so far.
+struct SiteCalls {
+  explicit SiteCalls(const StepContext& step);
+
+  std::int64_t whole = 0;  // calls with every row of the pass
+  std::int64_t rows = 0;   // rows of the others
+  bool has_unknown_rows = false;
+  StepContext records;  // of this pass, until it is known whether they hold
+};
 
 /// What an AttentionScope puts into the thread's debug-info slot. LibTorch carries that slot to the
 /// threads it forks, which a plain thread_local does not reach.
 struct AttentionScopeState final : c10::DebugInfoBase {
   std::vector<InstalledHook> hooks;
   Pass pass;
+
+  /// Returns the pass of the next call of `site`, whose q or probabilities have this shape.
+  Pass enter(std::string_view site, c10::IntArrayRef shape);
+  /// Gives what hooks recorded to `pass.step`, except at sites whose calls do not add up.
+  void finish();
 
   /// Keeps the first exception of a hook.
   void fail(std::exception_ptr error);
@@ -24,16 +44,27 @@ struct AttentionScopeState final : c10::DebugInfoBase {
  private:
   mutable std::mutex mutex_;
   std::exception_ptr error_;
+  std::map<std::string, SiteCalls, std::less<>> sites_;
 };
 
 /// Returns the innermost scope's state on this thread, or null.
 AttentionScopeState* current_attention_scope();
 
-/// Runs the site's hooks in `scope`, or plain SDPA if it has none.
-torch::Tensor run_hooks(const AttentionScopeState& scope, std::string_view site,
-                        const AttentionCall& call);
+/// Runs the site's hooks in `scope`, or `plain` if it has none. Throws ValueError unless they
+/// return `shape`.
+torch::Tensor run_hooks(AttentionScopeState& scope, std::string_view site,
+                        const AttentionCall& call, const NextAttention& plain,
+                        c10::IntArrayRef shape);
 
 /// Runs `at::scaled_dot_product_attention`.
 torch::Tensor plain_attention(const AttentionCall& call);
+
+/// Returns the shape of what `plain_attention` returns.
+std::vector<std::int64_t> attention_shape(const AttentionCall& call);
+
+/// Multiplies probabilities by values as `product` says: "matmul" and "bmm", values at the right;
+/// "matmul_transposed", values · probabilitiesᵀ; or an equation of einsum.
+torch::Tensor multiply_probabilities(const torch::Tensor& probabilities, const torch::Tensor& value,
+                                     std::string_view product);
 
 }  // namespace sag

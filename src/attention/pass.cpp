@@ -1,5 +1,6 @@
 #include "sag/pass.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace sag {
@@ -17,8 +18,30 @@ torch::Tensor RowGroup::of(const torch::Tensor& t) const {
   return t.narrow(0, begin, count);
 }
 
+RowGroup RowGroup::part(std::int64_t offset, std::int64_t rows) const {
+  auto group = *this;
+  group.begin += offset;
+  group.image += offset;
+  group.count = rows;
+  if (weight.defined() && weight.size(0) > 1) group.weight = weight.narrow(0, offset, rows);
+  return group;
+}
+
 std::int64_t Pass::size() const {
   return groups.empty() ? 0 : groups.back().begin + groups.back().count;
+}
+
+Pass Pass::part(std::int64_t begin, std::int64_t count) const {
+  auto some = *this;
+  some.groups.clear();
+  for (const auto& group : groups) {
+    const auto first = std::max(begin, group.begin);
+    const auto last = std::min(begin + count, group.begin + group.count);
+    if (first >= last) continue;
+    some.groups.push_back(group.part(first - group.begin, last - first));
+    some.groups.back().begin = first - begin;
+  }
+  return some;
 }
 
 std::vector<RowGroup> Pass::rows(Branch branch, const Owner& owner) const {

@@ -41,6 +41,26 @@ std::vector<std::pair<Owner, StepContext::Record>> StepContext::records() const 
   return records_;
 }
 
+void StepContext::take(const StepContext& part, const std::string& fault) {
+  for (const auto& [owner, recorded] : part.records()) {
+    if (fault.empty())
+      record(owner, recorded.rows, recorded.map);
+    else
+      skipped(owner, fault);
+  }
+  decltype(notes_) notes;
+  {
+    const std::lock_guard lock(part.mutex_);
+    notes = part.notes_;
+  }
+  for (const auto& [owner, entry] : notes) {
+    if (entry.guided)
+      guided(owner, entry.mask);
+    else
+      skipped(owner, entry.reason);
+  }
+}
+
 void StepContext::guided(const Owner& owner, torch::Tensor mask) {
   const std::lock_guard lock(mutex_);
   auto& entry = note(owner);

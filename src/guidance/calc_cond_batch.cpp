@@ -193,10 +193,10 @@ torch::Tensor evaluate(const ModelPatcher& model, const std::vector<Item>& batch
   const AttentionScope scope(active_hooks(model.attention_hooks(), *pass.step), pass);
   try {
     const auto denoised = model.denoiser()(at::cat(x), sigma, joined_conditioning(batch));
-    scope.rethrow_if_failed();
+    scope.finish();
     return denoised;
   } catch (...) {
-    scope.rethrow_if_failed();  // what a hook threw is the cause of what the UNet threw
+    scope.finish();  // what a hook threw is the cause of what the UNet threw
     throw;
   }
 }

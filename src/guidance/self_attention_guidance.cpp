@@ -115,18 +115,33 @@ bool looks(const SelfAttentionGuidanceOptions& options, const StepContext& step)
          !too_small(step.height(), step.width());
 }
 
+// The map of some rows; undefined if there are not as many queries as keys.
+torch::Tensor map_of(const AttentionCall& call, const Pass& pass, const RowGroup& rows) {
+  if (call.probabilities.defined()) {
+    const auto probabilities = pass.select(rows, call.probabilities);
+    if (probabilities.size(2) != probabilities.size(3)) return {};
+    return attention_map(probabilities);
+  }
+  const auto q = pass.select(rows, call.q), k = pass.select(rows, call.k);
+  return q.size(2) == k.size(2) ? attention_map(q, k, call.scale) : torch::Tensor();
+}
+
 void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass) {
+  if (pass.groups.empty()) {
+    pass.step->skipped(owner, "which rows a call of the site's attention has is not known");
+    return;
+  }
   if (call.attn_mask || call.is_causal) {
     pass.step->skipped(owner, "the attention of the site is masked");
     return;
   }
   for (const auto& rows : pass.rows(Branch::uncond)) {
-    const auto q = pass.select(rows, call.q), k = pass.select(rows, call.k);
-    if (q.size(2) != k.size(2)) {
+    const auto map = map_of(call, pass, rows);
+    if (!map.defined()) {
       pass.step->skipped(owner, "the attention of the site is no self-attention");
       return;
     }
-    pass.step->record(owner, rows, attention_map(q, k, call.scale));
+    pass.step->record(owner, rows, map);
   }
 }
 
@@ -188,6 +203,7 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
   if (too_small(args.step.height(), args.step.width()))
     return skip("a side of the latent is 4 or less");
   const auto records = args.step.records(owner);
+  if (!args.step.skip_reason(owner).empty()) return args.denoised;  // the recorder's
   if (records.empty()) return skip("the attention of the site did not run");
 
   const auto map = combine_maps(records, args.x);

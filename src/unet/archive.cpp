@@ -10,6 +10,7 @@
 #include <c10/util/Exception.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>
+#include <torch/version.h>
 
 namespace sag {
 namespace {
@@ -37,6 +38,29 @@ void check_holds_code(const std::string& path) {
   refuse(path, problem);
 }
 
+// The op that a loader's message says nobody registered, or an empty text.
+std::string unknown_op(const std::string& message) {
+  const std::string before = "Unknown builtin op: ";
+  const auto found = message.find(before);
+  if (found == std::string::npos) return {};
+  const auto begin = found + before.size();
+  auto op = message.substr(begin, message.find_first_of(" \n", begin) - begin);
+  while (op.ends_with('.')) op.pop_back();
+  return op;
+}
+
+[[noreturn]] void refuse_op(const std::string& path, const std::string& op) {
+  const auto is_in = [&op](const char* part) { return op.find(part) != std::string::npos; };
+  const char* way_out = "load the library that registers it first, or export the model without it";
+  if (op.starts_with("aten::") || op.starts_with("prim::"))
+    way_out = "save the model with PyTorch " TORCH_VERSION;
+  else if (is_in("xformers") || is_in("attention") || is_in("attn"))
+    way_out =
+        "export the model with scaled_dot_product_attention (diffusers: "
+        "unet.set_attn_processor(AttnProcessor2_0()); ComfyUI: --use-pytorch-cross-attention)";
+  refuse(path, c10::str("which uses ", op, ", an op that this program does not have: ", way_out));
+}
+
 // "RuntimeError: " at the start of a line: what the interpreter puts in front of a message.
 bool starts_message(const std::string& text, std::size_t line, std::size_t& begin) {
   begin = text.find(": ", line);
@@ -58,10 +82,13 @@ std::string zip_problem(const std::string& path) {
   if (std::filesystem::is_directory(status)) return "which is a directory";
   std::ifstream file(path, std::ios::binary);
   if (!file) return "which cannot be opened";
-  char magic[4] = {};
-  file.read(magic, sizeof magic);
+  char head[8] = {};
+  file.read(head, sizeof head);
   if (file.gcount() == 0) return "which is empty";
-  if (std::string(magic, sizeof magic) != "PK\x03\x04") return "which is no zip archive";
+  // LibTorch could read it, but trusts its offsets: a damaged one was seen to end the process.
+  if (std::string(head + 4, 4) == "PTMF")
+    return "which is a flatbuffer (.ff): save the module with torch.jit.save instead";
+  if (std::string(head, 4) != "PK\x03\x04") return "which is no zip archive";
   return "";
 }
 
@@ -99,7 +126,9 @@ torch::jit::Module read_archive(const std::string& path) {
     module.eval();
     return module;
   } catch (const std::exception& error) {
-    refuse(path, "which cannot be loaded: " + plain_message(error));
+    const auto message = plain_message(error);
+    if (const auto op = unknown_op(message); !op.empty()) refuse_op(path, op);
+    refuse(path, "which cannot be loaded: " + message);
   }
 }
 

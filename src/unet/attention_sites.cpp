@@ -9,6 +9,8 @@
 #include <c10/util/StringUtil.h>
 #include <torch/csrc/jit/ir/ir.h>
 
+#include "attention_nodes.h"
+
 namespace sag {
 namespace {
 
@@ -50,6 +52,9 @@ void trace_back(const Value* value, Values& sources, Values& seen) {
   const Node* node = value->node();
   if (const Value* input = projected(node)) {
     sources.insert(without_casts(input));
+  } else if (node->kind() == prim::If) {
+    for (const Block* side : node->blocks())
+      trace_back(side->outputs()[value->offset()], sources, seen);
   } else if (node->kind() == prim::Param || !node->blocks().empty()) {
     sources.insert(value);
   } else if (node->kind() != prim::GetAttr) {  // what is stored is a weight
@@ -67,12 +72,12 @@ std::string last_component(const std::string& path) {
   return path.substr(path.rfind('.') + 1);
 }
 
-bool is_self_attention(const Node* node, const std::string& path) {
+bool is_self_attention(const AttentionNode& attention, const std::string& path) {
   const auto name = last_component(path);
   if (name == "attn1") return true;
   if (name == "attn2") return false;
-  const auto q = sources_of(node->input(0));
-  return !q.empty() && q == sources_of(node->input(1));
+  const auto q = sources_of(attention.q);
+  return !q.empty() && q == sources_of(attention.k);
 }
 
 }  // namespace
@@ -97,11 +102,26 @@ std::vector<AttentionSiteInfo> self_attention_sites(const FlatGraph& flat) {
   for (std::size_t i = 0; i < nodes.size(); ++i) {
     const auto& path = flat.attention_paths[i];
     if (!is_self_attention(nodes[i], path)) continue;
+    const bool is_known = !path.empty() && std::any_of(sites.begin(), sites.end(), [&](auto& site) {
+      return site.path == path;
+    });
+    if (is_known) continue;
     auto name = short_site_name(path);
     if (name.empty()) name = path.empty() ? c10::str("#", i) : path;
     sites.push_back({std::move(name), path, static_cast<std::int64_t>(i)});
   }
   return sites;
+}
+
+std::vector<std::size_t> nodes_of(const FlatGraph& flat, const AttentionSiteInfo& site) {
+  const auto first = static_cast<std::size_t>(site.ordinal);
+  if (site.path.empty()) return {first};
+  std::vector<std::size_t> found;
+  const auto nodes = attention_nodes(*flat.graph);
+  for (std::size_t i = first; i < nodes.size(); ++i)
+    if (flat.attention_paths[i] == site.path && is_self_attention(nodes[i], site.path))
+      found.push_back(i);
+  return found;
 }
 
 std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,

@@ -12,8 +12,12 @@ namespace sag {
 /// LDM's naming and for the middle block in diffusers'; empty if there is none.
 std::string short_site_name(const std::string& path);
 
-/// Returns the self-attentions of a flattened graph in order of execution.
+/// Returns the self-attentions of a flattened graph in order of execution, one per path.
 std::vector<AttentionSiteInfo> self_attention_sites(const FlatGraph& flat);
+
+/// Returns which of the graph's attentions a site stands for. There are several where a network
+/// splits its batch.
+std::vector<std::size_t> nodes_of(const FlatGraph& flat, const AttentionSiteInfo& site);
 
 /// Returns the sites that `name` may mean: those of that name, or of that path.
 std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,

@@ -79,7 +79,8 @@ struct Graph {
   torch::Tensor output;
   struct Recorded {
     Owner owner;
-    std::size_t group;  // of the pass
+    std::size_t group;    // of the pass
+    std::int64_t offset;  // of the map's rows in it
     torch::Tensor map;
   };
   std::vector<Recorded> recorded;
@@ -105,11 +106,19 @@ torch::Tensor Graph::replay(const UNetInput& given) {
   graph.replay();
   // The next replay overwrites all of it, so the caller gets copies.
   if (const auto* pass = AttentionScope::pass()) {
-    for (const auto& [owner, group, map] : recorded)
-      pass->step->record(owner, pass->groups[group], map.clone());
+    for (const auto& [owner, group, offset, map] : recorded)
+      pass->step->record(owner, pass->groups[group].part(offset, map.size(0)), map.clone());
     for (const auto& [owner, reason] : skips) pass->step->skipped(owner, reason);
   }
   return output.clone();
+}
+
+// Whether `part` is a part of the group. A site may compute its attention in several calls, whose
+// groups are numbered anew.
+bool holds(const RowGroup& group, const RowGroup& part) {
+  return group.branch == part.branch && group.entry == part.entry && group.owner == part.owner &&
+         group.area == part.area && group.image <= part.image &&
+         part.image + part.count <= group.image + group.count;
 }
 
 // Runs the UNet with the hooks of the current scope, which record into a context of their own.
@@ -122,16 +131,16 @@ torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) 
   const auto hooks = AttentionScope::hooks();
   const AttentionScope scope({hooks.begin(), hooks.end()}, std::move(pass));
   auto output = unet.forward(input);
-  scope.rethrow_if_failed();
+  scope.finish();
   if (!graph) return output;
   for (auto& [owner, record] : context.records()) {
     const auto& groups = outer->groups;
     const auto group = std::find_if(groups.begin(), groups.end(), [&record](const RowGroup& rows) {
-      return rows.begin == record.rows.begin;
+      return holds(rows, record.rows);
     });
     TORCH_INTERNAL_ASSERT(group != groups.end());
-    graph->recorded.push_back(
-        {owner, static_cast<std::size_t>(group - groups.begin()), record.map});
+    graph->recorded.push_back({owner, static_cast<std::size_t>(group - groups.begin()),
+                               record.rows.image - group->image, record.map});
   }
   graph->skips = context.skips();
   return output;

@@ -8,6 +8,8 @@
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
 
+#include "attention_nodes.h"
+
 namespace sag {
 namespace {
 
@@ -17,16 +19,6 @@ using namespace torch::jit;  // of which c10's prim and attr are a part
 using Paths = std::unordered_map<const Value*, std::string>;
 
 const c10::Symbol kPath = c10::Symbol::attr("sag_path");
-
-bool is_attention(const Node* node) {
-  static const auto kind = c10::Symbol::fromQualString("aten::scaled_dot_product_attention");
-  return node->kind() == kind;
-}
-
-// prim::fork and prim::awaitable keep what they run in an attribute.
-bool has_subgraph(const Node* node) {
-  return node->hasAttribute(attr::Subgraph) && node->kindOf(attr::Subgraph) == AttributeKind::g;
-}
 
 // `nodes` may change under the visitor, so the next node is looked up before each visit.
 template <typename Visit>
@@ -89,19 +81,17 @@ void flatten_block(Block* block, const Paths& paths, const std::string& here) {
       inline_call(node, *function, paths, here);
       return;
     }
-    if (is_attention(node)) node->s_(kPath, here);
+    if (may_be_attention(node)) node->s_(kPath, here);
     for (Block* inner : node->blocks()) flatten_block(inner, paths, here);
-    if (has_subgraph(node)) {
-      auto& forked = *node->g(attr::Subgraph);
-      flatten_block(forked.block(), paths_inside(forked, node->inputs(), paths), here);
-    }
+    if (auto* forked = subgraph_of(node))
+      flatten_block(forked->block(), paths_inside(*forked, node->inputs(), paths), here);
   });
 }
 
 void visit_deep(Block* block, const std::function<void(Node*)>& visit) {
   visit_nodes(block, [&](Node* node) {
     for (Block* inner : node->blocks()) visit_deep(inner, visit);
-    if (has_subgraph(node)) visit_deep(node->g(attr::Subgraph)->block(), visit);
+    if (auto* forked = subgraph_of(node)) visit_deep(forked->block(), visit);
     visit(node);  // last: it may destroy the node
   });
 }
@@ -113,10 +103,11 @@ FlatGraph flatten(const Module& module) {
   forward.ensure_defined();
   FlatGraph flat{forward.graph()->copy(), {}};
   flatten_block(flat.graph->block(), {{flat.graph->inputs()[0], ""}}, "");
-  for (Node* node : attention_nodes(*flat.graph)) {
-    flat.attention_paths.push_back(node->s(kPath));
-    node->removeAttribute(kPath);
-  }
+  for (const auto& attention : attention_nodes(*flat.graph))
+    flat.attention_paths.push_back(attention.node->s(kPath));
+  for_each_node(*flat.graph, [](Node* node) {
+    if (node->hasAttribute(kPath)) node->removeAttribute(kPath);
+  });
   return flat;
 }
 
@@ -124,12 +115,11 @@ void for_each_node(Graph& graph, const std::function<void(Node*)>& visit) {
   visit_deep(graph.block(), visit);
 }
 
-std::vector<Node*> attention_nodes(Graph& graph) {
-  std::vector<Node*> nodes;
-  for_each_node(graph, [&](Node* node) {
-    if (is_attention(node)) nodes.push_back(node);
-  });
-  return nodes;
+// prim::fork and prim::awaitable keep what they run in an attribute.
+Graph* subgraph_of(const Node* node) {
+  const bool has_one =
+      node->hasAttribute(attr::Subgraph) && node->kindOf(attr::Subgraph) == AttributeKind::g;
+  return has_one ? node->g(attr::Subgraph).get() : nullptr;
 }
 
 }  // namespace sag

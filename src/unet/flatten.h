@@ -16,8 +16,8 @@ namespace sag {
 /// A private copy of a module's `forward` with every call inlined. Its first input is the module.
 struct FlatGraph {
   std::shared_ptr<torch::jit::Graph> graph;
-  /// The dotted path of the module that holds each `scaled_dot_product_attention`, in the order of
-  /// `attention_nodes`; empty where the graph does not tell (frozen files).
+  /// The dotted path of the module that holds each attention, in the order of `attention_nodes`;
+  /// empty where the graph does not tell (frozen files).
   std::vector<std::string> attention_paths;
 };
 
@@ -28,7 +28,7 @@ FlatGraph flatten(const torch::jit::Module& module);
 /// visitor may destroy its node and insert others beside it.
 void for_each_node(torch::jit::Graph& graph, const std::function<void(torch::jit::Node*)>& visit);
 
-/// Returns the `scaled_dot_product_attention` nodes in order of execution.
-std::vector<torch::jit::Node*> attention_nodes(torch::jit::Graph& graph);
+/// Returns the graph that a node forks or keeps for later, or null.
+torch::jit::Graph* subgraph_of(const torch::jit::Node* node);
 
 }  // namespace sag

@@ -1,6 +1,8 @@
 #include "forward_call.h"
 
+#include <algorithm>
 #include <optional>
+#include <utility>
 
 #include <ATen/core/Dict.h>
 #include <c10/util/Exception.h>
@@ -42,19 +44,80 @@ void check_optional(const char* name, const torch::Tensor& t, std::int64_t dims,
               dims < 0 && !t.is_floating_point() ? std::nullopt : std::make_optional(dtype));
 }
 
+// The entries of a dict, list or tuple that an argument takes, by key or by number.
+using Entries = std::map<std::string, torch::Tensor>;
+
+// The type of an argument that is not None.
+c10::TypePtr given_type(const c10::Argument& argument) {
+  const auto optional = argument.type()->cast<c10::OptionalType>();
+  return optional ? optional->getElementType() : argument.type();
+}
+
+bool holds_tensors(const c10::TypePtr& type) {
+  const auto takes = [](const c10::TypePtr& part) {
+    return c10::TensorType::get()->isSubtypeOf(*part);
+  };
+  if (const auto dict = type->cast<c10::DictType>())
+    return *dict->getKeyType() == *c10::StringType::get() && takes(dict->getValueType());
+  if (const auto list = type->cast<c10::ListType>()) return takes(list->getElementType());
+  const auto tuple = type->cast<c10::TupleType>();
+  return tuple && std::all_of(tuple->elements().begin(), tuple->elements().end(), takes);
+}
+
+// The entries "0", "1", … in order.
+std::vector<torch::Tensor> in_order(const Entries& entries, const std::string& argument) {
+  std::vector<torch::Tensor> tensors;
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    const auto found = entries.find(std::to_string(i));
+    TORCH_CHECK_VALUE(found != entries.end(), "[TorchScriptUNet::forward] the entries of '",
+                      argument, "' must be numbered from 0 without gaps, but of ", entries.size(),
+                      " '", argument, ".", i, "' is not given");
+    tensors.push_back(found->second);
+  }
+  return tensors;
+}
+
+c10::IValue container(const c10::TypePtr& type, const Entries& entries,
+                      const std::string& argument) {
+  if (const auto dict_type = type->cast<c10::DictType>()) {
+    c10::impl::GenericDict dict(dict_type->getKeyType(), dict_type->getValueType());
+    for (const auto& [key, t] : entries) dict.insert(key, t);
+    return dict;
+  }
+  auto tensors = in_order(entries, argument);
+  if (const auto list_type = type->cast<c10::ListType>()) {
+    c10::impl::GenericList list(list_type->getElementType());
+    for (auto& t : tensors) list.push_back(std::move(t));
+    return list;
+  }
+  const auto size = type->expect<c10::TupleType>()->elements().size();
+  TORCH_CHECK_VALUE(tensors.size() == size, "[TorchScriptUNet::forward] the file's tuple '",
+                    argument, "' must have ", size, " tensors, '", argument, ".0' and so on, got ",
+                    tensors.size());
+  return c10::ivalue::Tuple::create({tensors.begin(), tensors.end()});
+}
+
+// How an argument is given that is no tensor.
+std::string hint(const c10::Argument& argument) {
+  const auto type = given_type(argument);
+  if (!holds_tensors(type)) return "";
+  const char* key = type->kind() == c10::TypeKind::DictType ? ".key" : ".0";
+  return c10::str(" (its entries as '", argument.name(), key, "')");
+}
+
 template <typename Elements>
 torch::Tensor first_tensor(const Elements& elements) {
   for (const c10::IValue& element : elements) {
-    if (element.isTensor()) return element.toTensor();
+    if (auto t = output_tensor(element); t.defined()) return t;
   }
   return {};
 }
 
 torch::Tensor entry(const c10::Dict<c10::IValue, c10::IValue>& dict) {
-  if (dict.size() == 1) return first_tensor(std::vector{dict.begin()->value()});
+  if (dict.size() == 1) return output_tensor(dict.begin()->value());
   if (*dict.keyType() != *c10::StringType::get()) return {};
   for (const char* name : {"sample", "out"}) {
-    if (dict.contains(name)) return first_tensor(std::vector{dict.at(name)});
+    if (dict.contains(name)) return output_tensor(dict.at(name));
   }
   return {};
 }
@@ -99,6 +162,23 @@ void ForwardCall::place(const std::string& name, const torch::Tensor& t,
   values[i] = t;
 }
 
+void ForwardCall::place_extra(const std::map<std::string, torch::Tensor>& extra,
+                              std::vector<c10::IValue>& values) const {
+  std::map<std::size_t, Entries> containers;
+  for (const auto& [name, t] : extra) {
+    const auto dot = name.find('.');
+    const auto i = index_of(name.substr(0, dot));
+    const bool is_entry = dot != std::string::npos && i < arguments_.size() &&
+                          holds_tensors(given_type(arguments_[i]));
+    if (is_entry && t.defined())
+      containers[i][name.substr(dot + 1)] = t;
+    else
+      place(name, t, values);
+  }
+  for (const auto& [i, entries] : containers)
+    values[i] = container(given_type(arguments_[i]), entries, arguments_[i].name());
+}
+
 std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input) const {
   std::vector<c10::IValue> values(arguments_.size());
   values[kX] = input.x;
@@ -111,7 +191,7 @@ std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input) const {
   }
   place(context, input.context, values);
   place("y", input.y, values);
-  for (const auto& [name, t] : input.extra) place(name, t, values);
+  place_extra(input.extra, values);
 
   for (std::size_t i = 0; i < arguments_.size(); ++i) {
     if (!values[i].isNone()) continue;
@@ -120,8 +200,8 @@ std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input) const {
       continue;
     }
     TORCH_CHECK_VALUE(may_be_none(arguments_[i]), "[TorchScriptUNet::forward] the file needs '",
-                      arguments_[i].name(), "', which is not given; its arguments are (", list(),
-                      ")");
+                      arguments_[i].name(), "', which is not given", hint(arguments_[i]),
+                      "; its arguments are (", list(), ")");
   }
   return values;
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,8 @@ class ForwardCall {
   std::size_t index_of(const std::string& name) const;
   void place(const std::string& name, const torch::Tensor& t,
              std::vector<c10::IValue>& values) const;
+  void place_extra(const std::map<std::string, torch::Tensor>& extra,
+                   std::vector<c10::IValue>& values) const;
   std::string list() const;
 
   std::vector<c10::Argument> arguments_;
@@ -41,7 +44,7 @@ void check_input(const UNetInput& input, torch::Device device, torch::ScalarType
 std::string list_shapes(const UNetInput& input);
 
 /// Returns the tensor in what `forward` returned: itself, the first of a tuple or list, or
-/// "sample", "out" or the only entry of a dict; undefined if there is none.
+/// "sample", "out" or the only entry of a dict, at any depth; undefined if there is none.
 torch::Tensor output_tensor(const c10::IValue& output);
 
 }  // namespace sag

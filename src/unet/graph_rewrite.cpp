@@ -172,15 +172,19 @@ void replace_node(Node* node, Node* replacement) {
 
 }  // namespace
 
-void hook_attention(Node* attention, const std::string& site) {
-  static const auto kind = c10::Symbol::fromQualString("sag::attention");
-  WithInsertPoint before(attention);
-  Graph& graph = *attention->owningGraph();
-  // The importer has filled in every default of the running version, so the inputs go over one by
-  // one.
-  Node* hooked = graph.create(kind, attention->inputs());
+void hook_attention(const AttentionNode& attention, const std::string& site) {
+  static const auto fused = c10::Symbol::fromQualString("sag::attention"),
+                    unfused = c10::Symbol::fromQualString("sag::attention_probabilities");
+  WithInsertPoint before(attention.node);
+  Graph& graph = *attention.node->owningGraph();
+  // The importer has filled in every default of the running version, so SDPA's inputs go over one
+  // by one.
+  Node* hooked = attention.probabilities
+                     ? graph.create(unfused, {attention.probabilities, attention.v,
+                                              graph.insertConstant(attention.product)})
+                     : graph.create(fused, attention.node->inputs());
   hooked->addInput(graph.insertConstant(site));
-  replace_node(attention, hooked);
+  replace_node(attention.node, hooked);
 }
 
 void use_plain_convolutions(Graph& graph) {
@@ -242,10 +246,16 @@ void follow_weights(Graph& graph) {
   for_each_node(graph, [](Node* node) {
     if (const auto* op = weighted_op(node)) follow_weights_of(node, *op);
   });
-  for (Node* attention : attention_nodes(graph)) {
-    // v comes straight from its projection; q and k may have gone through a wider embedding.
-    cast_input(attention, 0, attention->input(2));
-    cast_input(attention, 1, attention->input(2));
+  for (const auto& attention : attention_nodes(graph)) {
+    // v comes straight from its projection; q and k may have gone through a wider embedding, and
+    // softmax may be wider.
+    Node* node = attention.node;
+    if (!attention.probabilities) {
+      cast_input(node, 0, attention.v);
+      cast_input(node, 1, attention.v);
+    } else if (auto* operands = node->input(1)->node(); operands->kind() == prim::ListConstruct) {
+      cast_input(operands, 0, attention.v);  // of einsum
+    }
   }
 }
 

@@ -4,16 +4,14 @@
 
 #include <torch/types.h>
 
-namespace torch::jit {
-struct Graph;
-struct Node;
-}  // namespace torch::jit
+#include "attention_nodes.h"
 
 // Edits of a private, flattened graph (see flatten.h). Each leaves a graph that runs.
 namespace sag {
 
-/// Replaces a `scaled_dot_product_attention` by `sag::attention` with the same inputs, at `site`.
-void hook_attention(torch::jit::Node* attention, const std::string& site);
+/// Replaces a `scaled_dot_product_attention` by `sag::attention` with the same inputs, at `site`,
+/// and the last product of an unfused attention by `sag::attention_probabilities`.
+void hook_attention(const AttentionNode& attention, const std::string& site);
 
 /// Replaces `_convolution`, in which tracing records cuDNN's switches, by convolutions that ask the
 /// process.

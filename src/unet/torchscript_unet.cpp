@@ -11,6 +11,7 @@
 #include <torch/csrc/jit/ir/ir.h>
 
 #include "archive.h"
+#include "attention_nodes.h"
 #include "attention_sites.h"
 #include "flatten.h"
 #include "forward_call.h"
@@ -61,9 +62,8 @@ void check_constants(Graph& graph, const Origin& origin) {
 }
 
 bool has_softmax(Graph& graph) {
-  static const auto kind = c10::Symbol::fromQualString("aten::softmax");
   bool found = false;
-  for_each_node(graph, [&](Node* node) { found = found || node->kind() == kind; });
+  for_each_node(graph, [&](Node* node) { found = found || is_softmax(node); });
   return found;
 }
 
@@ -74,7 +74,8 @@ void check_sites(const FlatGraph& flat, const std::vector<AttentionSiteInfo>& si
   const std::string found =
       attentions > 0 ? "only cross-attention (" + std::to_string(attentions) + " of them)"
       : has_softmax(*flat.graph)
-          ? "only unfused attention: export it with scaled_dot_product_attention"
+          ? "only softmax that is no part of an attention known here: export it with "
+            "scaled_dot_product_attention"
           : "no attention at all";
   TORCH_CHECK_VALUE(false, "[", origin.caller, "] ", origin.model,
                     " must have a self-attention that can be hooked, but it has ", found);
@@ -126,6 +127,15 @@ void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
   if (recorded != dtype || dtype != torch::kFloat) follow_weights(graph);
 }
 
+// A hook must know which rows it gets, and forked calls come in any order.
+void check_order(const std::vector<AttentionNode>& nodes, const std::vector<std::size_t>& of_site,
+                 const std::string& site) {
+  for (const auto i : of_site)
+    TORCH_CHECK_VALUE(!nodes[i].is_forked_in_loop && (!nodes[i].is_forked || of_site.size() == 1),
+                      "[TorchScriptUNet::forward] a hooked site must run in a fixed order, but '",
+                      site, "' runs several times in forked tasks");
+}
+
 }  // namespace
 
 struct TorchScriptUNet::State {
@@ -158,7 +168,7 @@ struct TorchScriptUNet::State {
   bool likes_channels_last() const;
   std::shared_ptr<GraphFunction> function(const std::vector<std::string>& hooked);
   std::shared_ptr<Graph> hooked_graph(const std::vector<std::string>& hooked) const;
-  std::size_t ordinal_of(const std::string& site) const;
+  AttentionSiteInfo site_called(const std::string& site) const;
   torch::Tensor run(const UNetInput& given);
 
   const Origin origin;
@@ -181,7 +191,7 @@ bool TorchScriptUNet::State::likes_channels_last() const {
   return device.is_cuda() && half && convolution_share(module) >= 0.4;
 }
 
-std::size_t TorchScriptUNet::State::ordinal_of(const std::string& site) const {
+AttentionSiteInfo TorchScriptUNet::State::site_called(const std::string& site) const {
   const auto found = sites_called(sites, site);
   TORCH_CHECK_VALUE(!found.empty(),
                     "[TorchScriptUNet::forward] hooked sites must be the UNet's, got '", site,
@@ -189,20 +199,23 @@ std::size_t TorchScriptUNet::State::ordinal_of(const std::string& site) const {
   TORCH_CHECK_VALUE(found.size() == 1,
                     "[TorchScriptUNet::forward] a hooked site must be one attention, but '", site,
                     "' stands for ", found.size(), " in this file");
-  return static_cast<std::size_t>(found.front().ordinal);
+  return found.front();
 }
 
 std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
     const std::vector<std::string>& hooked) const {
-  std::map<std::size_t, std::string> names;
-  for (const auto& site : hooked) {
-    const auto [other, is_new] = names.emplace(ordinal_of(site), site);
-    TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must go by one name, got '",
-                      site, "' and '", other->second, "'");
-  }
   const auto graph = flat.graph->copy();
   const auto nodes = attention_nodes(*graph);
-  for (const auto& [ordinal, site] : names) hook_attention(nodes[ordinal], site);
+  std::map<std::int64_t, std::string> names;
+  for (const auto& name : hooked) {
+    const auto site = site_called(name);
+    const auto [other, is_new] = names.emplace(site.ordinal, name);
+    TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must go by one name, got '",
+                      name, "' and '", other->second, "'");
+    const auto of_site = nodes_of(flat, site);
+    check_order(nodes, of_site, name);
+    for (const auto i : of_site) hook_attention(nodes[i], name);
+  }
   return graph;
 }
 

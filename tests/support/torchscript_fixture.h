@@ -30,8 +30,10 @@ struct TorchScriptFixture {
       "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
   /// The expression that is returned; `out` is the UNet's output.
   std::string result = "out";
-  /// How an attention combines q, k and v.
+  /// How an attention combines q, k and v, [rows, 2, tokens, kWidth / 2].
   std::string attention = "torch.scaled_dot_product_attention(q, k, v)";
+  /// Methods of the attentions, which that may call.
+  std::string methods = {};
 };
 
 /// Knows "fork", which only code read from archives can say otherwise.
@@ -88,7 +90,7 @@ class TorchScriptBuilder {
       shared.setattr("training", false);
       return shared;
     }
-    attn.define(R"(
+    attn.define(fixture_.methods + R"(
 def heads(self, t: Tensor, w: Tensor) -> Tensor:
     t = torch.linear(t, w)
     return torch.transpose(torch.reshape(t, [t.size(0), t.size(1), 2, t.size(2) // 2]), 1, 2)

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace torch::jit {
+struct Graph;
+struct Node;
+struct Value;
+}  // namespace torch::jit
+
+// What counts as an attention in a flattened graph (see flatten.h).
+namespace sag {
+
+/// An attention: `scaled_dot_product_attention`, or, unfused, softmax of a product and then a
+/// product with v.
+struct AttentionNode {
+  /// What computes the output, and is replaced by an op that runs hooks: SDPA, or the last product.
+  torch::jit::Node* node = nullptr;
+  torch::jit::Value *q = nullptr, *k = nullptr, *v = nullptr;
+  /// What softmax returned, as it enters the last product; null: the node is SDPA.
+  torch::jit::Value* probabilities = nullptr;
+  /// How they are multiplied by v: see the op `sag::attention_probabilities`.
+  std::string product = {};
+  /// Whether the node runs in a forked graph, and whether a loop forks it.
+  bool is_forked = false, is_forked_in_loop = false;
+};
+
+/// Returns the attentions in order of execution.
+std::vector<AttentionNode> attention_nodes(torch::jit::Graph& graph);
+
+/// Whether the node can be `AttentionNode::node`.
+bool may_be_attention(const torch::jit::Node* node);
+
+/// Whether the node is a softmax, of attention or not.
+bool is_softmax(const torch::jit::Node* node);
+
+}  // namespace sag
