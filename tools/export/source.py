@@ -53,10 +53,8 @@ def load_unet(folder, dtype, device):
     import diffusers
 
     config = read_json(pathlib.Path(folder) / "config.json")
-    kind = config.get("_class_name")
-    if kind not in ("UNet2DConditionModel", "UNet2DModel"):
-        raise Mistake(f'"{folder}" must hold a UNet2DConditionModel or UNet2DModel, but its config.json says {kind}.')
-    module = load(getattr(diffusers, kind), folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    unet.check_supported(config)
+    module = load(getattr(diffusers, config["_class_name"]), folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     return module.to(device).eval().requires_grad_(False)
 
 
@@ -107,7 +105,7 @@ def add_texts(source, folder, parts):
             "--unet-only exports the UNet, for sag-sample's --cond and --uncond."
         )
     for key, kind in zip(wanted, kinds):
-        model = load(getattr(transformers, kind), folder / key, attn_implementation="eager", torch_dtype=torch.float32)
+        model = load(getattr(transformers, kind), folder / key, attn_implementation="eager", dtype=torch.float32)
         if getattr(model.config, "use_attention_mask", False):
             raise Mistake("A text encoder that hides the padding (use_attention_mask) cannot be exported; try --unet-only.")
         source.text_models += (model.eval().requires_grad_(False),)
@@ -151,9 +149,7 @@ def from_factory(spec, options):
     module = call_factory(spec).to(options.device, options.torch_dtype).eval().requires_grad_(False)
     if next(module.parameters(), None) is None:
         raise Mistake(f"{spec} must return a module with parameters.")
-    tokens = options.context and options.context[0]
-    context = (tokens, options.context[1]) if tokens else None
-    network = Network(module, options.sample, context, options.y, options.multiple, options.multiple)
+    network = Network(module, options.sample, options.context, options.y, options.multiple, options.multiple)
     return Source(spec.partition(":")[0].rpartition(".")[2], network, {"prediction": options.prediction})
 
 
@@ -181,7 +177,7 @@ def open_source(options):
         raise Mistake(
             f'"{folder}" must be a diffusers pipeline\'s folder (with model_index.json), a UNet\'s (with config.json), or MODULE:FACTORY.'
         )
-    if options.sample and not isinstance(source.network.module, type(None)):
+    if options.sample:
         check_sample(source.network, options.sample)
         source.network.shape = options.sample
     source.prediction = description.with_constants(source.prediction, options.constant)

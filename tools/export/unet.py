@@ -43,9 +43,8 @@ def pooled_width(config):
 
 
 def wrap(unet, tokens=77):
-    """A Network around a UNet2DConditionModel or UNet2DModel. Throws Mistake for those that take more than sag can give."""
+    """A Network around a UNet2DConditionModel or UNet2DModel that check_supported has let pass."""
     config = unet.config
-    check_supported(unet)
     side = config.sample_size or 64
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     halvings = 2 ** (len(config.block_out_channels) - 1)
@@ -59,21 +58,24 @@ def wrap(unet, tokens=77):
     return Network(TextUNet(unet), shape, context, None, fastest_multiple=halvings)
 
 
-def check_supported(unet):
-    config, kind = unet.config, type(unet).__name__
+def check_supported(config):
+    """Throws Mistake for UNets that take more than sag can give. `config`: the content of config.json, before gigabytes are read."""
+    kind = config.get("_class_name")
     if kind not in ("UNet2DConditionModel", "UNet2DModel"):
         raise Mistake(f"The network must be a UNet2DConditionModel or UNet2DModel, got {kind}; export others as MODULE:FACTORY.")
-    if config.in_channels != config.out_channels:
+    channels = [config.get(key, 4 if kind == "UNet2DConditionModel" else 3) for key in ("in_channels", "out_channels")]
+    if channels[0] != channels[1]:
         raise Mistake(
-            f"The UNet must return as many channels as it takes, but takes {config.in_channels} and returns {config.out_channels}: "
+            f"The UNet must return as many channels as it takes, but takes {channels[0]} and returns {channels[1]}: "
             "networks for inpainting, depth or a learned variance do not fit."
         )
-    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
         if config.get(key) is not None:
             raise Mistake(f'The UNet must take text alone, but its config.json has "{key}": {config[key]!r}.')
+    if not isinstance(config.get("cross_attention_dim", 1280), int):
+        raise Mistake(f'The UNet\'s "cross_attention_dim" must be one number, got {config["cross_attention_dim"]!r}.')
     if config.get("addition_embed_type") not in (None, "text_time"):
-        raise Mistake(f'The UNet\'s "addition_embed_type" must be absent or "text_time", got {config.addition_embed_type!r}.')
-    if not isinstance(config.get("cross_attention_dim", 0), int):
-        raise Mistake(f'The UNet\'s "cross_attention_dim" must be one number, got {config.cross_attention_dim!r}.')
-    if config.get("addition_embed_type") == "text_time" and pooled_width(config) <= 0:
+        raise Mistake(f'The UNet\'s "addition_embed_type" must be absent or "text_time", got {config["addition_embed_type"]!r}.')
+    sizes = [config.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")]
+    if config.get("addition_embed_type") and (None in sizes or sizes[0] <= TIME_IDS * sizes[1]):
         raise Mistake("The UNet's size embedding must take six numbers and the pooled text, as SDXL's does.")
