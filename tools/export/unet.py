@@ -50,12 +50,12 @@ def wrap(unet, tokens=77):
     halvings = 2 ** (len(config.block_out_channels) - 1)
     shape = (config.in_channels, height, width)
     if type(unet).__name__ == "UNet2DModel":
-        return Network(PlainUNet(unet), shape, None, None, multiple=halvings, fastest_multiple=halvings)
+        return Network(PlainUNet(unet).eval(), shape, None, None, multiple=halvings, fastest_multiple=halvings)
     context = (tokens, config.cross_attention_dim)
     if config.addition_embed_type == "text_time":
         features = pooled_width(config) + TIME_IDS
-        return Network(TextAndSizeUNet(unet), shape, context, features, fastest_multiple=halvings)
-    return Network(TextUNet(unet), shape, context, None, fastest_multiple=halvings)
+        return Network(TextAndSizeUNet(unet).eval(), shape, context, features, fastest_multiple=halvings)
+    return Network(TextUNet(unet).eval(), shape, context, None, fastest_multiple=halvings)
 
 
 def check_supported(config):
