@@ -1,17 +1,23 @@
-// A sampling step with and without guidance, and the UNet alone, on any TorchScript UNet:
+// A sampling step with and without guidance, and the UNet alone, on any UNet, TorchScript or
+// compiled:
 //
 //   step_benchmark --unet=sd15.ts --height=64 --width=64 --context_width=768
 //   step_benchmark --unet=sdxl.ts --height=128 --width=128 --context_width=2048 --y=1286
+//
+//   step_benchmark --unet=compiled/unet.pt2 …, or a folder of packages: --dtype and channels_last
+//   are its own
 //
 // Time is per call of the UNet or per step, over a whole run without a pause in between. "host_ms"
 // is how long the host was busy, "MiB" what the run allocates at its peak. --cudnn_benchmark=1 lets
 // cuDNN try its kernels out. Further options are Google Benchmark's.
 
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <string>
 
 #include "device.h"
+#include "sag/aoti_unet.h"
 #include "sag/cfg_guider.h"
 #include "sag/cuda_graph_unet.h"
 #include "sag/samplers.h"
@@ -88,10 +94,18 @@ class Model {
  public:
   explicit Model(const Settings& settings) : settings_(settings) {}
 
+  // A compiled UNet has the layout that it was compiled with.
+  bool compiled() const {
+    const std::filesystem::path path = settings_.text("unet");
+    return path.extension() == ".pt2" || std::filesystem::is_directory(path);
+  }
+
   // The file is loaded once per layout.
   std::shared_ptr<const UNet> unet(bool graph, bool channels_last) {
     auto& file = files_[channels_last];
-    if (!file) {
+    if (!file && compiled()) {
+      file = AotiUNet::load(settings_.text("unet"), {.device = settings_.device()});
+    } else if (!file) {
       TorchScriptUNetOptions options{.device = settings_.device(), .channels_last = channels_last};
       const auto& dtype = settings_.text("dtype");
       if (!dtype.empty())
@@ -175,7 +189,7 @@ void add_benchmarks(Model& model) {
   std::vector<Way> ways = {{"eager", false, false}};
   if (cuda) {
     ways.push_back({"graph", true, false});
-    ways.push_back({"graph_channels_last", true, true});
+    if (!model.compiled()) ways.push_back({"graph_channels_last", true, true});
   }
   const auto add = [](const std::string& name, auto function) {
     benchmark::RegisterBenchmark(name.c_str(), function)

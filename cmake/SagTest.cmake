@@ -1,13 +1,13 @@
 include(GoogleTest)
 
 # sag_add_test(<name> SOURCES <file>... [INTERNAL <file>...] [LINK <target>...] [LABELS <label>...] [TIMEOUT <seconds>]
-#              [PROCESSES <count>])
+#              [PROCESSES <count>] [PROPERTIES <property>...])
 #
 # One executable for a room's test files; every TEST becomes a ctest test. INTERNAL lists files of src/ whose
 # functions the library does not export: they are compiled into the executable too. With PROCESSES the tests are dealt
 # out to so many ctest tests, for those that share something dear to set up.
 function(sag_add_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 ARG "" "TIMEOUT;PROCESSES" "SOURCES;INTERNAL;LINK;LABELS")
+  cmake_parse_arguments(PARSE_ARGV 1 ARG "" "TIMEOUT;PROCESSES" "SOURCES;INTERNAL;LINK;LABELS;PROPERTIES")
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 300)
   endif()
@@ -29,7 +29,7 @@ function(sag_add_test name)
       add_test(NAME ${name}.${index}of${ARG_PROCESSES} COMMAND ${name})
       set_tests_properties(${name}.${index}of${ARG_PROCESSES} PROPERTIES
         ENVIRONMENT "GTEST_TOTAL_SHARDS=${ARG_PROCESSES};GTEST_SHARD_INDEX=${shard}"
-        LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+        LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} ${ARG_PROPERTIES})
     endforeach()
     return()
   endif()
@@ -39,5 +39,5 @@ function(sag_add_test name)
     DISCOVERY_MODE PRE_TEST
     DISCOVERY_TIMEOUT 120
     NO_PRETTY_VALUES
-    PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+    PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} ${ARG_PROPERTIES})
 endfunction()

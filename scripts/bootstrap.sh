@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sets up what sag is built with. Sourced by demo.sh and test.sh, which then call
 #
-#   sag_bootstrap              system packages, LibTorch, a CUDA compiler, a new enough CMake
+#   sag_bootstrap [tools]      system packages, LibTorch, a CUDA compiler, a new enough CMake; what tools/ needs
 #   sag_build [<target>...]    configures and builds build/release (everything, or the targets named)
 #
 # What is downloaded, and the compiler's cache, lie outside the clone, in one folder that later clones use again:
@@ -43,6 +43,7 @@ sag_bootstrap() {
   sag_find_cmake
   sag_find_torch
   sag_find_nvcc
+  [[ ${1:-} != tools ]] || sag_find_tools
   sag_close_cache
 }
 
@@ -127,7 +128,7 @@ sag_make_environment() {
   # A name of its own: what a killed run left running must not write into this one.
   sag_partial=$(mktemp -d "$sag_cache/$name.XXXXXX.partial") || die "cannot make a folder in $sag_cache"
   chmod 755 "$sag_partial"
-  python3 -m venv "$sag_partial" >/dev/null || die "python3 -m venv failed in $sag_cache"
+  "${sag_python:-python3}" -m venv "$sag_partial" >/dev/null || die "python3 -m venv failed in $sag_cache"
   mkdir "$sag_partial/tmp"
   local quiet=(-q)
   [[ -t 1 ]] && quiet=()
@@ -266,6 +267,23 @@ sag_make_toolkit() {
   [[ -x $toolkit/bin/nvcc && -e $toolkit/include/cuda_runtime.h && -e $toolkit/lib/libcudart.so ]] ||
     die "the CUDA compiler packages do not hold what was expected; nothing was kept"
   sag_keep_environment "$name"
+}
+
+# --- What tools/ needs ------------------------------------------------------------------------------------------------
+# For the tests, which run tools/ with the Python that LibTorch was installed for. A LibTorch without one is tested
+# without tools/.
+
+sag_find_tools() {
+  local sag_python=${sag_torch_dir%/lib/python3*}/bin/python3 requirements=$sag_root/tools/requirements.txt name
+  "$sag_python" -c 'import torch' 2>/dev/null || return 0
+  name=tools-$({ cat "$requirements" && "$sag_python" --version; } | sha256sum | cut -c 1-12)
+  if [[ ! -d $sag_cache/$name ]]; then
+    say "downloading what tools/ needs (about 100 MB)"
+    sag_make_environment "$name" "what tools/ needs" -r "$requirements"
+    sag_keep_environment "$name"
+  fi
+  say "Python for the tests of tools/: $sag_python"
+  sag_configure_args+=("-DSAG_PYTHON=$sag_python" "-DSAG_PYTHONPATH=$(sag_site_packages "$sag_cache/$name")")
 }
 
 # --- Building ---------------------------------------------------------------------------------------------------------

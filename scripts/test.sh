@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
-sag_bootstrap
+sag_bootstrap tools
 sag_build
 say "running the tests"
 cd "$sag_root"

@@ -23,10 +23,10 @@
 #include "report_json.h"
 #include "sag/cuda_graph_unet.h"
 #include "sag/self_attention_guidance.h"
-#include "sag/torchscript_unet.h"
 #include "sampling.h"
 #include "shuffle.h"
 #include "tensor_file.h"
+#include "unet_file.h"
 
 namespace sag_sample {
 namespace {
@@ -184,12 +184,6 @@ void sample_and_write(const Options& options, const Settings& settings,
     out << "without CUDA graphs, as capturing one failed: " << graphs->failure << '\n';
 }
 
-// Nothing: what the library chooses.
-std::optional<bool> channels_last(const Options& options) {
-  const auto choice = options.channels_last.value_or("auto");
-  return choice == "auto" ? std::nullopt : std::optional(choice == "on");
-}
-
 }  // namespace
 
 void run_command(const Options& options, std::ostream& out) {
@@ -198,18 +192,15 @@ void run_command(const Options& options, std::ostream& out) {
   auto settings = decide_settings(options, directory ? &*directory : nullptr);
   set_up_torch(options);
   if (!options.list_sites) static_cast<void>(open_outputs(options));  // before minutes of loading
-  const auto file =
-      sag::TorchScriptUNet::load(settings.unet, {.device = settings.device,
-                                                 .dtype = settings.dtype,
-                                                 .channels_last = channels_last(options)});
+  auto unet = load_unet(options, settings);
   if (options.list_sites) {
-    print_sites(*file, out);
+    print_sites(*unet, out);
     return;
   }
-  settings.dtype = file->dtype();
-  std::shared_ptr<const sag::UNet> unet = file;
+  settings.device = unet->device();
+  settings.dtype = unet->dtype();
   if (settings.device.is_cuda() && !options.no_cuda_graph)
-    unet = std::make_shared<sag::CudaGraphUNet>(file);
+    unet = std::make_shared<sag::CudaGraphUNet>(unet);
   sample_and_write(options, settings, unet, out);
 }
 

@@ -170,7 +170,8 @@ std::string read_file_name(Section& files, const std::string& key, const std::st
   }
   const auto path = (fs::path(directory) / name).string();
   std::error_code error;
-  if (!fs::is_regular_file(path, error)) {
+  const bool is_folder_of_packages = key == "unet" && fs::is_directory(path, error);
+  if (!fs::is_regular_file(path, error) && !is_folder_of_packages) {
     throw UsageError(fmt::format(
         "The model has no file \"{}\", which its model.json names as \"{}\".", path, key));
   }

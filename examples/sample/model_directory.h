@@ -28,9 +28,10 @@ struct ModelDefaults {
 ///      "defaults": {"sampler": "euler", "schedule": "karras", "steps": 20, "cfg": 2.0,
 ///                   "sag": {"scale": 1.0, "blur_sigma": 2.0}}}
 ///
-/// "format", "prediction", "sample" and "files" with its "unet" must be there. "eps", "v" and "x0"
-/// models may have "beta_start", "beta_end", "beta_schedule", "timesteps" and "zero_terminal_snr",
-/// "flow" models "shift" and "timestep_multiplier". "sag" takes "scale", "blur_sigma", "threshold",
+/// "unet" is a TorchScript archive, a compiled package (*.pt2) or a folder of packages. "format",
+/// "prediction", "sample" and "files" with its "unet" must be there. "eps", "v" and "x0" models may
+/// have "beta_start", "beta_end", "beta_schedule", "timesteps" and "zero_terminal_snr", "flow"
+/// models "shift" and "timestep_multiplier". "sag" takes "scale", "blur_sigma", "threshold",
 /// "kernel_size", "sigma_start" and "sigma_end".
 struct ModelDirectory {
   std::string path, name;

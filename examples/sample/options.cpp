@@ -160,7 +160,9 @@ class Group {
 void add_model_options(CLI::App& app, Options& o) {
   Group group(app, "Model (one of --model and --unet)");
   group.text("--model", o.model, "DIR", "Directory with model.json and the files that it names");
-  group.text("--unet", o.unet, "FILE", "TorchScript UNet, to be used with tensors");
+  group.text(
+      "--unet", o.unet, "FILE",
+      "TorchScript UNet, compiled package (*.pt2) or folder of packages, to be used with tensors");
   group.choice("--prediction", o.prediction, {"eps", "v", "x0", "edm", "flow"},
                "What the UNet predicts. eps, v and x0 use Stable Diffusion's noise table",
                "the model's, else eps");
@@ -273,9 +275,10 @@ void add_sag_options(CLI::App& app, Options& o) {
 
 void add_device_options(CLI::App& app, Options& o) {
   Group group(app, "Device");
-  group.text("--device", o.device, "cpu|cuda[:N]", "Where to compute", "cuda if there is one");
+  group.text("--device", o.device, "cpu|cuda[:N]", "Where to compute",
+             "cuda if there is one; a compiled UNet's own");
   group.choice("--dtype", o.dtype, {"fp32", "fp16", "bf16"}, "Precision of the UNet",
-               "fp32 on the CPU, the file's on CUDA");
+               "fp32 on the CPU, the file's on CUDA; a compiled UNet's own");
   group.number("--max-rows", o.max_rows,
                Range<std::int64_t>{0, 65536, "a whole number between 0 and 65536"}, "N",
                "At most N pictures at a time go through the UNet; 0: no limit", "16");

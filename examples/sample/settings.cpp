@@ -136,10 +136,12 @@ void check_known(const char* key, const std::string& name,
   }
 }
 
-void check_file(const std::string& option, const std::string& path) {
+// A folder holds compiled packages.
+void check_unet(const std::string& path) {
   std::error_code error;
-  if (!std::filesystem::is_regular_file(path, error)) {
-    throw UsageError(fmt::format("{}: there is no file \"{}\".", option, path));
+  if (!std::filesystem::is_regular_file(path, error) &&
+      !std::filesystem::is_directory(path, error)) {
+    throw UsageError(fmt::format("--unet: there is no file \"{}\".", path));
   }
 }
 
@@ -148,7 +150,7 @@ void check_file(const std::string& option, const std::string& path) {
 Settings decide_settings(const Options& options, const ModelDirectory* directory) {
   const ModelDirectory nothing;
   const ModelDirectory& model = directory ? *directory : nothing;
-  if (!directory) check_file("--unet", options.unet);
+  if (!directory) check_unet(options.unet);
   const std::string prediction = options.prediction.value_or(directory ? model.prediction : "eps");
   refuse_foreign_constants(options, prediction);
   Settings settings = {.prediction = prediction,

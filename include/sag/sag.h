@@ -23,6 +23,7 @@
 #include "sag/unet.h"
 
 // Files: for callers with a model file.
+#include "sag/aoti_unet.h"
 #include "sag/inpaint.h"
 #include "sag/noise.h"
 #include "sag/samplers.h"

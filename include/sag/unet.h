@@ -41,6 +41,9 @@ class SAG_API UNet {
   virtual torch::Tensor forward(const UNetInput& input) const = 0;
   /// Returns the self-attentions that hooks can be set on, in order of execution.
   virtual std::vector<AttentionSiteInfo> attention_sites() const = 0;
+  /// Returns a sentence for errors about sites: why one may be missing and how to get it. Empty:
+  /// there are no others.
+  virtual std::string note_on_sites() const;
   /// Where the weights live and inputs are expected.
   virtual torch::Device device() const = 0;
   /// The dtype of x, context, y and floating extra inputs.

@@ -28,14 +28,19 @@ std::string list(const std::vector<AttentionSiteInfo>& sites) {
 
 UNet::~UNet() = default;
 
+std::string UNet::note_on_sites() const {
+  return "";
+}
+
 std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) {
   const auto sites = unet.attention_sites();
+  const auto note = unet.note_on_sites();
   std::vector<AttentionSiteInfo> found;
   std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
                [&](const auto& info) { return answers_to(info, site.name()); });
   TORCH_CHECK_VALUE(!found.empty(),
                     "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
-                    site.name(), "\". ", list(sites));
+                    site.name(), "\". ", list(sites), note.empty() ? "" : "\n", note);
   TORCH_CHECK_VALUE(
       found.size() == 1, "[resolve_attention_site] site must name one self-attention, but \"",
       site.name(), "\" fits ", found.size(), "; use its path or #ordinal. ", list(found));

@@ -20,19 +20,6 @@ namespace {
                            path, "', ", what));
 }
 
-void check_is_zip(const std::string& path) {
-  std::error_code error;
-  const auto status = std::filesystem::status(path, error);
-  if (!std::filesystem::exists(status)) refuse(path, "which does not exist");
-  if (std::filesystem::is_directory(status)) refuse(path, "which is a directory");
-  std::ifstream file(path, std::ios::binary);
-  if (!file) refuse(path, "which cannot be opened");
-  char magic[4] = {};
-  file.read(magic, sizeof magic);
-  if (file.gcount() == 0) refuse(path, "which is empty");
-  if (std::string(magic, sizeof magic) != "PK\x03\x04") refuse(path, "which is no zip archive");
-}
-
 void check_holds_code(const std::string& path) {
   std::string problem;
   try {
@@ -64,6 +51,20 @@ bool starts_message(const std::string& text, std::size_t line, std::size_t& begi
 
 }  // namespace
 
+std::string zip_problem(const std::string& path) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (!std::filesystem::exists(status)) return "which does not exist";
+  if (std::filesystem::is_directory(status)) return "which is a directory";
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return "which cannot be opened";
+  char magic[4] = {};
+  file.read(magic, sizeof magic);
+  if (file.gcount() == 0) return "which is empty";
+  if (std::string(magic, sizeof magic) != "PK\x03\x04") return "which is no zip archive";
+  return "";
+}
+
 std::string plain_message(const std::exception& error) {
   const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
   std::string text = torch_error ? torch_error->what_without_backtrace() : error.what();
@@ -87,7 +88,7 @@ std::string plain_message(const std::exception& error) {
 }
 
 torch::jit::Module read_archive(const std::string& path) {
-  check_is_zip(path);
+  if (const auto problem = zip_problem(path); !problem.empty()) refuse(path, problem);
   check_holds_code(path);
   // What a caller's InferenceMode would make here could never be used outside of it.
   c10::InferenceMode ordinary_tensors(false);

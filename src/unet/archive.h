@@ -26,6 +26,9 @@ double convolution_share(const torch::jit::Module& module);
 /// Returns the dtype of the floating parameters, by number of elements; nothing if there are none.
 std::optional<torch::ScalarType> parameters_dtype(const torch::jit::Module& module);
 
+/// Returns what keeps a path from being read as a zip archive ("which does not exist"), or nothing.
+std::string zip_problem(const std::string& path);
+
 /// Returns what an exception of LibTorch's interpreter or loader says, without tracebacks, on one
 /// line.
 std::string plain_message(const std::exception& error);

@@ -358,6 +358,10 @@ std::vector<AttentionSiteInfo> CudaGraphUNet::attention_sites() const {
   return state_->unet->attention_sites();
 }
 
+std::string CudaGraphUNet::note_on_sites() const {
+  return state_->unet->note_on_sites();
+}
+
 torch::Device CudaGraphUNet::device() const {
   return state_->unet->device();
 }

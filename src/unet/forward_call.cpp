@@ -140,6 +140,15 @@ void check_input(const UNetInput& input, torch::Device device, torch::ScalarType
   for (const auto& [name, t] : input.extra) check_optional(name.c_str(), t, -1, x, device, dtype);
 }
 
+std::string list_shapes(const UNetInput& input) {
+  auto text = c10::str("x of shape ", input.x.sizes());
+  if (input.context.defined()) text += c10::str(", context of shape ", input.context.sizes());
+  if (input.y.defined()) text += c10::str(", y of shape ", input.y.sizes());
+  for (const auto& [name, t] : input.extra)
+    if (t.defined()) text += c10::str(", ", name, " of shape ", t.sizes());
+  return text;
+}
+
 torch::Tensor output_tensor(const c10::IValue& output) {
   if (output.isTensor()) return output.toTensor();
   if (output.isTuple()) return first_tensor(output.toTupleRef().elements());

@@ -36,6 +36,10 @@ class ForwardCall {
 /// the UNet's.
 void check_input(const UNetInput& input, torch::Device device, torch::ScalarType dtype);
 
+/// Returns what a network was given, for errors: one that fails says itself only which of its
+/// layers minded.
+std::string list_shapes(const UNetInput& input);
+
 /// Returns the tensor in what `forward` returned: itself, the first of a tuple or list, or
 /// "sample", "out" or the only entry of a dict; undefined if there is none.
 torch::Tensor output_tensor(const c10::IValue& output);

@@ -125,16 +125,6 @@ void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
   if (recorded != dtype || dtype != torch::kFloat) follow_weights(graph);
 }
 
-// What a network that fails was given: it says itself only which of its layers minded.
-std::string list_shapes(const UNetInput& input) {
-  auto text = c10::str("x of shape ", input.x.sizes());
-  if (input.context.defined()) text += c10::str(", context of shape ", input.context.sizes());
-  if (input.y.defined()) text += c10::str(", y of shape ", input.y.sizes());
-  for (const auto& [name, t] : input.extra)
-    if (t.defined()) text += c10::str(", ", name, " of shape ", t.sizes());
-  return text;
-}
-
 }  // namespace
 
 struct TorchScriptUNet::State {
