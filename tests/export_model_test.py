@@ -24,6 +24,7 @@ from transformers import CLIPTokenizerFast
 import export_model
 import make_tiny_pipeline
 from export import archive, text
+from export.description import from_scheduler
 from export.mistake import Mistake
 from export.tokenizer import ClipTokenizer
 
@@ -292,6 +293,41 @@ class Pipelines(Case):
         self.assertEqual(model["name"], "mine")
         self.assertEqual(model["sample"]["shape"], [4, 24, 8])
 
+    def test_unets_without_text(self):
+        from diffusers import UNet2DModel
+
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+        unet.save_pretrained(self.folder / "plain")
+        out, model = self.export(self.folder / "plain", "plain-out", "--prediction", "eps", "--constant", "beta_schedule=linear")
+        self.assertEqual(model["sample"], {"shape": [3, 16, 16], "multiple": 2})
+        self.assertEqual(model["site"], "unet.mid_block.attentions.0")
+        if SAMPLE:
+            picture = self.folder / "plain.png"
+            command = [SAMPLE, "--model", out, "--unconditional", "1", "--steps", "2", "--device", "cpu", "--threads", "1", "--out", picture]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            self.assertIn("2 of 2 evaluations guided", said)
+            self.assertEqual(struct.unpack(">II", picture.read_bytes()[16:24]), (16, 16))
+
+    def test_schedulers(self):
+        from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+
+        notes = []
+
+        def described(scheduler):
+            return from_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config}, notes.append)
+
+        self.assertEqual(described(EDMEulerScheduler(sigma_max=70.0)),
+                         {"prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 70.0})
+        self.assertEqual(described(PNDMScheduler(prediction_type="v_prediction"))["prediction"], "v")
+        self.assertEqual(notes, [])
+        flow = described(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, num_train_timesteps=500))
+        self.assertEqual(flow, {"prediction": "flow", "shift": 1.0, "timestep_multiplier": 500})
+        self.assertEqual(len(notes), 1)
+
     def test_half_precision(self):
         for dtype in ("bf16", "fp16"):
             out, _ = self.export(self.pipeline("sd1"), dtype, "--dtype", dtype)
@@ -448,6 +484,42 @@ class Command(Case):
         self.sample("--model", model, *options, *both, self.folder / "b.pt")
         a, b = (torch.load(self.folder / name, weights_only=True) for name in ("a.pt", "b.pt"))
         self.assertLessEqual((a - b).abs().max(), 1e-6 * a.abs().max())
+
+
+class Compiled(Case):
+    """Each package costs tens of seconds of g++, so there are few."""
+
+    def latent(self, model, name, *arguments):
+        out = self.folder / name
+        subprocess.run([SAMPLE, "--model", model, "--prompt", "a red cat", "--steps", "2", "--quiet", "--threads", "2", "--device", "cpu",
+                        "--save-latent", out, *arguments], check=True)
+        return torch.load(out, weights_only=True)
+
+    @unittest.skipUnless(SAMPLE, "SAG_SAMPLE_COMMAND names no sag-sample")
+    def test_it_draws_what_torchscript_draws(self):
+        traced, _ = self.export(self.pipeline("sdxl"), "traced")
+        compiled, model = self.export(self.pipeline("sdxl"), "compiled", "--format", "aoti", "--rows", "1-3", "--size", "16x24")
+        self.assertEqual(model["files"]["unet"], "unet.pt2")
+        self.assertEqual(model["sample"], {"shape": [4, 16, 24], "multiple": 4})
+        picture = self.folder / "picture.png"
+        got = self.latent(compiled, "compiled.pt", "--out", picture)
+        expected = self.latent(traced, "traced.pt", "--width", "24")
+        self.assertLessEqual((got - expected).abs().max(), 5e-5 * expected.abs().max())
+        self.assertEqual(struct.unpack(">II", picture.read_bytes()[16:24]), (24 * 8, 16 * 8))
+
+    def test_packages_that_share_their_weights(self):
+        name = self.module("own_modules", MODULES)
+        arguments = ("--format", "aoti", "--rows", "2,3-4", "--size", "8x6", "--site", "all")
+        out, model = self.export(f"{name}:Net", "folder", *OwnModules.ARGUMENTS, *arguments)
+        self.assertEqual(model["files"], {"unet": "unet"})
+        self.assertEqual(model["sample"]["shape"], [4, 8, 6])
+        self.assertEqual(sorted(entry.name for entry in (out / "unet").iterdir()), ["rows2_8x6.pt2", "rows3-4_8x6.pt2", "weights.pt"])
+        self.assertEqual(model["site"], "mid_block")
+
+    def test_what_cannot_be_compiled_leaves_nothing(self):
+        name = self.module("own_modules", MODULES)
+        self.assertIn("multiples of 4", self.mistake(self.pipeline("sd1"), "--format", "aoti", "--unet-only", "--size", "18-32x16"))
+        self.assertIn("cannot be compiled", self.mistake(f"{name}:Branching", *OwnModules.ARGUMENTS, "--format", "aoti"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 
 from export.check import check_calls
 from export.mistake import Mistake
+from export.network import first_line
 from export.package import write_package, write_weights
 
 # A dim is a number, (low, high), or (low, high, multiple), as write_package takes them.
@@ -60,8 +61,8 @@ def compile_and_check(network, path, dims, sites, weights, say):
         write_package(
             network.module, example, path, sites=sites, dims=dims_of(network, *dims), weights=None if weights is None else True
         )
-    except ValueError as error:
-        raise Mistake(f"The network cannot be compiled: {error}.") from error
+    except Exception as error:  # of a module, or a compiler, that is not ours
+        raise Mistake(f"The network cannot be compiled: {first_line(error).removesuffix('.')}.") from error
     say(f"checking {path.name}")
     loaded = torch._inductor.aoti_load_package(str(path))
     if weights is not None:
