@@ -1,11 +1,13 @@
 """TorchScript archives of nothing but code and weights, which tell nothing of the machine that made them."""
+
 import pathlib
 import re
 import zipfile
 
 import torch
 
-# The writer adds an id of its own; debug records hold the paths of the machine that made them; example inputs are dead weight.
+# The writer adds an id of its own; debug records hold the paths of the machine that made them; example inputs are dead
+# weight.
 LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$|^traced_inputs")
 
 

@@ -1,4 +1,5 @@
 """Written files against the modules that they were made of."""
+
 import torch
 
 from export.mistake import Mistake
@@ -13,7 +14,10 @@ def check_equal(what, got, expected, dtype):
     largest = expected.abs().max().item()
     difference = (got.float() - expected.float()).abs().max().item()
     if not difference <= TOLERANCES[dtype] * largest:  # nor NaN
-        raise Mistake(f"{what} differs from the network by {difference:.3g} where the largest value is {largest:.3g}; nothing was written.")
+        raise Mistake(
+            f"{what} differs from the network by {difference:.3g} where the largest value is {largest:.3g}; "
+            "nothing was written."
+        )
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 """The UNet as compiled packages: one, or a folder of several that share their weights."""
+
 import itertools
 
 import torch
@@ -39,7 +40,8 @@ def dims_of(network, rows, height, width):
 
 
 def write_unet(network, folder, rows, sizes, sites, say):
-    """Compiles for all `rows` (dims) and `sizes` (pairs of dims). Returns the name for model.json: unet.pt2, or the folder unet."""
+    """Compiles for all `rows` (dims) and `sizes` (pairs of dims). Returns the name for model.json: unet.pt2, or the
+    folder unet."""
     variants = [(dim, height, width) for dim, (height, width) in itertools.product(rows, sizes)]
     if len(variants) == 1:
         compile_and_check(network, folder / "unet.pt2", variants[0], sites, None, say)
@@ -59,7 +61,12 @@ def compile_and_check(network, path, dims, sites, weights, say):
     example = network.example(tried(rows)[0], tried(height)[0], tried(width)[1])
     try:
         write_package(
-            network.module, example, path, sites=sites, dims=dims_of(network, *dims), weights=None if weights is None else True
+            network.module,
+            example,
+            path,
+            sites=sites,
+            dims=dims_of(network, *dims),
+            weights=None if weights is None else True,
         )
     except Exception as error:  # of a module, or a compiler, that is not ours
         raise Mistake(f"The network cannot be compiled: {first_line(error).removesuffix('.')}.") from error

@@ -1,4 +1,5 @@
 """What model.json says of a model; examples/sample/model_directory.h documents it."""
+
 import json
 import math
 
@@ -7,17 +8,36 @@ from export.mistake import Mistake
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # Schedulers of networks with a table of noise levels. They differ in how they sample, which sag-sample decides.
 DISCRETE = {
-    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
-    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
 }
 FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
 EDM = {"EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"}
 # Which constants model.json takes beside which prediction.
 TABLE = ("beta_start", "beta_end", "beta_schedule", "timesteps", "zero_terminal_snr")
 CONSTANTS = {
-    "eps": TABLE, "v": TABLE, "x0": TABLE, "edm": ("sigma_data", "sigma_min", "sigma_max"), "flow": ("shift", "timestep_multiplier"),
+    "eps": TABLE,
+    "v": TABLE,
+    "x0": TABLE,
+    "edm": ("sigma_data", "sigma_min", "sigma_max"),
+    "flow": ("shift", "timestep_multiplier"),
 }
 
 
@@ -26,13 +46,18 @@ def from_scheduler(config, note):
     kind = config.get("_class_name")
     if kind in FLOW or config.get("prediction_type") == "flow_prediction":
         if config.get("use_dynamic_shifting"):
-            note("this scheduler shifts noise levels by the picture's size; sag-sample's --shift sets another shift than model.json's")
+            note(
+                "this scheduler shifts noise levels by the picture's size, but model.json holds one; sag-sample's "
+                "--shift sets another"
+            )
         shift = config.get("shift", config.get("flow_shift", 1.0))
         return {"prediction": "flow", "shift": shift, "timestep_multiplier": config.get("num_train_timesteps", 1000)}
     if kind in EDM:
         return from_edm(config)
     if kind not in DISCRETE:
-        raise Mistake(f"The pipeline's scheduler, {kind}, is not known; export the UNet's folder alone and give --prediction.")
+        raise Mistake(
+            f"The pipeline's scheduler, {kind}, is not known; export the UNet's folder alone and give --prediction."
+        )
     return from_table(config)
 
 
@@ -69,7 +94,9 @@ def with_constants(prediction, constants):
     for constant in constants:
         key, _, text = constant.partition("=")
         if key not in known:
-            raise Mistake(f"--constant must name one of {', '.join(known)} for {prediction['prediction']} models, got \"{key}\".")
+            raise Mistake(
+                f'--constant must name one of {", ".join(known)} for {prediction["prediction"]} models, got "{key}".'
+            )
         try:
             value = json.loads(text)
         except json.JSONDecodeError:

@@ -1,4 +1,5 @@
 """A folder that appears when everything in it is written, or not at all."""
+
 import contextlib
 import pathlib
 import shutil

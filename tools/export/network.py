@@ -1,4 +1,5 @@
 """A network to export: a module, and what it takes."""
+
 import dataclasses
 from typing import Optional, Tuple
 
@@ -10,8 +11,8 @@ from export.mistake import Mistake
 
 @dataclasses.dataclass
 class Network:
-    """`module`'s forward takes x [rows, channels, height, width], timesteps [rows] fp32, then context [rows, tokens, width] and
-    y [rows, features] if there are any, and returns a tensor of x's shape."""
+    """`module`'s forward takes x [rows, channels, height, width], timesteps [rows] fp32, then context [rows, tokens,
+    width] and y [rows, features] if there are any, and returns a tensor of x's shape."""
 
     module: torch.nn.Module
     shape: Tuple[int, int, int]  # channels, height and width of a latent, by default
@@ -37,8 +38,8 @@ class Network:
         return inputs
 
     def small_sizes(self):
-        """Two latent sizes that a trace holds for and that cost little to try, as (height, width); the first, to trace with, takes
-        every detour that there is."""
+        """Two latent sizes (height, width) that cost little to try; the first, to trace with, takes every detour that
+        there is."""
         step = max(self.fastest_multiple, self.multiple)
         if self.multiple == step:
             return (2 * step, 3 * step), (4 * step, step * 2)
@@ -67,7 +68,10 @@ class Network:
         if out.shape != inputs["x"].shape:
             raise Mistake(f"The network must return x's shape, {list(inputs['x'].shape)}, got {list(out.shape)}.")
         if not out.isfinite().all():
-            raise Mistake("The network must return finite numbers, but gives NaN or infinity for random inputs; try another --dtype.")
+            raise Mistake(
+                "The network must return finite numbers, but gives NaN or infinity for random inputs; "
+                "try another --dtype."
+            )
 
 
 def first_line(error):

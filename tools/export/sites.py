@@ -1,4 +1,5 @@
 """Names of attentions, as src/unet/attention_sites.cpp gives them."""
+
 import re
 
 from export.mistake import Mistake
@@ -17,12 +18,16 @@ def short_name(path):
 
 
 def choose(wanted, sites):
-    """The dotted paths of the sites that are asked for by name, path, "#ordinal" or "all"; without any, the middle block's.
-    `sites`: [(ordinal, path)]."""
+    """The dotted paths of the sites that are asked for by name, path, "#ordinal" or "all"; without any, the middle
+    block's. `sites`: [(ordinal, path)]."""
     if not sites:
-        raise Mistake("The network has no self-attention that could be hooked: it must call scaled_dot_product_attention.")
+        raise Mistake(
+            "The network has no self-attention that could be hooked: it must call scaled_dot_product_attention."
+        )
     if not wanted:
-        middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)]
+        middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [
+            p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)
+        ]
         if not middle:
             raise Mistake(f"The network has no middle block: choose its attention with --site. {listed(sites)}")
         return middle[:1]

@@ -1,4 +1,5 @@
-"""What can be exported: a diffusers pipeline's folder, a UNet's folder, or a module that a function of the user's makes."""
+"""What can be exported: a diffusers pipeline's folder, a UNet's folder, or a module that the user's function makes."""
+
 import dataclasses
 import importlib
 import json
@@ -60,7 +61,9 @@ def load_unet(folder, dtype, device):
 
 def from_unet_folder(folder, options):
     if options.prediction is None:
-        raise Mistake("--prediction is needed: a UNet's folder does not say what the network predicts; its pipeline's does.")
+        raise Mistake(
+            "--prediction is needed: a UNet's folder does not say what the network predicts; its pipeline's does."
+        )
     network = unet.wrap(load_unet(folder, options.torch_dtype, options.device))
     return Source(folder.resolve().name, network, {"prediction": options.prediction})
 
@@ -107,7 +110,9 @@ def add_texts(source, folder, parts):
     for key, kind in zip(wanted, kinds):
         model = load(getattr(transformers, kind), folder / key, attn_implementation="eager", dtype=torch.float32)
         if getattr(model.config, "use_attention_mask", False):
-            raise Mistake("A text encoder that hides the padding (use_attention_mask) cannot be exported; try --unet-only.")
+            raise Mistake(
+                "A text encoder that hides the padding (use_attention_mask) cannot be exported; try --unet-only."
+            )
         source.text_models += (model.eval().requires_grad_(False),)
         source.tokenizers += (load(transformers.CLIPTokenizerFast, folder / key.replace("text_encoder", "tokenizer")),)
 
@@ -119,7 +124,9 @@ def add_vae(source, folder, parts):
     if kind is None:
         return
     if kind != "AutoencoderKL":
-        raise Mistake(f"Only an AutoencoderKL can be exported as decoder, but the pipeline has a {kind}; try --unet-only.")
+        raise Mistake(
+            f"Only an AutoencoderKL can be exported as decoder, but the pipeline has a {kind}; try --unet-only."
+        )
     vae = load(diffusers.AutoencoderKL, folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     source.vae = vae.eval().requires_grad_(False)
 
@@ -130,15 +137,28 @@ def check_parts_fit(source):
     if source.text_models and not network.context:
         raise Mistake("The pipeline has a text encoder, but its UNet takes no text; try --unet-only.")
     if source.text_models and width != network.context[1]:
-        raise Mistake(f"The text encoders give {width} numbers a token, but the UNet takes {network.context[1]}; try --unet-only.")
+        raise Mistake(
+            f"The text encoders give {width} numbers a token, but the UNet takes {network.context[1]}; try --unet-only."
+        )
     if source.text_models and (len(source.text_models) == 2) != (network.features is not None):
-        raise Mistake("A UNet with SDXL's size embedding needs SDXL's two text encoders, and no other has them; try --unet-only.")
-    if network.features and source.text_models and source.text_models[1].config.projection_dim + unet.TIME_IDS != network.features:
-        raise Mistake("The UNet takes other numbers beside the pooled text than SDXL's six sizes (a refiner does); try --unet-only.")
+        raise Mistake(
+            "A UNet with SDXL's size embedding needs SDXL's two text encoders, and no other has them; try --unet-only."
+        )
+    if (
+        network.features
+        and source.text_models
+        and source.text_models[1].config.projection_dim + unet.TIME_IDS != network.features
+    ):
+        raise Mistake(
+            "The UNet takes other numbers beside the pooled text than SDXL's six sizes (a refiner does); "
+            "try --unet-only."
+        )
     if network.features and source.text_models and source.vae is None:
         raise Mistake("SDXL's text encoder needs the VAE, to know the picture's size; try --unet-only.")
     if source.vae is not None and source.vae.config.latent_channels != network.shape[0]:
-        raise Mistake(f"The VAE's latents have {source.vae.config.latent_channels} channels, the UNet's {network.shape[0]}.")
+        raise Mistake(
+            f"The VAE's latents have {source.vae.config.latent_channels} channels, the UNet's {network.shape[0]}."
+        )
 
 
 def from_factory(spec, options):
@@ -175,7 +195,8 @@ def open_source(options):
         source = from_factory(options.source, options)
     else:
         raise Mistake(
-            f'"{folder}" must be a diffusers pipeline\'s folder (with model_index.json), a UNet\'s (with config.json), or MODULE:FACTORY.'
+            f'"{folder}" must be the folder of a diffusers pipeline (with model_index.json) or UNet (with '
+            "config.json), or MODULE:FACTORY."
         )
     if options.sample:
         check_sample(source.network, options.sample)

@@ -1,4 +1,5 @@
 """Text encoders that C++ can call with a prompt: CLIP's tokenizer, scripted, before the text models, traced."""
+
 from typing import Tuple
 
 import torch
@@ -106,11 +107,13 @@ def make_text_and_size_encoder(tokenizer, model, tokenizer_2, model_2, factor):
 
 @torch.no_grad()
 def expected(prompt, tokenizer, model, tokenizer_2=None, model_2=None, size=None):
-    """What diffusers' pipelines compute: the context, or for SDXL context and y, with the picture's height and width in `size`."""
+    """What diffusers' pipelines compute: the context; for SDXL context and y, for a `size` (height, width)."""
 
     def ids(tokenizer, model):
         length = tokens_of(tokenizer, model)
-        return tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return tokenizer(
+            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
 
     if model_2 is None:
         return model(ids(tokenizer, model))[0]

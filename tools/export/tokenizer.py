@@ -2,6 +2,7 @@
 
 TorchScript's texts are UTF-8 bytes, so the module decodes them to code points, and everything works on lists of those.
 """
+
 import json
 import sys
 import unicodedata
@@ -17,7 +18,11 @@ SPACE, LETTER, NUMBER, OTHER = 0, 1, 2, 3
 SPACES = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
 HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by rule, not by table
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-NORMALIZERS = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]
+NORMALIZERS = [
+    {"type": "NFC"},
+    {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+    {"type": "Lowercase"},
+]
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -101,7 +106,9 @@ class ClipTokenizer(nn.Module):
         characters = byte_characters()
         missing = [c for c in characters if c not in vocabulary or c + "</w>" not in vocabulary]
         if missing:
-            raise Mistake(f'The tokenizer\'s vocabulary must hold every byte, with and without "</w>"; it lacks "{missing[0]}".')
+            raise Mistake(
+                f'The tokenizer\'s vocabulary must hold every byte, with and without "</w>"; it lacks "{missing[0]}".'
+            )
         self.byte_ids = [vocabulary[c] for c in characters]
         self.last_byte_ids = [vocabulary[c + "</w>"] for c in characters]
         self.merges = {}
@@ -123,7 +130,7 @@ class ClipTokenizer(nn.Module):
         ids = [self.begin]
         for word in words:
             ids.extend(word)
-        ids = ids[:self.tokens - 1]
+        ids = ids[: self.tokens - 1]
         ids.append(self.end)
         while len(ids) < self.tokens:
             ids.append(self.padding)
@@ -131,13 +138,13 @@ class ClipTokenizer(nn.Module):
 
     @torch.jit.export
     def cut(self, text: str) -> str:
-        """The part of the text, from a word on, that does not fit; in lower case, as the model reads it. "": all fits."""
+        """The part of the text, from a word on, that does not fit; in lower case, as it is read. "": all fits."""
         words, starts = self.words(text)
         left = self.tokens - 2
         for i in range(len(words)):
             left -= len(words[i])
             if left < 0:
-                return self.encoded(self.normalized(text)[starts[i]:])
+                return self.encoded(self.normalized(text)[starts[i] :])
         return ""
 
     @torch.jit.export
@@ -164,11 +171,16 @@ class ClipTokenizer(nn.Module):
     def word_end(self, text: List[int], start: int) -> int:
         """'s 't 're 've 'm 'll 'd, a run of letters, one number, or a run of anything else but spaces."""
         for contraction in self.contractions:
-            if text[start:start + len(contraction)] == contraction:
+            if text[start : start + len(contraction)] == contraction:
                 return start + len(contraction)
         kind = self.class_at(text[start])
         end = start + 1
-        while kind != self.NUMBER and end < len(text) and self.class_at(text[end]) == kind and self.added_at(text, end) < 0:
+        while (
+            kind != self.NUMBER
+            and end < len(text)
+            and self.class_at(text[end]) == kind
+            and self.added_at(text, end) < 0
+        ):
             end += 1
         return end
 
@@ -176,7 +188,7 @@ class ClipTokenizer(nn.Module):
         """Which of the added tokens, <|endoftext|> say, stands here; -1: none."""
         for i in range(len(self.added)):
             added = self.added[i]
-            if text[start] == added[0] and text[start:start + len(added)] == added:
+            if text[start] == added[0] and text[start : start + len(added)] == added:
                 return i
         return -1
 
@@ -339,8 +351,13 @@ def check_is_clip(description):
     model, normalizer, words = description["model"], description["normalizer"] or {}, description["pre_tokenizer"] or {}
     split = (words.get("pretokenizers") or [{}])[0]
     same = (
-        model["type"] == "BPE" and model.get("end_of_word_suffix") == "</w>" and not model.get("ignore_merges")
-        and normalizer.get("normalizers") == NORMALIZERS and split.get("pattern") == {"Regex": PATTERN}
+        model["type"] == "BPE"
+        and model.get("end_of_word_suffix") == "</w>"
+        and not model.get("ignore_merges")
+        and normalizer.get("normalizers") == NORMALIZERS
+        and split.get("pattern") == {"Regex": PATTERN}
     )
     if not same:
-        raise Mistake("The tokenizer must work as CLIP's does (NFC, lower case, byte pairs with </w>); this one works otherwise.")
+        raise Mistake(
+            "The tokenizer must work as CLIP's does (NFC, lower case, byte pairs with </w>); this one works otherwise."
+        )

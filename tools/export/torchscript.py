@@ -1,4 +1,5 @@
 """The files of a model directory that are TorchScript."""
+
 import torch
 
 from export import archive, text, vae

@@ -1,4 +1,5 @@
 """diffusers' UNets, with the arguments that sag calls them with."""
+
 import torch
 
 from export.mistake import Mistake
@@ -34,7 +35,7 @@ class TextAndSizeUNet(torch.nn.Module):
         self.pooled = pooled_width(unet.config)
 
     def forward(self, x, timesteps, context, y):
-        added = {"text_embeds": y[:, :self.pooled], "time_ids": y[:, self.pooled:]}
+        added = {"text_embeds": y[:, : self.pooled], "time_ids": y[:, self.pooled :]}
         return self.unet(x, timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
 
 
@@ -59,10 +60,13 @@ def wrap(unet, tokens=77):
 
 
 def check_supported(config):
-    """Throws Mistake for UNets that take more than sag can give. `config`: the content of config.json, before gigabytes are read."""
+    """Throws Mistake for UNets that take more than sag can give. `config`: what config.json holds, before gigabytes are
+    read."""
     kind = config.get("_class_name")
     if kind not in ("UNet2DConditionModel", "UNet2DModel"):
-        raise Mistake(f"The network must be a UNet2DConditionModel or UNet2DModel, got {kind}; export others as MODULE:FACTORY.")
+        raise Mistake(
+            f"The network must be a UNet2DConditionModel or UNet2DModel, got {kind}; export others as MODULE:FACTORY."
+        )
     channels = [config.get(key, 4 if kind == "UNet2DConditionModel" else 3) for key in ("in_channels", "out_channels")]
     if channels[0] != channels[1]:
         raise Mistake(
@@ -75,7 +79,9 @@ def check_supported(config):
     if not isinstance(config.get("cross_attention_dim", 1280), int):
         raise Mistake(f'The UNet\'s "cross_attention_dim" must be one number, got {config["cross_attention_dim"]!r}.')
     if config.get("addition_embed_type") not in (None, "text_time"):
-        raise Mistake(f'The UNet\'s "addition_embed_type" must be absent or "text_time", got {config["addition_embed_type"]!r}.')
+        raise Mistake(
+            f'The UNet\'s "addition_embed_type" must be absent or "text_time", got {config["addition_embed_type"]!r}.'
+        )
     sizes = [config.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")]
     if config.get("addition_embed_type") and (None in sizes or sizes[0] <= TIME_IDS * sizes[1]):
         raise Mistake("The UNet's size embedding must take six numbers and the pooled text, as SDXL's does.")

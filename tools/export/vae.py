@@ -1,4 +1,6 @@
-"""A pipeline's VAE as two networks: latents to pictures in [−1, 1], and back. Both stay in fp32: in half precision some give NaN."""
+"""A pipeline's VAE as two networks: latents to pictures in [−1, 1], and back. Both stay in fp32: in half precision some
+give NaN."""
+
 import torch
 
 
