@@ -76,7 +76,7 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(WIDTH, 4, 3, padding=1)
         self.register_buffer("frequencies", torch.exp(-torch.arange(WIDTH) / 2), persistent=False)
 
-    def forward(self, x, timesteps, context, y, strength):
+    def forward(self, x, timesteps, context, y):
         waves = torch.sin(timesteps[:, None] * self.frequencies).to(x.dtype)
         embedding = self.time_embed(waves) + self.label_emb(y)
         wide = self.input_blocks[0](x) + embedding[:, :, None, None]
@@ -84,18 +84,18 @@ class UNet(nn.Module):
         h = transformer(down(wide), context)
         h = self.middle_block[1](self.middle_block[0](h), context)
         h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-        return self.out(wide + h) * strength[:, None, None, None]
+        return self.out(wide + h)
 
 
 class Plain(nn.Module):
-    """No attention at all."""
+    """No attention at all, and an input of a name of its own."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
 
-    def forward(self, x, timesteps):
-        return self.conv(x) * timesteps.to(x.dtype)[:, None, None, None]
+    def forward(self, x, timesteps, strength):
+        return self.conv(x) * (timesteps.to(x.dtype) * strength)[:, None, None, None]
 
 
 def make_unet():
@@ -113,7 +113,6 @@ def example(rows=2, height=12, width=16, device="cpu"):
         "timesteps": torch.linspace(1, 900, rows),
         "context": torch.randn(rows, 3, CONTEXT),
         "y": torch.randn(rows, FEATURES),
-        "strength": torch.linspace(1, 2, rows),
     }
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
@@ -124,7 +123,6 @@ def ranges():
         "timesteps": [ROWS],
         "context": [ROWS, 3, CONTEXT],
         "y": [ROWS, FEATURES],
-        "strength": [ROWS],
     }
 
 
@@ -143,8 +141,12 @@ def write_folder(folder, unet, device):
 
 
 def write_plain(path):
-    inputs = {"x": torch.randn(2, 4, 8, 8, dtype=torch.bfloat16), "timesteps": torch.ones(2)}
     module = Plain().eval().to(torch.bfloat16)
+    inputs = {
+        "x": torch.randn(2, 4, 8, 8, dtype=torch.bfloat16),
+        "timesteps": torch.ones(2),
+        "strength": torch.ones(2, dtype=torch.bfloat16),
+    }
     write_package(module, inputs, path, sites=[], dims=sizes_of(inputs))
 
 

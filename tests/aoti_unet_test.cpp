@@ -55,8 +55,7 @@ UNetInput make_input(std::int64_t rows = 2, std::int64_t height = 12, std::int64
   return {.x = torch::randn({rows, 4, height, width}).to(device),
           .timesteps = torch::linspace(1, 900, rows).to(device),
           .context = torch::randn({rows, 3, 6}).to(device),
-          .y = torch::randn({rows, 5}).to(device),
-          .extra = {{"strength", torch::linspace(1, 2, rows).to(device)}}};
+          .y = torch::randn({rows, 5}).to(device)};
 }
 
 // The largest difference, of the largest value.
@@ -109,8 +108,7 @@ Run sample(const std::shared_ptr<const UNet>& unet, const SelfAttentionGuidanceO
   // No random numbers: threads share LibTorch's generator.
   const auto prompt = [&](double phase) {
     return Conditioning{.context = fill({1, 3, 6}, 0.7, phase, 1.0).to(device),
-                        .y = fill({1, 5}, 0.3, phase, 1.0).to(device),
-                        .extra = {{"strength", torch::ones({1}).to(device)}}};
+                        .y = fill({1, 5}, 0.3, phase, 1.0).to(device)};
   };
   const auto model = apply_self_attention_guidance({unet, ModelSampling::discrete()}, options);
   const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};
@@ -148,8 +146,7 @@ TEST(AotiUNet, GivesWhatPyTorchGave) {
   const UNetInput input{.x = tensor("x"),
                         .timesteps = tensor("timesteps"),
                         .context = tensor("context"),
-                        .y = tensor("y"),
-                        .extra = {{"strength", tensor("strength")}}};
+                        .y = tensor("y")};
   EXPECT_LT(difference(load("unet.pt2")->forward(input), tensor("out")), 2e-5);
   EXPECT_LT(difference(load("folder")->forward(input), tensor("out")), 2e-5);
 }
@@ -460,7 +457,6 @@ TEST(AotiUNet, RefusesInputsThatDoNotFit) {
   EXPECT_THAT(value_error([](auto& in) { in.context = torch::Tensor(); }),
               AllOf(one_sentence(), HasSubstr("needs 'context'")));
   EXPECT_THAT(value_error([](auto& in) { in.y = torch::Tensor(); }), HasSubstr("needs 'y'"));
-  EXPECT_THAT(value_error([](auto& in) { in.extra.clear(); }), HasSubstr("needs 'strength'"));
   EXPECT_THAT(value_error([](auto& in) { in.extra["control"] = torch::ones({2}); }),
               AllOf(one_sentence(), HasSubstr("takes no tensor 'control'")));
   EXPECT_THAT(value_error([](auto& in) { in.x = in.x.to(torch::kMeta); }), HasSubstr("device"));
@@ -474,13 +470,17 @@ TEST(AotiUNet, RefusesInputsThatDoNotFit) {
   EXPECT_NO_THROW(unet->forward(make_input()));
 }
 
-TEST(AotiUNet, RunsInTheDtypeItWasCompiledFor) {
+TEST(AotiUNet, RunsInTheDtypeItWasCompiledForAndTakesInputsByName) {
   const auto unet = load("plain.pt2");
   const UNetInput input{.x = torch::randn({2, 4, 8, 8}).to(torch::kBFloat16),
-                        .timesteps = torch::ones({2})};
+                        .timesteps = torch::ones({2}),
+                        .extra = {{"strength", torch::ones({2}, torch::kBFloat16)}}};
   const auto out = unet->forward(input);
   EXPECT_EQ(out.scalar_type(), torch::kBFloat16);
-  EXPECT_TRUE(out.isfinite().all().item<bool>());
+  EXPECT_GT(out.abs().max().item<double>(), 0.0);
+  auto twice = input;
+  twice.extra["strength"] = input.extra.at("strength") * 2;
+  EXPECT_TRUE(unet->forward(twice).equal(out * 2));
   auto wide = input;
   wide.x = input.x.to(torch::kFloat);
   EXPECT_THAT(error_of<c10::TypeError>([&] { unet->forward(wide); }),
@@ -489,6 +489,10 @@ TEST(AotiUNet, RunsInTheDtypeItWasCompiledFor) {
   more.context = torch::ones({2, 3, 6}, torch::kBFloat16);
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(more); }),
               HasSubstr("takes no tensor 'context'"));
+  auto less = input;
+  less.extra.clear();
+  EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(less); }),
+              AllOf(one_sentence(), HasSubstr("needs 'strength'")));
 }
 
 // ---- files that do not fit
