@@ -34,6 +34,20 @@ else()
     "are left out; -DSAG_PYTHON=<python> names one")
 endif()
 
+# sag_python_imports(<module> <result>): whether SAG_PYTHON finds the module, with SAG_PYTHONPATH.
+function(sag_python_imports module result)
+  execute_process(
+    COMMAND "${CMAKE_COMMAND}" -E env "PYTHONPATH=${SAG_PYTHONPATH}" "${SAG_PYTHON}" -c
+      "import importlib.util, sys; sys.exit(importlib.util.find_spec('${module}') is None)"
+    OUTPUT_QUIET ERROR_QUIET RESULT_VARIABLE code)
+  if(code EQUAL 0)
+    set(${result} ON PARENT_SCOPE)
+  else()
+    set(${result} OFF PARENT_SCOPE)
+    message(STATUS "Python for tests: without ${module}, of tools/requirements.txt, so the exporter's are left out")
+  endif()
+endfunction()
+
 # sag_add_python_test(<name> COMMAND <argument of python>... [ENVIRONMENT <variable=value>...]
 #                     [PROPERTIES <property>...])
 #

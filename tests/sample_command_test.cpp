@@ -16,6 +16,7 @@
 #include <torch/script.h>
 #include <torch/torch.h>
 
+#include "pictures.h"
 #include "png_file.h"
 #include "tensor_file.h"
 
@@ -168,6 +169,67 @@ def forward(self, latent):
     return directory;
   }
 
+  /// The model above with an encoder that makes four channels out of the means of 2 x 2 pixels.
+  std::string make_model_with_encoder() const {
+    const auto directory = make_model();
+    torch::jit::Module encoder("Encoder");
+    encoder.define(R"(
+def forward(self, picture):
+    cells = torch.avg_pool2d(picture, [2, 2])
+    return torch.cat([cells, cells[:, :1]], 1)
+)");
+    encoder.save(directory + "/encoder.ts");
+    std::ofstream(directory + "/model.json")
+        << R"({"format": 1, "prediction": "eps", "sample": {"shape": [4, 16, 16], "multiple": 8},
+      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts", "decoder": "decoder.ts",
+                "encoder": "encoder.ts"}, "defaults": {"steps": 4}})";
+    return directory;
+  }
+
+  /// A model directory of SDXL's form: its text encoder is told the latent's size, and reads eight
+  /// characters of a text. It looks up rows by index, as text encoders do.
+  std::string make_sdxl_model() const {
+    const std::string directory = path("sdxl");
+    fs::create_directories(directory);
+    fs::copy_file(kGolden + "comfy_sdxl_tiny.ts", directory + "/unet.ts");
+    torch::jit::Module encoder("TextEncoder");
+    encoder.register_buffer("rows", torch::arange(10));
+    encoder.register_parameter(
+        "table", torch::linspace(-1, 1, 320).to(torch::kHalf).reshape({10, 32}), false);
+    encoder.define(R"(
+def encode(self, text: str, height: int, width: int):
+    y = torch.zeros([1, 48])
+    y[0, 0] = float(height)
+    y[0, 1] = float(width)
+    y[0, 2] = float(len(text))
+    return torch.embedding(self.table, self.rows).unsqueeze(0) * float(1 + len(text)), y
+def cut(self, text: str) -> str:
+    return text[8:]
+)");
+    encoder.save(directory + "/text_encoder.ts");
+    std::ofstream(directory + "/model.json")
+        << R"({"format": 1, "prediction": "eps", "sample": {"shape": [4, 16, 16]},
+      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts"}, "defaults": {"steps": 2}})";
+    return directory;
+  }
+
+  std::string save(const std::string& name, const torch::Tensor& tensor) const {
+    std::ofstream(path(name), std::ios::binary) << tensor_file_bytes(tensor);
+    return path(name);
+  }
+
+  std::string save_png(const std::string& name, int width, int height) const {
+    Image image(width, height);
+    for (int y = 0; y < height; ++y) {
+      for (int x = 0; x < width; ++x) {
+        image.at(x, y) = {static_cast<std::uint8_t>(x * 7), static_cast<std::uint8_t>(y * 5),
+                          static_cast<std::uint8_t>((x * y) % 256)};
+      }
+    }
+    std::ofstream(path(name), std::ios::binary) << encode_png(image);
+    return path(name);
+  }
+
   Image picture(const std::string& name) const { return decode_png(read(path(name))); }
   torch::Tensor latent(const std::string& name) const { return read_tensor("latent", path(name)); }
   nlohmann::json report(const std::string& name) const {
@@ -301,6 +363,119 @@ TEST_F(SampleCommand, OnePictureIsThePictureAlone) {
   EXPECT_EQ(picture("wide.png").width, 96);
 }
 
+TEST_F(SampleCommand, TextEncodersMayGiveAVectorForTheLatentsSize) {
+  const auto model = make_sdxl_model();
+  const auto finished =
+      run({"--model", model, "--prompt", "cat", "--prompt", "fox!!", "--negative", "a", "--height",
+           "24", "--save-latent", path("texts.pt"), "--json", path("report.json")});
+  ASSERT_EQ(finished.code, 0) << finished.err;
+  EXPECT_THAT(report("report.json")["notes"], IsEmpty());
+  const auto table =
+      torch::linspace(-1, 1, 320).to(torch::kHalf).to(torch::kFloat).reshape({1, 10, 32});
+  const auto y = [](double length) {
+    auto vector = torch::zeros({1, 48});
+    vector.slice(1, 0, 3) = torch::tensor({24.0, 16.0, length});
+    return vector;
+  };
+  const auto by_tensors =
+      run({"--unet", model + "/unet.ts", "--steps", "2", "--height", "24", "--width", "16",
+           "--cond", save("cond.pt", torch::cat({table * 4, table * 6})), "--uncond",
+           save("uncond.pt", table * 2), "--cond-y", save("cond_y.pt", torch::cat({y(3), y(5)})),
+           "--uncond-y", save("uncond_y.pt", y(1)), "--save-latent", path("tensors.pt")});
+  ASSERT_EQ(by_tensors.code, 0) << by_tensors.err;
+  // Without prompts, the second picture has the next seed.
+  const auto got = latent("texts.pt"), expected = latent("tensors.pt");
+  EXPECT_LE((got[0] - expected[0]).abs().max().item<double>(),
+            2e-5 * expected[0].abs().max().item<double>());
+}
+
+TEST_F(SampleCommand, SaysWhatOfAPromptIsLeftOut) {
+  const auto finished = run({"--model", make_sdxl_model(), "--prompt", "cat", "--prompt",
+                             "a cat and a dog", "--json", path("report.json")});
+  ASSERT_EQ(finished.code, 0) << finished.err;
+  const std::string note =
+      "the prompt \"a cat and a dog\" is longer than the text encoder reads (10 tokens); left out: "
+      "d "
+      "a dog";
+  EXPECT_THAT(finished.out, HasSubstr("note: " + note + "\n"));
+  EXPECT_EQ(report("report.json")["notes"], nlohmann::json::array({note}));
+}
+
+TEST_F(SampleCommand, TextEncodersOfAnotherFormAreRefused) {
+  const auto model = make_sdxl_model();
+  const auto with = [&](const char* code) {
+    torch::jit::Module encoder("TextEncoder");
+    encoder.define(code);
+    encoder.save(model + "/text_encoder.ts");
+    return std::vector<std::string>{"--model", model,    "--prompt",
+                                    "x",       "--json", path("report.json")};
+  };
+  EXPECT_THAT(sentence(1, with("def encode(self, text: str, height: int):\n    return text\n")),
+              HasSubstr("no method encode(str) or encode(str, int, int)"));
+  EXPECT_THAT(sentence(2, with("def encode(self, text: str, h: int, w: int):\n"
+                               "    return torch.zeros([1, 10, 32])\n")),
+              HasSubstr("must return a tensor [1, tokens, width] and a tensor [1, features]"));
+  EXPECT_THAT(sentence(2, with("def encode(self, text: str):\n    return torch.zeros([10, 32])\n")),
+              HasSubstr("must return a tensor [1, tokens, width]."));
+  EXPECT_FALSE(fs::exists(path("report.json")));
+}
+
+TEST_F(SampleCommand, StartsFromAPicture) {
+  const auto model = make_model_with_encoder();
+  const auto draw = [&](std::vector<std::string> more, const std::string& name) {
+    more.insert(more.begin(), {"--model", model, "--prompt", "cat", "--denoise", "0.5", "--quiet",
+                               "--batch", "2", "--save-latent", path(name)});
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    return latent(name);
+  };
+  const auto png = save_png("photo.png", 48, 32);
+  const auto got = draw({"--image", png}, "picture.pt");
+  EXPECT_THAT(got.sizes(), testing::ElementsAre(2, 4, 16, 24));
+  const auto cells = torch::avg_pool2d(from_image(decode_png(read(png))), {2, 2});
+  const auto clean = save("clean.pt", torch::cat({cells, cells.slice(1, 0, 1)}, 1));
+  EXPECT_TRUE(got.equal(draw({"--latent", clean}, "latent.pt")));
+  EXPECT_FALSE(got.equal(draw({"--width", "24", "--height", "16"}, "none.pt")));
+}
+
+TEST_F(SampleCommand, PicturesOfModelsWithoutLatentsAreUsedAsTheyAre) {
+  const std::string model = SAG_SOURCE_DIR "/models/emoji";
+  const auto png = save_png("photo.png", 32, 24);
+  const auto finished = run({"--model", model, "--prompt", "cat", "--image", png, "--denoise",
+                             "0.01", "--steps", "1", "--save-latent", path("latent.pt")});
+  ASSERT_EQ(finished.code, 0) << finished.err;
+  const auto expected = from_image(decode_png(read(png)));
+  EXPECT_LE((latent("latent.pt") - expected).abs().mean().item<double>(), 0.2);
+}
+
+TEST_F(SampleCommand, PicturesMustFitTheModel) {
+  const auto model = make_model_with_encoder();
+  const auto with = [&](const std::string& image, std::vector<std::string> more = {}) {
+    more.insert(more.begin(), {"--model", model, "--prompt", "x", "--image", image, "--save-latent",
+                               path("latent.pt")});
+    return more;
+  };
+  EXPECT_THAT(sentence(1, with(path("nowhere.png"))), HasSubstr("--image: there is no file"));
+  EXPECT_THAT(sentence(1, with(model + "/model.json")), HasSubstr("is no picture to use"));
+  EXPECT_THAT(sentence(1, with(save_png("odd.png", 33, 32))),
+              HasSubstr("made a latent of 16 x 16 out of 32 x 33 pixels"));
+  EXPECT_THAT(
+      sentence(1, with(save_png("small.png", 24, 32))),
+      HasSubstr("The latent of --image must have a height and width that are multiples of 8"));
+  const auto good = save_png("good.png", 32, 32);
+  EXPECT_THAT(sentence(1, with(good, {"--latent", good})), HasSubstr("cannot be given together"));
+  EXPECT_THAT(sentence(1, with(good, {"--width", "16"})), HasSubstr("--image"));
+  EXPECT_THAT(sentence(1, {"--model", make_sdxl_model(), "--prompt", "x", "--image", good,
+                           "--save-latent", path("latent.pt")}),
+              HasSubstr("--image needs a model with an encoder"));
+  // A header that promises 65536 x 65536 pixels.
+  auto bytes = read(good);
+  bytes.replace(16, 8, std::string("\0\1\0\0\0\1\0\0", 8));
+  std::ofstream(path("huge.png"), std::ios::binary) << bytes;
+  EXPECT_THAT(sentence(1, with(path("huge.png"))), HasSubstr("is no picture to use"));
+  EXPECT_FALSE(fs::exists(path("latent.pt")));
+}
+
 TEST_F(SampleCommand, OutsideTheWindowNothingIsGuided) {
   auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
   arguments.insert(arguments.end(), {"--sag-start", "0.001", "--json", path("report.json")});
@@ -361,10 +536,6 @@ TEST_F(SampleCommand, MistakesAreOneSentence) {
 }
 
 TEST_F(SampleCommand, TensorsMustFitTheirPlace) {
-  const auto save = [this](const std::string& name, const torch::Tensor& tensor) {
-    std::ofstream(path(name), std::ios::binary) << tensor_file_bytes(tensor);
-    return path(name);
-  };
   const auto with = [this](std::vector<std::string> more) {
     auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
     arguments.insert(arguments.end(), more.begin(), more.end());

@@ -138,6 +138,8 @@ TEST_F(SampleFiles, FileNamesStayInsideTheDirectory) {
   }
   EXPECT_THAT(mistake(model_with("\"unet.ts\"", "\"missing.ts\"")),
               HasSubstr("The model has no file"));
+  EXPECT_THAT(mistake(model_with("\"unet.ts\"", R"("unet.ts", "encoder": "missing.ts")")),
+              HasSubstr("names as \"encoder\""));
 }
 
 TEST_F(SampleFiles, MissingDirectoriesAndDescriptionsAreNamed) {

@@ -16,6 +16,8 @@ import time
 import torch
 from diffusers import UNet2DConditionModel
 
+from export import unet as unets
+
 SD15 = dict(
     sample_size=64,
     cross_attention_dim=768,
@@ -40,36 +42,6 @@ SDXL = dict(
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class TextUNet(torch.nn.Module):
-    def __init__(self, unet):
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x, timesteps, context):
-        return self.unet(x, timesteps, context, return_dict=False)[0]
-
-
-class TextAndSizeUNet(torch.nn.Module):
-    def __init__(self, unet):
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x, timesteps, context, y):
-        added = {"text_embeds": y[:, :1280], "time_ids": y[:, 1280:]}
-        return self.unet(x, timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
-
-
-def example(shape, rows, dtype, device):
-    """Inputs of a small picture: a trace holds for every size."""
-    config = SD15 if shape == "sd15" else SDXL
-    x = torch.randn(rows, 4, 32, 32, device=device, dtype=dtype)
-    timesteps = torch.full((rows,), 500.0, device=device)
-    context = torch.randn(rows, 77, config["cross_attention_dim"], device=device, dtype=dtype)
-    if shape == "sd15":
-        return x, timesteps, context
-    return x, timesteps, context, torch.randn(rows, 1286, device=device, dtype=dtype)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["sd15", "sdxl"], required=True)
@@ -81,16 +53,17 @@ def main():
 
     start = time.time()
     torch.manual_seed(args.seed)
-    dtype = DTYPES[args.dtype]
     with torch.device(args.device):
         unet = UNet2DConditionModel(**(SD15 if args.shape == "sd15" else SDXL))
-    unet = unet.to(dtype).eval().requires_grad_(False)
-    module = (TextUNet if args.shape == "sd15" else TextAndSizeUNet)(unet)
+    unet = unet.to(DTYPES[args.dtype]).eval().requires_grad_(False)
+    network = unets.wrap(unet)
     with torch.no_grad():
-        traced = torch.jit.trace(module, example(args.shape, 2, dtype, args.device), check_trace=False)
-        inputs = example(args.shape, 3, dtype, args.device)
-        difference = (traced(*inputs) - module(*inputs)).abs().max().item()
-        largest = module(*inputs).abs().max().item()
+        # A small picture: a trace holds for every size.
+        traced = torch.jit.trace(network.module, tuple(network.example(2, 32, 32).values()), check_trace=False)
+        inputs = tuple(network.example(3, 32, 32, seed=1).values())
+        expected = network.module(*inputs)
+        difference = (traced(*inputs) - expected).abs().max().item()
+        largest = expected.abs().max().item()
     if not difference <= 1e-2 * largest:
         sys.exit(f"The trace differs from the model by {difference} of {largest}.")
     traced.save(args.out)

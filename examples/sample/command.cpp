@@ -54,7 +54,7 @@ void set_up_torch(const Options& options) {
 std::optional<Decoder> load_decoder(const Options& options, const Settings& settings,
                                     const Inputs& inputs, const sag::UNet& unet) {
   if (options.out.empty()) return std::nullopt;
-  if (!settings.decoder.empty()) return Decoder(settings.decoder, unet.device(), unet.dtype());
+  if (!settings.decoder.empty()) return Decoder(settings.decoder, unet.device());
   if (is_picture(inputs.shape[0])) return std::nullopt;
   throw UsageError(
       fmt::format("--out needs a model with a decoder to make pictures of latents with {} "
@@ -119,6 +119,7 @@ void print_summary(const Settings& settings, const Inputs& inputs,
                      pictures == 1 ? "picture" : "pictures", settings.device.str(),
                      totals.evaluations, totals.seconds);
   if (totals.steps > 0) out << "self-attention guidance: " << guidance_summary(totals) << '\n';
+  for (const auto& note : inputs.notes) out << "note: " << note << '\n';
   for (const auto* output : {&outputs.out, &outputs.latent, &outputs.json}) {
     if (*output) out << "wrote " << (*output)->path() << '\n';
   }
@@ -156,7 +157,7 @@ void sample_and_write(const Options& options, const Settings& settings,
   std::string png;
   if (outputs.out) {
     const auto pictures = [&](const torch::Tensor& latents) {
-      return decoder && latents.defined() ? decoder->decode(latents) : latents;
+      return decoder && latents.defined() ? decoder->run(latents) : latents;
     };
     const Drawn drawn = {pictures(results.latents), pictures(unguided.latents), results.heat};
     png = encode_png(draw(drawn, options, settings, inputs));

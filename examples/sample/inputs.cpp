@@ -10,6 +10,8 @@
 
 #include "errors.h"
 #include "networks.h"
+#include "pictures.h"
+#include "png_file.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "tensor_file.h"
@@ -79,6 +81,24 @@ Tensors read_tensors(const Options& options) {
           .inpaint_noise = read_dims("--inpaint-noise", options.inpaint_noise, 4, kLatent)};
 }
 
+// The picture as a clean latent, [1, channels, height, width].
+torch::Tensor encode_picture(const Options& options, const Settings& settings) {
+  const auto picture = from_image(read_png("--image", options.image));
+  if (settings.encoder.empty() && settings.channels == picture.size(1)) return picture;
+  if (settings.encoder.empty()) {
+    throw UsageError("--image needs a model with an encoder; --latent takes a latent.");
+  }
+  const auto latent = Encoder(settings.encoder, settings.device).run(picture);
+  const auto pixels = picture.sizes(), cells = latent.sizes();
+  if (pixels[2] % cells[2] != 0 || pixels[2] / cells[2] * cells[3] != pixels[3]) {
+    throw UsageError(
+        fmt::format("--image must have a height and width that the model's encoder divides without "
+                    "a remainder, but it made a latent of {} x {} out of {} x {} pixels.",
+                    cells[2], cells[3], pixels[2], pixels[3]));
+  }
+  return latent;
+}
+
 // How many pictures tensors stand for: the noise says it, or else whatever comes in rows.
 std::int64_t count_images(const Options& options, const Tensors& tensors) {
   if (tensors.noise.defined()) {
@@ -100,7 +120,9 @@ std::int64_t count_images(const Options& options, const Tensors& tensors) {
 std::array<std::int64_t, 3> latent_shape(const Options& options, const Settings& settings,
                                          const Tensors& tensors) {
   const auto& first = tensors.noise.defined() ? tensors.noise : tensors.latent;
-  const char* const name = tensors.noise.defined() ? "--noise" : "--latent";
+  const char* const name = tensors.noise.defined() ? "--noise"
+                           : options.image.empty() ? "--latent"
+                                                   : "--image";
   auto shape = settings.shape;
   if (first.defined()) {
     if (options.channels || options.height || options.width) {
@@ -109,7 +131,11 @@ std::array<std::int64_t, 3> latent_shape(const Options& options, const Settings&
     }
     shape = {first.size(1), first.size(2), first.size(3)};
   }
-  check_latent_size(settings, first.defined() ? name : "The latent", shape[0], shape[1], shape[2]);
+  const char* const what = !first.defined() ? "The latent"
+                           : tensors.noise.defined() || options.image.empty()
+                               ? name
+                               : "The latent of --image";
+  check_latent_size(settings, what, shape[0], shape[1], shape[2]);
   return shape;
 }
 
@@ -129,11 +155,12 @@ void check_sizes(const char* option, const torch::Tensor& tensor, std::int64_t i
         fmt::format("{} must have shape [{}], got {}.", option, shape, shape_text(tensor)));
 }
 
-void check_tensors(const Tensors& tensors, const std::array<std::int64_t, 3>& shape,
-                   std::int64_t images) {
+void check_tensors(const Options& options, const Tensors& tensors,
+                   const std::array<std::int64_t, 3>& shape, std::int64_t images) {
   const auto [channels, height, width] = shape;
   check_sizes("--noise", tensors.noise, images, {channels, height, width});
-  check_sizes("--latent", tensors.latent, images, {channels, height, width});
+  check_sizes(options.image.empty() ? "--latent" : "The latent of --image", tensors.latent, images,
+              {channels, height, width});
   check_sizes("--inpaint-noise", tensors.inpaint_noise, images, {channels, height, width});
   check_sizes("--mask", tensors.mask, images, {1, height, width});
   check_sizes("--cond", tensors.cond, images, {-1, -1});
@@ -205,32 +232,58 @@ Batch tensor_batch(const Options& options, const Settings& settings, const Tenso
   return batch;
 }
 
-// Encodes every text once.
+// Encodes every text once, for latents of a height and width.
 class Texts {
  public:
-  explicit Texts(const Settings& settings) : device_(settings.device) {
+  Texts(const Settings& settings, const std::array<std::int64_t, 3>& shape)
+      : device_(settings.device), shape_(shape) {
     if (!settings.text_encoder.empty()) encoder_.emplace(settings.text_encoder);
   }
 
   bool can_encode() const { return encoder_.has_value(); }
 
-  // Undefined for a model without text.
-  const torch::Tensor& context(const std::string& text) {
-    auto& context = contexts_[text];
-    if (encoder_ && !context.defined()) context = encoder_->encode(text).to(device_);
-    return context;
+  // Without tensors for a model without text.
+  const sag::Conditioning& cond(const std::string& text) {
+    auto& cond = conds_[text];
+    if (!encoder_ || cond.context.defined()) return cond;
+    const auto encoded = encoder_->encode(text, shape_[1], shape_[2]);
+    cond.context = encoded.context.to(device_);
+    if (encoded.y.defined()) cond.y = encoded.y.to(device_);
+    if (!encoded.cut.empty()) {
+      notes_.push_back(fmt::format(
+          "the prompt \"{}\" is longer than the text encoder reads ({} tokens); left out: {}", text,
+          encoded.context.size(1), encoded.cut));
+    }
+    return cond;
   }
+
+  const std::vector<std::string>& notes() const { return notes_; }
 
  private:
   torch::Device device_;
+  std::array<std::int64_t, 3> shape_;
   std::optional<TextEncoder> encoder_;
-  std::map<std::string, torch::Tensor> contexts_;
+  std::map<std::string, sag::Conditioning> conds_;
+  std::vector<std::string> notes_;
 };
 
+// One text a row.
+sag::Conditioning join(const std::vector<sag::Conditioning>& conds) {
+  std::vector<torch::Tensor> contexts, ys;
+  for (const auto& cond : conds) {
+    contexts.push_back(cond.context);
+    if (cond.y.defined()) ys.push_back(cond.y);
+  }
+  sag::Conditioning joined;
+  joined.context = torch::cat(contexts);
+  if (!ys.empty()) joined.y = torch::cat(ys);
+  return joined;
+}
+
 // Prompts with as many tokens go together, and all pictures without a prompt.
-std::vector<Batch> text_batches(const Options& options, const Settings& settings,
-                                const std::vector<Picture>& pictures) {
-  Texts texts(settings);
+std::vector<Batch> text_batches(const Options& options, const Settings& settings, Inputs& inputs) {
+  const auto& pictures = inputs.pictures;
+  Texts texts(settings, inputs.shape);
   if (!texts.can_encode() && !options.prompts.empty()) {
     throw UsageError(
         options.model.empty()
@@ -240,26 +293,24 @@ std::vector<Batch> text_batches(const Options& options, const Settings& settings
   }
   constexpr std::int64_t kUnconditional = -1;
   std::map<std::int64_t, Batch> by_form;
-  std::map<std::int64_t, std::vector<torch::Tensor>> contexts;
+  std::map<std::int64_t, std::vector<sag::Conditioning>> conds;
   for (std::size_t i = 0; i < pictures.size(); ++i) {
     const bool conditional = !pictures[i].unconditional;
-    const auto form = conditional ? texts.context(pictures[i].prompt).size(1) : kUnconditional;
+    const auto form = conditional ? texts.cond(pictures[i].prompt).context.size(1) : kUnconditional;
     by_form[form].pictures.push_back(i);
-    if (conditional) contexts[form].push_back(texts.context(pictures[i].prompt));
+    if (conditional) conds[form].push_back(texts.cond(pictures[i].prompt));
   }
   std::vector<Batch> batches;
   for (auto& [form, batch] : by_form) {
     const bool conditional = form != kUnconditional;
-    sag::Conditioning cond, uncond;
-    uncond.context = texts.context(conditional ? options.negative.value_or("") : "");
-    batch.negative = {uncond};
+    batch.negative = {texts.cond(conditional ? options.negative.value_or("") : "")};
     if (conditional) {
-      cond.context = torch::cat(contexts[form]);
-      batch.positive = {cond};
+      batch.positive = {join(conds[form])};
       batch.cfg = settings.cfg;
     }
     batches.push_back(std::move(batch));
   }
+  inputs.notes = texts.notes();
   return batches;
 }
 
@@ -297,15 +348,16 @@ std::vector<Picture> list_pictures(const Options& options, std::int64_t images) 
 }
 
 Inputs read_inputs(const Options& options, const Settings& settings) {
-  const Tensors tensors = read_tensors(options);
+  Tensors tensors = read_tensors(options);
+  if (!options.image.empty()) tensors.latent = encode_picture(options, settings);
   Inputs inputs;
   inputs.sigmas = decide_sigmas(options, settings);
   inputs.shape = latent_shape(options, settings, tensors);
   inputs.pictures =
       list_pictures(options, asks_for_texts(options) ? 0 : count_images(options, tensors));
-  check_tensors(tensors, inputs.shape, static_cast<std::int64_t>(inputs.pictures.size()));
+  check_tensors(options, tensors, inputs.shape, static_cast<std::int64_t>(inputs.pictures.size()));
   if (asks_for_texts(options)) {
-    inputs.batches = text_batches(options, settings, inputs.pictures);
+    inputs.batches = text_batches(options, settings, inputs);
   } else {
     inputs.batches = {tensor_batch(options, settings, tensors, inputs.pictures.size())};
   }

@@ -38,6 +38,7 @@ struct Inputs {
   std::vector<Batch> batches;
   std::vector<double> sigmas;
   std::array<std::int64_t, 3> shape = {};  ///< of a latent
+  std::vector<std::string> notes;          ///< what the user should know of them
 };
 
 /// Decides which pictures to draw, with which seeds and labels. Equal prompts get consecutive
@@ -45,7 +46,8 @@ struct Inputs {
 /// many there are when tensors are given in place of texts.
 std::vector<Picture> list_pictures(const Options& options, std::int64_t images);
 
-/// Reads the tensors, encodes the prompts and sorts the pictures into batches. Throws UsageError.
+/// Reads the tensors, encodes the picture and the prompts and sorts the pictures into batches.
+/// Throws UsageError.
 Inputs read_inputs(const Options& options, const Settings& settings);
 
 }  // namespace sag_sample

@@ -183,6 +183,7 @@ void read_files(Section files, ModelDirectory& model) {
   model.unet = read_file_name(files, "unet", model.path);
   model.text_encoder = read_file_name(files, "text_encoder", model.path);
   model.decoder = read_file_name(files, "decoder", model.path);
+  model.encoder = read_file_name(files, "encoder", model.path);
   files.refuse_unknown_keys();
 }
 

@@ -23,7 +23,8 @@ struct ModelDefaults {
 ///      "prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.02, "sigma_max": 60.0,
 ///      "sample": {"shape": [3, 64, 64], "multiple": 8},
 ///      "site": "middle.0.0",
-///      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts", "decoder": "decoder.ts"},
+///      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts", "decoder": "decoder.ts",
+///                "encoder": "encoder.ts"},
 ///      "defaults": {"sampler": "euler", "schedule": "karras", "steps": 20, "cfg": 2.0,
 ///                   "sag": {"scale": 1.0, "blur_sigma": 2.0}}}
 ///
@@ -45,7 +46,7 @@ struct ModelDirectory {
   std::int64_t multiple = 1;               ///< that height and width must be multiples of
   std::optional<std::string> site;
   /// Paths of the files; empty: the model has no such file.
-  std::string unet, text_encoder, decoder;
+  std::string unet, text_encoder, decoder, encoder;
   ModelDefaults defaults;
 };
 

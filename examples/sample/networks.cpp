@@ -1,5 +1,6 @@
 #include "networks.h"
 
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -29,59 +30,107 @@ std::string last_line(const std::exception& error) {
   return text.substr(text.rfind('\n') + 1);
 }
 
+// Not Module::to, which makes floating point numbers of indices too.
+void convert(torch::jit::Module& module, torch::ScalarType dtype) {
+  const auto convert_one = [dtype](torch::Tensor tensor) {
+    if (tensor.is_floating_point()) tensor.set_data(tensor.to(dtype));
+  };
+  for (const auto& parameter : module.parameters()) convert_one(parameter);
+  for (const auto& buffer : module.buffers()) convert_one(buffer);
+}
+
+torch::ScalarType dtype_of(const torch::jit::Module& module) {
+  for (const auto& parameter : module.parameters()) {
+    if (parameter.is_floating_point()) return parameter.scalar_type();
+  }
+  return torch::kFloat;
+}
+
+bool is_floating(const c10::IValue& value, std::int64_t dims) {
+  return value.isTensor() && value.toTensor().dim() == dims && value.toTensor().size(0) == 1 &&
+         value.toTensor().is_floating_point();
+}
+
 }  // namespace
 
 TextEncoder::TextEncoder(const std::string& path)
     : path_(path), module_(load(path, "text encoder")) {
-  if (!module_->find_method("encode")) {
-    throw UsageError(fmt::format("The text encoder \"{}\" has no method encode(str).", path));
+  const auto encode = module_->find_method("encode");
+  const auto arguments = encode ? encode->function().getSchema().arguments().size() : 0;
+  if (arguments != 2 && arguments != 4) {
+    throw UsageError(fmt::format(
+        "The text encoder \"{}\" has no method encode(str) or encode(str, int, int).", path));
   }
-  module_->to(torch::kFloat);
+  takes_size_ = arguments == 4;
+  convert(*module_, torch::kFloat);
 }
 
 TextEncoder::~TextEncoder() = default;
 
-torch::Tensor TextEncoder::encode(const std::string& text) const {
+c10::IValue TextEncoder::call(const char* method, std::vector<c10::IValue> arguments) const {
   const torch::NoGradGuard no_grad;
-  c10::IValue context;
   try {
-    context = module_->get_method("encode")({text});
+    return module_->get_method(method)(std::move(arguments));
   } catch (const std::exception& error) {
     throw RunError(fmt::format("The text encoder \"{}\" failed: {}", path_, last_line(error)));
   }
-  if (!context.isTensor() || context.toTensor().dim() != 3 || context.toTensor().size(0) != 1 ||
-      !context.toTensor().is_floating_point()) {
-    throw RunError(
-        fmt::format("The text encoder \"{}\" must return a tensor [1, tokens, width].", path_));
+}
+
+EncodedText TextEncoder::encode(const std::string& text, std::int64_t height,
+                                std::int64_t width) const {
+  std::vector<c10::IValue> arguments = {text};
+  if (takes_size_) arguments.insert(arguments.end(), {height, width});
+  auto context = call("encode", std::move(arguments));
+  c10::IValue y;
+  const bool pair = context.isTuple() && context.toTupleRef().elements().size() == 2;
+  if (takes_size_ && pair) {
+    const auto both = context.toTuple();
+    context = both->elements()[0];
+    y = both->elements()[1];
   }
-  return context.toTensor().to(torch::kFloat);
+  if (!is_floating(context, 3) || (takes_size_ && !is_floating(y, 2))) {
+    throw RunError(fmt::format("The text encoder \"{}\" must return a tensor [1, tokens, width]{}.",
+                               path_, takes_size_ ? " and a tensor [1, features]" : ""));
+  }
+  EncodedText encoded = {.context = context.toTensor().to(torch::kCPU, torch::kFloat)};
+  if (takes_size_) encoded.y = y.toTensor().to(torch::kCPU, torch::kFloat);
+  if (module_->find_method("cut")) {
+    const auto cut = call("cut", {text});
+    if (!cut.isString()) {
+      throw RunError(fmt::format("The text encoder \"{}\"'s cut must return a text.", path_));
+    }
+    encoded.cut = cut.toStringRef();
+  }
+  return encoded;
 }
 
-Decoder::Decoder(const std::string& path, torch::Device device, torch::ScalarType dtype)
-    : path_(path), device_(device), dtype_(dtype), module_(load(path, "decoder")) {
-  module_->to(device, dtype);
+PictureNetwork::PictureNetwork(const char* what, const std::string& path, torch::Device device)
+    : what_(what), path_(path), device_(device), module_(load(path, what)) {
+  if (!device.is_cpu()) dtype_ = dtype_of(*module_);
+  convert(*module_, dtype_);
+  module_->to(device);
 }
 
-Decoder::~Decoder() = default;
-Decoder::Decoder(Decoder&&) noexcept = default;
+PictureNetwork::~PictureNetwork() = default;
+PictureNetwork::PictureNetwork(PictureNetwork&&) noexcept = default;
 
-torch::Tensor Decoder::decode(const torch::Tensor& latents) const {
+torch::Tensor PictureNetwork::run(const torch::Tensor& inputs) const {
   const torch::NoGradGuard no_grad;
-  std::vector<torch::Tensor> pictures;
-  for (const auto& latent : latents.to(device_, dtype_).split(1)) {
-    c10::IValue picture;
+  std::vector<torch::Tensor> results;
+  for (const auto& input : inputs.to(device_, dtype_).split(1)) {
+    c10::IValue result;
     try {
-      picture = module_->forward({latent});
+      result = module_->forward({input});
     } catch (const std::exception& error) {
-      throw RunError(fmt::format("The decoder \"{}\" failed: {}", path_, last_line(error)));
+      throw RunError(fmt::format("The {} \"{}\" failed: {}", what_, path_, last_line(error)));
     }
-    if (!picture.isTensor() || picture.toTensor().dim() != 4 || picture.toTensor().size(0) != 1) {
+    if (!is_floating(result, 4)) {
       throw RunError(fmt::format(
-          "The decoder \"{}\" must return a tensor [images, 3, height, width].", path_));
+          "The {} \"{}\" must return a tensor [images, channels, height, width].", what_, path_));
     }
-    pictures.push_back(picture.toTensor().to(torch::kCPU, torch::kFloat));
+    results.push_back(result.toTensor().to(torch::kCPU, torch::kFloat));
   }
-  return torch::cat(pictures);
+  return torch::cat(results);
 }
 
 }  // namespace sag_sample

@@ -159,9 +159,7 @@ class Group {
 
 void add_model_options(CLI::App& app, Options& o) {
   Group group(app, "Model (one of --model and --unet)");
-  group.text(
-      "--model", o.model, "DIR",
-      "Directory with model.json, a UNet and, if it has them, text_encoder.ts and decoder.ts");
+  group.text("--model", o.model, "DIR", "Directory with model.json and the files that it names");
   group.text(
       "--unet", o.unet, "FILE",
       "TorchScript UNet, compiled package (*.pt2) or folder of packages, to be used with tensors");
@@ -217,7 +215,9 @@ void add_picture_options(CLI::App& app, Options& o) {
   group.text("--noise", o.noise, "T",
              "Start noise, unit Gaussian, [images, channels, height, width]", "from --seed");
   group.text("--latent", o.latent, "T", "Start image, a clean latent");
-  group.text("--mask", o.mask, "T", "Where to repaint --latent: 1 = repaint, 0 = keep");
+  group.text("--image", o.image, "FILE.png", "Start image, for models with an encoder");
+  group.text("--mask", o.mask, "T",
+             "Where to repaint --latent or --image: 1 = repaint, 0 = keep, per latent cell");
   group.text("--inpaint-noise", o.inpaint_noise, "T", "Noise for what is kept",
              "the start noise; ddim: of the next seed");
   group.number("--channels", o.channels, kSide, "N", "Channels of the latent",
@@ -238,7 +238,7 @@ void add_sampling_options(CLI::App& app, Options& o) {
                "the model's, else 20");
   group.number("--denoise", o.denoise,
                Range<double>{0.0, 1.0, "a number greater than 0 and at most 1", true}, "X",
-               "Share of the schedule to run, with --latent", "1");
+               "Share of the schedule to run, with --latent or --image", "1");
   group.text("--sigmas", o.sigmas, "T",
              "Noise levels, used as they are, the last 0 included, in place of a schedule");
   group.number("--eta", o.eta, kShare, "X",
@@ -319,6 +319,7 @@ constexpr const char* kFooter = R"(
 Examples:
   sag-sample --model models/emoji --prompt "red heart" --out heart.png
   sag-sample --model models/emoji --prompt pizza --unconditional 3 --compare --out sheet.png
+  sag-sample --model sd15 --prompt "a red fox" --image photo.png --denoise 0.6 --out fox.png
   sag-sample --unet unet.ts --cond text.pt:cond --uncond text.pt:uncond --save-latent latent.pt
 
 Exit codes: 0 done, 1 a mistake in the arguments or files, 2 the run failed.)";
@@ -346,7 +347,9 @@ void check_combinations(const Options& o) {
   never_both(
       !o.sigmas.empty(), o.schedule || o.steps || o.denoise,
       "--sigmas is used as it is: --schedule, --steps and --denoise cannot be given with it.");
-  never_both(!o.mask.empty(), o.latent.empty(), "--mask needs the --latent that it repaints.");
+  never_both(!o.latent.empty(), !o.image.empty(), "--latent and --image cannot be given together.");
+  never_both(!o.mask.empty(), o.latent.empty() && o.image.empty(),
+             "--mask needs the --latent or --image that it repaints.");
   never_both(!o.inpaint_noise.empty(), o.mask.empty(), "--inpaint-noise needs a --mask.");
   never_both(o.no_sag, o.compare, "--compare and --no-sag cannot be given together.");
   never_both(o.no_sag, o.sag_shuffle, "--sag-shuffle and --no-sag cannot be given together.");

@@ -26,7 +26,7 @@ struct Options {
   std::string cond, uncond, cond_y, uncond_y;
   std::optional<std::int64_t> batch;
   std::uint64_t seed = 0;
-  std::string noise, latent, mask, inpaint_noise;
+  std::string noise, latent, image, mask, inpaint_noise;
   std::optional<std::int64_t> channels, height, width;
 
   // How to sample.

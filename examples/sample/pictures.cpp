@@ -35,6 +35,13 @@ std::vector<Image> to_images(const torch::Tensor& tensors) {
   return images;
 }
 
+torch::Tensor from_image(const Image& image) {
+  static_assert(sizeof(Rgb) == 3);
+  const auto bytes = torch::from_blob(const_cast<Rgb*>(image.pixels.data()),
+                                      {1, image.height, image.width, 3}, torch::kByte);
+  return (bytes.to(torch::kFloat) / 127.5 - 1).permute({0, 3, 1, 2}).contiguous();
+}
+
 std::vector<std::vector<float>> to_heat(const torch::Tensor& heat, int width, int height) {
   namespace F = torch::nn::functional;
   const auto resized = F::interpolate(heat.to(torch::kCPU, torch::kFloat),

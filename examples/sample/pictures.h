@@ -15,6 +15,9 @@ bool is_picture(std::int64_t channels);
 /// clamped. Throws RunError on other tensors.
 std::vector<Image> to_images(const torch::Tensor& tensors);
 
+/// Returns a picture as a tensor [1, 3, height, width] in [−1, 1].
+torch::Tensor from_image(const Image& image);
+
 /// Returns heat maps [images, 1, height, width] in 0 … 1 as values per pixel of pictures of this
 /// size.
 std::vector<std::vector<float>> to_heat(const torch::Tensor& heat, int width, int height);

@@ -1,5 +1,9 @@
 #include "png_file.h"
 
+#include <cstdint>
+#include <fstream>
+#include <iterator>
+
 #include <fmt/format.h>
 #include <png.h>
 
@@ -7,6 +11,8 @@
 
 namespace sag_sample {
 namespace {
+
+constexpr std::uint64_t kMostPixels = 1 << 26;
 
 // libpng's simplified interface: no setjmp in our code.
 struct PngImage {
@@ -47,12 +53,31 @@ Image decode_png(const std::string& bytes) {
   if (!png_image_begin_read_from_memory(&png.image, bytes.data(), bytes.size())) {
     png.fail("Reading");
   }
+  // Before memory is taken: a few bytes may promise gigabytes.
+  if (std::uint64_t{png.image.width} * png.image.height > kMostPixels) {
+    throw RunError(fmt::format("Reading the PNG failed: {} x {} pixels are too many.",
+                               png.image.width, png.image.height));
+  }
   png.image.format = PNG_FORMAT_RGB;
   Image image(static_cast<int>(png.image.width), static_cast<int>(png.image.height));
   if (!png_image_finish_read(&png.image, nullptr, image.pixels.data(), 0, nullptr)) {
     png.fail("Reading");
   }
   return image;
+}
+
+Image read_png(const std::string& option, const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  if (!file) {
+    throw UsageError(fmt::format("{}: there is no file \"{}\" that can be read.", option, path));
+  }
+  try {
+    return decode_png(bytes);
+  } catch (const RunError& error) {
+    throw UsageError(
+        fmt::format("{}: \"{}\" is no picture to use: {}", option, path, error.what()));
+  }
 }
 
 }  // namespace sag_sample

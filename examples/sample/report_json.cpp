@@ -121,6 +121,7 @@ std::string report_json(const Options& options, const Settings& settings, const 
                        {"rows", totals.rows},
                        {"guided_steps", totals.guided},
                        {"skipped", totals.skipped},
+                       {"notes", inputs.notes},
                        {"masked", totals.guided > 0 ? json(totals.masked) : json(nullptr)},
                        {"seconds", totals.seconds},
                        {"cuda_graphs", graphs ? graphs_json(*graphs) : json(nullptr)},

@@ -158,6 +158,7 @@ Settings decide_settings(const Options& options, const ModelDirectory* directory
   settings.unet = directory ? model.unet : options.unet;
   settings.text_encoder = model.text_encoder;
   settings.decoder = model.decoder;
+  settings.encoder = model.encoder;
   settings.sampler = first_of(options.sampler, model.defaults.sampler, std::string("euler"));
   settings.schedule = first_of(options.schedule, model.defaults.schedule, std::string("normal"));
   check_known("sampler", settings.sampler, sag::sampler_names());

@@ -17,7 +17,8 @@ namespace sag_sample {
 /// The constants of a run, every one decided: the command line counts, then the model directory,
 /// then the command's defaults.
 struct Settings {
-  std::string unet = {}, text_encoder = {}, decoder = {};  ///< paths; empty: there is none
+  /// Paths; empty: there is none.
+  std::string unet = {}, text_encoder = {}, decoder = {}, encoder = {};
   std::string prediction;
   sag::ModelSampling sampling;
   std::string sampler = "euler", schedule = "normal";

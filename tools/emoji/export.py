@@ -2,45 +2,19 @@
 import argparse
 import json
 import pathlib
-import re
-import zipfile
+import sys
 
 import numpy as np
 import torch
 
-import diffusion
-from train import Model
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import diffusion  # noqa: E402
+from export.archive import check_clean, save  # noqa: E402
+from train import Model  # noqa: E402
 
 TRACED_WITH = ("red heart", "cat face")
 CHECKED_WITH = ("rocket", "", "an unseen wörd 7")
-
-
-# The writer adds an id of its own; debug records hold the paths of the machine that made them; example inputs are dead weight.
-LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$|^traced_inputs")
-
-
-def save(module, path):
-    """A TorchScript archive of nothing but code and weights."""
-    whole = path.with_suffix(".whole")
-    module.save(str(whole))
-    reader, writer = torch._C.PyTorchFileReader(str(whole)), torch._C.PyTorchFileWriter(str(path))
-    for name in reader.get_all_records():
-        if not LEFT_OUT.search(name):
-            record = reader.get_record(name)
-            writer.write_record(name, record, len(record))
-    writer.write_end_of_file()
-    whole.unlink()
-
-
-def check_clean(path):
-    """No debug record, nothing compressed, no path of this machine in any record."""
-    here = [str(pathlib.Path(place).resolve()).encode() for place in (__file__, pathlib.Path.home(), pathlib.Path.cwd(), torch.__file__)]
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            content = archive.read(entry)
-            assert entry.compress_type == zipfile.ZIP_STORED, entry.filename
-            assert not entry.filename.endswith(".debug_pkl"), entry.filename
-            assert not any(place in content for place in here if len(place) > 1), entry.filename
 
 
 def check_unet(path, unet):
@@ -76,7 +50,7 @@ def export(model, folder):
     encoder.float()
     check_text(folder / "text_encoder.ts", encoder)
     for name in ("unet.ts", "text_encoder.ts"):
-        check_clean(folder / name)
+        check_clean(folder / name, __file__)
 
 
 def description():

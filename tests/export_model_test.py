@@ -1,0 +1,697 @@
+"""tools/export_model.py: what it writes, what it refuses, and that sag-sample draws with it."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import unicodedata
+import unittest
+import zlib
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from transformers import CLIPTokenizerFast
+
+import export_model
+import make_tiny_pipeline
+from export import archive, text
+from export.description import from_scheduler
+from export.mistake import Mistake
+from export.tokenizer import ClipTokenizer
+
+SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
+
+
+class Case(unittest.TestCase):
+    """A folder for each class, with the tiny pipelines made once."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.temporary.cleanup)
+        cls.folder = pathlib.Path(cls.temporary.name)
+
+    def pipeline(self, kind):
+        folder = self.folder / f"pipeline-{kind}"
+        if not folder.exists():
+            make_tiny_pipeline.make(kind, folder)
+        return folder
+
+    def export(self, source, name, *arguments):
+        """The written directory and its model.json."""
+        out = self.folder / name
+        with contextlib.redirect_stderr(io.StringIO()):
+            export_model.run(export_model.parse([str(source), "--out", str(out), *arguments]))
+        self.assertFalse(out.with_name(name + ".partial").exists())
+        return out, json.loads((out / "model.json").read_text())
+
+    def mistake(self, source, *arguments):
+        """The sentence that refuses; nothing is left behind."""
+        before = sorted(self.folder.iterdir())
+        with self.assertRaises(Mistake) as caught, contextlib.redirect_stderr(io.StringIO()):
+            export_model.run(export_model.parse([str(source), "--out", str(self.folder / "refused"), *arguments]))
+        self.assertEqual(sorted(self.folder.iterdir()), before)
+        sentence = str(caught.exception)
+        self.assertNotIn("\n", sentence)
+        return sentence
+
+    def edited(self, kind, name, path, **changes):
+        """A copy of a pipeline with other values in one of its JSON files."""
+        source, folder = self.pipeline(kind), self.folder / name
+        folder.mkdir()
+        for entry in source.iterdir():
+            if entry.name != path.partition("/")[0]:
+                (folder / entry.name).symlink_to(entry)
+        whole = source / path
+        target = folder / path
+        target.parent.mkdir(exist_ok=True)
+        for entry in whole.parent.iterdir() if whole.parent != source else ():
+            if entry != whole:
+                (target.parent / entry.name).symlink_to(entry)
+        target.write_text(json.dumps({**json.loads(whole.read_text()), **changes}))
+        return folder
+
+    def module(self, name, code):
+        """A Python file that can be named as name:FACTORY."""
+        (self.folder / f"{name}.py").write_text(textwrap.dedent(code))
+        if str(self.folder) not in sys.path:
+            sys.path.insert(0, str(self.folder))
+            self.addClassCleanup(sys.path.remove, str(self.folder))
+        return name
+
+
+MODULES = """
+    import torch
+    import torch.nn.functional as F
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = torch.nn.Linear(8, 24)
+
+        def forward(self, tokens):
+            q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.into, self.out = torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 3, padding=1)
+            self.mid_block = Attention()
+            self.text = torch.nn.Linear(6, 8)
+
+        def forward(self, x, timesteps, context):
+            h = self.into(x) + (timesteps / 1000)[:, None, None, None]
+            tokens = h.flatten(2).transpose(1, 2)
+            tokens = tokens + self.mid_block(tokens) + self.text(context).mean(1, keepdim=True)
+            return self.out(tokens.transpose(1, 2).unflatten(2, h.shape[2:]))
+
+    class Branching(Net):
+        def forward(self, x, timesteps, context):
+            out = super().forward(x, timesteps, context)
+            return out if x.shape[0] == 2 else 2 * out
+
+    class Random(Net):
+        def forward(self, x, timesteps, context):
+            return super().forward(x, timesteps, context) + torch.randn_like(x)
+
+    class Overflowing(Net):
+        def forward(self, x, timesteps, context):
+            return super().forward(x, timesteps, context) / 0
+
+    class Pair(Net):
+        def forward(self, x, timesteps, context):
+            return super().forward(x, timesteps, context), 1
+
+    class Deaf(Net):
+        def forward(self, x, timesteps, context):
+            return self.out(self.into(x))
+
+    def broken():
+        raise RuntimeError("no weights here")
+
+    def text():
+        return "text"
+"""
+
+
+class Tokenizer(Case):
+    ALPHABETS = (
+        [chr(c) for c in range(32, 127)],
+        list("the cat's 'LL're 42 don't!? '' '"),
+        [chr(c) for c in range(0xA0, 0x600)],
+        [
+            "a",
+            "e",
+            "o",
+            "\u0301",
+            "\u0323",
+            "\u0308",
+            "\u1100",
+            "\u1161",
+            "\u11a8",
+            "\uac00",
+            "\u0344",
+            "\u212b",
+            "\u0f71",
+            "\u0f72",
+            "İ",
+            "Σ",
+            "ß",
+            " ",
+            "\u00a0",
+            "\u3000",
+            "\u200b",
+        ],
+        ["😀", "👩‍🚀", "🇩🇪", "½", "²", "Ⅷ", "a", "1", " "],
+        ["<|endoftext|>", "<|startoftext|>", "<|", "a", " ", "|>", "<|EndOfText|>", "!"],
+        list("\0\t\n\r\x0b\x0c\x1c\x85 ab1\u2028\u180e\ufeff"),
+    )
+
+    def texts(self, count):
+        chance = random.Random(0)
+        assigned = [chr(c) for c in range(0x30000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+        assigned.remove("\u1df6")  # a mark that Unicode gave another class after the reference's tables were made
+        yield from ("", " ", "'", "a" * 3000, "thecat" * 500, "ü" * 200, "A photo of the cat's red hat, 4k!!")
+        for i in range(count):
+            alphabet = (*self.ALPHABETS, assigned)[i % (len(self.ALPHABETS) + 1)]
+            yield "".join(chance.choice(alphabet) for _ in range(chance.randrange(40)))
+
+    def test_ids_are_the_references(self):
+        for padding in ("<|endoftext|>", "!"):
+            reference = make_tiny_pipeline.write_tokenizer(self.folder / f"tokenizer{len(padding)}", padding)
+            scripted = torch.jit.script(ClipTokenizer(reference, 77))
+            different = [
+                prompt
+                for prompt in self.texts(1500)
+                if scripted.ids(prompt)[0].tolist()
+                != reference(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+            ]
+            self.assertEqual(different, [])
+
+    def test_what_is_cut_is_what_the_reference_cuts(self):
+        reference = make_tiny_pipeline.write_tokenizer(self.folder / "tokenizer")
+        scripted = torch.jit.script(ClipTokenizer(reference, 77))
+        for words in range(60, 90):
+            prompt = "A " * words
+            self.assertEqual(scripted.cut(prompt), "a " * max(words - 75, 0))
+        # What is left fits, and with one word more it does not.
+        prompt = "a " * 70 + "ÄÖ and  MORE of the Cat"
+        cut = scripted.cut(prompt)
+        self.assertTrue(prompt.lower().endswith(cut))
+        kept = prompt[: -len(cut)]
+        self.assertLessEqual(len(reference(kept).input_ids), 77)
+        self.assertGreater(len(reference(kept + cut.split()[0]).input_ids), 77)
+        self.assertEqual(scripted.cut("a " * 74 + "über"), "über", "no half words")
+
+    def test_texts_that_are_no_utf8_do_no_harm(self):
+        """Python cannot pass such texts, C++ can."""
+        reference = make_tiny_pipeline.write_tokenizer(self.folder / "tokenizer_bytes")
+        scripted = torch.jit.script(ClipTokenizer(reference, 77))
+        scripted.define(
+            "def from_bytes(self, values: List[int]):\n    return self.ids(''.join([chr(value) for value in values]))\n"
+        )
+        chance = random.Random(0)
+        for _ in range(300):
+            values = bytes(
+                chance.choice((0x41, 0x80, 0xBF, 0xC0, 0xC3, 0xE2, 0xED, 0xA0, 0xF0, 0xF4, 0xFF)) for _ in range(6)
+            )
+            self.assertEqual(scripted.from_bytes(list(values)).shape, (1, 77))
+            try:
+                plain = values.decode()
+            except UnicodeDecodeError:
+                continue
+            self.assertTrue(scripted.from_bytes(list(values)).equal(scripted.ids(plain)))
+
+
+class Pipelines(Case):
+    def check_texts(self, kind, out):
+        """The written text encoder against the pipeline's parts, often enough for TorchScript to optimize."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        source = self.pipeline(kind)
+        parts = [
+            CLIPTokenizerFast.from_pretrained(source / "tokenizer"),
+            CLIPTextModel.from_pretrained(source / "text_encoder"),
+        ]
+        if kind == "sdxl":
+            parts += [
+                CLIPTokenizerFast.from_pretrained(source / "tokenizer_2"),
+                CLIPTextModelWithProjection.from_pretrained(source / "text_encoder_2"),
+            ]
+        encoder = torch.jit.load(str(out / "text_encoder.ts"))
+        for prompt in ["red cat!", "", "the cat's — über-schnell 🚀", "x " * 90] * 8:
+            if kind == "sdxl":
+                got, expected = encoder.encode(prompt, 5, 7), text.expected(prompt, *parts, size=(40, 56))
+                self.assertEqual(got[1][0, -6:].tolist(), [40, 56, 0, 0, 40, 56])
+            else:
+                got, expected = [encoder.encode(prompt)], [text.expected(prompt, *parts)]
+            for one, other in zip(got, expected):
+                self.assertEqual(one.shape, other.shape)
+                self.assertLessEqual((one - other).abs().max(), 1e-5 * other.abs().max())
+
+    def check_unet(self, kind, out):
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_pretrained(self.pipeline(kind) / "unet")
+        traced = torch.jit.load(str(out / "unet.ts"))
+        for rows, height, width in ((1, 16, 24), (5, 17, 9), (2, 12, 10)):
+            x, timesteps = torch.randn(rows, 4, height, width), torch.linspace(1, 900, rows)
+            context = torch.randn(rows, 77, unet.config.cross_attention_dim)
+            with torch.no_grad():
+                if kind == "sdxl":
+                    y = torch.cat(
+                        [torch.randn(rows, 32), torch.tensor([[128.0, 192, 0, 0, 128, 192]]).expand(rows, -1)], 1
+                    )
+                    added = {"text_embeds": y[:, :32], "time_ids": y[:, 32:]}
+                    got, expected = (
+                        traced(x, timesteps, context, y),
+                        unet(x, timesteps, context, added_cond_kwargs=added).sample,
+                    )
+                else:
+                    got, expected = traced(x, timesteps, context), unet(x, timesteps, context).sample
+            self.assertLessEqual((got - expected).abs().max(), 2e-5 * expected.abs().max())
+
+    def check_vae(self, kind, out):
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(self.pipeline(kind) / "vae")
+        latent, picture = torch.randn(1, 4, 9, 6), torch.rand(1, 3, 40, 72) * 2 - 1
+        with torch.no_grad():
+            decoded = vae.decode(latent / vae.config.scaling_factor).sample
+            encoded = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
+            for name, given, expected in (("decoder", latent, decoded), ("encoder", picture, encoded)):
+                got = torch.jit.load(str(out / f"{name}.ts"))(given)
+                self.assertLessEqual((got - expected).abs().max(), 2e-5 * expected.abs().max(), name)
+
+    def test_every_kind(self):
+        table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timesteps": 1000}
+        expected = {
+            "sd1": {"prediction": "eps", **table, "zero_terminal_snr": False},
+            "sd2": {"prediction": "v", **table, "zero_terminal_snr": True},
+            "sdxl": {"prediction": "eps", **table, "zero_terminal_snr": False},
+            "flow": {"prediction": "flow", "shift": 3.0, "timestep_multiplier": 1000},
+        }
+        for kind in make_tiny_pipeline.KINDS:
+            with self.subTest(kind):
+                out, model = self.export(self.pipeline(kind), kind)
+                files = {name: f"{name}.ts" for name in ("unet", "text_encoder", "decoder", "encoder")}
+                rest = {"sample": {"shape": [4, 16, 16], "multiple": 1}, "site": "middle.0.0", "files": files}
+                self.assertEqual(model, {"format": 1, "name": f"pipeline-{kind}", **expected[kind], **rest})
+                self.check_texts(kind, out)
+                self.check_unet(kind, out)
+                self.check_vae(kind, out)
+                for file in files.values():
+                    archive.check_clean(out / file, self.folder, __file__)
+
+    def test_the_unets_folder_alone(self):
+        out, model = self.export(
+            self.pipeline("sd2") / "unet",
+            "unet",
+            "--prediction",
+            "v",
+            "--constant",
+            "zero_terminal_snr=true",
+            "--constant",
+            "beta_schedule=linear",
+            "--site",
+            "#0",
+            "--name",
+            "mine",
+            "--sample",
+            "4x24x8",
+        )
+        self.assertEqual(sorted(entry.name for entry in out.iterdir()), ["model.json", "unet.ts"])
+        self.assertEqual(model["prediction"], "v")
+        self.assertIs(model["zero_terminal_snr"], True)
+        self.assertEqual(model["beta_schedule"], "linear")
+        self.assertEqual(model["site"], "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1")
+        self.assertEqual(model["name"], "mine")
+        self.assertEqual(model["sample"]["shape"], [4, 24, 8])
+
+    def test_unets_without_text(self):
+        from diffusers import UNet2DModel
+
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+        unet.save_pretrained(self.folder / "plain")
+        out, model = self.export(
+            self.folder / "plain", "plain-out", "--prediction", "eps", "--constant", "beta_schedule=linear"
+        )
+        self.assertEqual(model["sample"], {"shape": [3, 16, 16], "multiple": 2})
+        self.assertEqual(model["site"], "unet.mid_block.attentions.0")
+        if SAMPLE:
+            picture = self.folder / "plain.png"
+            command = [
+                SAMPLE,
+                "--model",
+                out,
+                "--unconditional",
+                "1",
+                "--steps",
+                "2",
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+                "--out",
+                picture,
+            ]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            self.assertIn("2 of 2 evaluations guided", said)
+            self.assertEqual(struct.unpack(">II", picture.read_bytes()[16:24]), (16, 16))
+
+    def test_schedulers(self):
+        from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+
+        notes = []
+
+        def described(scheduler):
+            return from_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config}, notes.append)
+
+        self.assertEqual(
+            described(EDMEulerScheduler(sigma_max=70.0)),
+            {"prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 70.0},
+        )
+        self.assertEqual(described(PNDMScheduler(prediction_type="v_prediction"))["prediction"], "v")
+        self.assertEqual(notes, [])
+        flow = described(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, num_train_timesteps=500))
+        self.assertEqual(flow, {"prediction": "flow", "shift": 1.0, "timestep_multiplier": 500})
+        self.assertEqual(len(notes), 1)
+
+    def test_half_precision(self):
+        for dtype in ("bf16", "fp16"):
+            out, _ = self.export(self.pipeline("sd1"), dtype, "--dtype", dtype)
+            for name in ("unet", "text_encoder"):
+                wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+                found = {p.dtype for p in torch.jit.load(str(out / f"{name}.ts")).parameters()}
+                self.assertEqual(found, {wanted}, name)
+            self.assertEqual({p.dtype for p in torch.jit.load(str(out / "decoder.ts")).parameters()}, {torch.float32})
+
+    def test_an_existing_directory_is_replaced_only_when_asked_to(self):
+        unet = self.pipeline("sd1") / "unet"
+        arguments = ("--prediction", "eps")
+        out, _ = self.export(unet, "again", *arguments)
+        with self.assertRaisesRegex(Mistake, "exists; --force replaces"):
+            self.export(unet, "again", *arguments)
+        (out / "old.txt").write_text("old")
+        _, model = self.export(unet, "again", *arguments, "--force", "--name", "new")
+        self.assertEqual(model["name"], "new")
+        self.assertFalse((out / "old.txt").exists())
+        (self.folder / "letters").mkdir()
+        (self.folder / "letters" / "to-mother.txt").write_text("dear mother")
+        with self.assertRaisesRegex(Mistake, "is no model directory"):
+            self.export(unet, "letters", *arguments, "--force")
+        self.assertTrue((self.folder / "letters" / "to-mother.txt").exists())
+
+    def test_pipelines_that_do_not_fit_are_refused(self):
+        index = "model_index.json"
+        self.assertIn(
+            "has no UNet, but a FluxTransformer2DModel",
+            self.mistake(
+                self.edited("sd1", "flux", index, unet=None, transformer=["diffusers", "FluxTransformer2DModel"])
+            ),
+        )
+        self.assertIn(
+            "Only CLIP's text encoders",
+            self.mistake(self.edited("sd1", "t5", index, text_encoder=["transformers", "T5EncoderModel"])),
+        )
+        self.assertIn(
+            "Only an AutoencoderKL", self.mistake(self.edited("sd1", "vq", index, vae=["diffusers", "VQModel"]))
+        )
+        scheduler = "scheduler/scheduler_config.json"
+        self.assertIn(
+            "KarrasVeScheduler, is not known",
+            self.mistake(self.edited("sd1", "ve", scheduler, _class_name="KarrasVeScheduler")),
+        )
+        self.assertIn(
+            "squaredcos_cap_v2", self.mistake(self.edited("sd1", "cos", scheduler, beta_schedule="squaredcos_cap_v2"))
+        )
+        self.assertIn(
+            '"prediction_type" must be', self.mistake(self.edited("sd1", "kind", scheduler, prediction_type="noise"))
+        )
+        unet = "unet/config.json"
+        self.assertIn(
+            "takes 9 and returns 4", self.mistake(self.edited("sd1", "paint", unet, in_channels=9), "--unet-only")
+        )
+        self.assertIn(
+            "cannot be read as a UNet2DConditionModel",
+            self.mistake(self.edited("sd1", "wide", unet, block_out_channels=[8, 8])),
+        )
+        self.assertIn(
+            "Only CLIP's text encoders", self.mistake(self.edited("sdxl", "refiner", index, text_encoder=None))
+        )
+        self.assertIn(
+            "give 32 numbers a token, but the UNet takes 64",
+            self.mistake(self.edited("sdxl", "half", index, text_encoder_2=None)),
+        )
+        (self.folder / "empty").mkdir()
+        self.assertIn("must be the folder of a diffusers pipeline", self.mistake(self.folder / "empty"))
+        (self.folder / "damaged").mkdir()
+        (self.folder / "damaged" / "config.json").write_text("{")
+        self.assertIn("is no JSON", self.mistake(self.folder / "damaged", "--prediction", "eps"))
+
+    def test_options_that_do_not_fit_are_refused(self):
+        unet = self.pipeline("sd1") / "unet"
+        self.assertIn("--prediction is needed", self.mistake(unet))
+        self.assertIn(
+            "must name one of shift, timestep_multiplier",
+            self.mistake(unet, "--prediction", "flow", "--constant", "beta_start=1"),
+        )
+        self.assertIn("shift cannot be", self.mistake(unet, "--prediction", "flow", "--constant", "shift=-1"))
+        self.assertIn(
+            "names 0. Its self-attentions are #0 unet.down",
+            self.mistake(unet, "--prediction", "eps", "--site", "middle.7.0"),
+        )
+        self.assertIn("for --format aoti", self.mistake(unet, "--prediction", "eps", "--rows", "1,2"))
+        self.assertIn("4 channels", self.mistake(unet, "--prediction", "eps", "--sample", "3x64x64"))
+        self.assertIn("for MODULE:FACTORY", self.mistake(unet, "--prediction", "eps", "--context", "77x32"))
+        if not torch.cuda.is_available():
+            self.assertIn("no CUDA device", self.mistake(unet, "--prediction", "eps", "--device", "cuda"))
+        with self.assertRaisesRegex(Mistake, "there is no folder"):
+            self.export(unet, "no/where", "--prediction", "eps")
+        for arguments in (
+            ["--rows", "0"],
+            ["--rows", "4-2"],
+            ["--size", "64"],
+            ["--size", "60-128/8x64"],
+            ["--sample", "4x64"],
+            ["--nothing"],
+        ):
+            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as printed:
+                export_model.parse([str(unet), "--out", "x", *arguments])
+            self.assertEqual(caught.exception.code, 1)
+            self.assertEqual(printed.getvalue().count("\n"), 1)
+
+
+class OwnModules(Case):
+    ARGUMENTS = ("--prediction", "x0", "--sample", "4x8x8", "--context", "5x6")
+
+    def setUp(self):
+        self.name = self.module("own_modules", MODULES)
+
+    def test_a_module_is_traced(self):
+        out, model = self.export(f"{self.name}:Net", "net", *self.ARGUMENTS, "--multiple", "2")
+        self.assertEqual(model["prediction"], "x0")
+        self.assertEqual(model["sample"], {"shape": [4, 8, 8], "multiple": 2})
+        self.assertEqual(model["site"], "mid_block")
+        self.assertEqual(model["files"], {"unet": "unet.ts"})
+        import own_modules
+
+        inputs = torch.randn(3, 4, 10, 6), torch.tensor([1.0, 2.0, 3.0]), torch.randn(3, 5, 6)
+        with torch.no_grad():
+            self.assertTrue(
+                torch.allclose(torch.jit.load(str(out / "unet.ts"))(*inputs), own_modules.Net()(*inputs), atol=1e-6)
+            )
+
+    def test_traces_that_differ_leave_nothing(self):
+        self.assertIn("unet.ts differs from the network", self.mistake(f"{self.name}:Branching", *self.ARGUMENTS))
+        self.assertIn("unet.ts differs from the network", self.mistake(f"{self.name}:Random", *self.ARGUMENTS))
+
+    def test_modules_that_do_not_fit_are_refused(self):
+        name, fits = self.name, self.ARGUMENTS
+        self.assertIn("finite", self.mistake(f"{name}:Overflowing", *fits))
+        self.assertIn("must return a tensor, got tuple", self.mistake(f"{name}:Pair", *fits))
+        self.assertIn("no self-attention", self.mistake(f"{name}:Deaf", *fits))
+        self.assertIn("no weights here", self.mistake(f"{name}:broken", *fits))
+        self.assertIn("must return a torch.nn.Module, got str", self.mistake(f"{name}:text", *fits))
+        self.assertIn("cannot be called", self.mistake(f"{name}:nothing", *fits))
+        self.assertIn("cannot be called", self.mistake("nowhere_at_all:Net", *fits))
+        self.assertIn("The network fails for x [2, 4, 2, 3]", self.mistake(f"{name}:Net", *fits[:-1], "5x7"))
+        self.assertIn("--sample is needed", self.mistake(f"{name}:Net", "--prediction", "eps"))
+        self.assertIn("--prediction is needed", self.mistake(f"{name}:Net", *fits[2:]))
+
+
+def png(path, width, height):
+    rows = b"".join(
+        b"\0" + bytes((x * 3 + y * 5 + c * 60) % 256 for x in range(width) for c in range(3)) for y in range(height)
+    )
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+@unittest.skipUnless(SAMPLE, "SAG_SAMPLE_COMMAND names no sag-sample")
+class Command(Case):
+    def sample(self, *arguments, code=0):
+        run = subprocess.run(
+            [SAMPLE, *map(str, arguments), "--device", "cpu", "--threads", "1"], capture_output=True, text=True
+        )
+        self.assertEqual(run.returncode, code, run.stderr)
+        return run.stdout if code == 0 else run.stderr
+
+    def test_it_draws_with_what_was_written(self):
+        for kind in ("sd2", "sdxl"):
+            with self.subTest(kind):
+                model, _ = self.export(self.pipeline(kind), kind)
+                picture, report = self.folder / f"{kind}.png", self.folder / f"{kind}.json"
+                said = self.sample(
+                    "--model",
+                    model,
+                    "--prompt",
+                    "a red cat",
+                    "--prompt",
+                    "many words " * 40,
+                    "--steps",
+                    "2",
+                    "--width",
+                    "24",
+                    "--out",
+                    picture,
+                    "--json",
+                    report,
+                )
+                self.assertIn("longer than the text encoder reads (77 tokens); left out:", said)
+                self.assertIn("2 of 2 evaluations guided", said)
+                width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+                self.assertGreater(width, 24 * 8)
+                self.assertGreater(height, 2 * 16 * 8)
+                self.assertEqual(json.loads(report.read_text())["guided_steps"], 2)
+
+    def test_it_starts_from_a_picture(self):
+        model, _ = self.export(self.pipeline("flow"), "flow")
+        png(self.folder / "photo.png", 136, 72)
+        out = self.folder / "latent.pt"
+        arguments = (
+            "--model",
+            model,
+            "--prompt",
+            "the cat",
+            "--image",
+            self.folder / "photo.png",
+            "--denoise",
+            "0.1",
+            "--steps",
+            "1",
+        )
+        self.sample(*arguments, "--save-latent", out)
+        self.assertEqual(torch.load(out, weights_only=True).shape, (1, 4, 9, 17))
+        png(self.folder / "photo.png", 137, 72)
+        self.assertIn("out of 72 x 137 pixels", self.sample(*arguments, "--save-latent", out, code=1))
+
+    def test_its_encoder_gives_the_contexts_of_the_file(self):
+        """By the prompt, and by the tensors that Python gets from the same file."""
+        model, _ = self.export(self.pipeline("sdxl"), "again")
+        encoder = torch.jit.load(str(model / "text_encoder.ts"))
+        tensors = {}
+        for name, prompt in (("cond", "It's — 🚀"), ("uncond", "")):
+            tensors[name], tensors[name + "_y"] = encoder.encode(prompt, 16, 16)
+        torch.save(tensors, self.folder / "text.pt")
+        both = ("--steps", "2", "--quiet", "--save-latent")
+        self.sample("--model", model, "--prompt", "It's — 🚀", *both, self.folder / "a.pt")
+        given = [f"{self.folder / 'text.pt'}:{name}" for name in ("cond", "uncond", "cond_y", "uncond_y")]
+        options = [part for pair in zip(("--cond", "--uncond", "--cond-y", "--uncond-y"), given) for part in pair]
+        self.sample("--model", model, *options, *both, self.folder / "b.pt")
+        a, b = (torch.load(self.folder / name, weights_only=True) for name in ("a.pt", "b.pt"))
+        self.assertLessEqual((a - b).abs().max(), 1e-6 * a.abs().max())
+
+
+class Compiled(Case):
+    """Each package costs tens of seconds of g++, so there are few."""
+
+    def latent(self, model, name, *arguments):
+        out = self.folder / name
+        subprocess.run(
+            [
+                SAMPLE,
+                "--model",
+                model,
+                "--prompt",
+                "a red cat",
+                "--steps",
+                "2",
+                "--quiet",
+                "--threads",
+                "2",
+                "--device",
+                "cpu",
+                "--save-latent",
+                out,
+                *arguments,
+            ],
+            check=True,
+        )
+        return torch.load(out, weights_only=True)
+
+    @unittest.skipUnless(SAMPLE, "SAG_SAMPLE_COMMAND names no sag-sample")
+    def test_it_draws_what_torchscript_draws(self):
+        traced, _ = self.export(self.pipeline("sdxl"), "traced")
+        compiled, model = self.export(
+            self.pipeline("sdxl"), "compiled", "--format", "aoti", "--rows", "1-3", "--size", "16x24"
+        )
+        self.assertEqual(model["files"]["unet"], "unet.pt2")
+        self.assertEqual(model["sample"], {"shape": [4, 16, 24], "multiple": 2})
+        picture = self.folder / "picture.png"
+        got = self.latent(compiled, "compiled.pt", "--out", picture)
+        expected = self.latent(traced, "traced.pt", "--width", "24")
+        self.assertLessEqual((got - expected).abs().max(), 5e-5 * expected.abs().max())
+        self.assertEqual(struct.unpack(">II", picture.read_bytes()[16:24]), (24 * 8, 16 * 8))
+
+    def test_packages_that_share_their_weights(self):
+        name = self.module("own_modules", MODULES)
+        arguments = ("--format", "aoti", "--rows", "2,3-4", "--size", "8x6", "--site", "all")
+        out, model = self.export(f"{name}:Net", "folder", *OwnModules.ARGUMENTS, *arguments)
+        self.assertEqual(model["files"], {"unet": "unet"})
+        self.assertEqual(model["sample"]["shape"], [4, 8, 6])
+        self.assertEqual(
+            sorted(entry.name for entry in (out / "unet").iterdir()), ["rows2_8x6.pt2", "rows3-4_8x6.pt2", "weights.pt"]
+        )
+        self.assertEqual(model["site"], "mid_block")
+
+    def test_what_cannot_be_compiled_leaves_nothing(self):
+        name = self.module("own_modules", MODULES)
+        self.assertIn(
+            "multiples of 2",
+            self.mistake(self.pipeline("sd1"), "--format", "aoti", "--unet-only", "--size", "17-32x16"),
+        )
+        self.assertIn(
+            "cannot be compiled", self.mistake(f"{name}:Branching", *OwnModules.ARGUMENTS, "--format", "aoti")
+        )
+
+
+if __name__ == "__main__":
+    unittest.main()

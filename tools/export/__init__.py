@@ -1,0 +1,1 @@
+"""What tools/export_model.py is made of."""

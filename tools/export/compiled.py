@@ -1,0 +1,80 @@
+"""The UNet as compiled packages: one, or a folder of several that share their weights."""
+
+import itertools
+
+import torch
+
+from export.check import check_calls
+from export.mistake import Mistake
+from export.network import first_line
+from export.package import write_package, write_weights
+
+# A dim is a number, (low, high), or (low, high, multiple), as write_package takes them.
+
+
+def text_of(dim):
+    return f"{dim[0]}-{dim[1]}" if isinstance(dim, tuple) else str(dim)
+
+
+def tried(dim):
+    """Two small values of a dim, not 1 if it can be helped; of a fixed one, it alone twice."""
+    if not isinstance(dim, tuple):
+        return dim, dim
+    low, high, multiple = (*dim, 1)[:3]
+    first = low if low > 1 else min(low + multiple, high)
+    return first, min(first + multiple, high)
+
+
+def least(dim):
+    return dim[0] if isinstance(dim, tuple) else dim
+
+
+def dims_of(network, rows, height, width):
+    """Name → dims, in the order of forward."""
+    dims = {"x": [rows, network.shape[0], height, width], "timesteps": [rows]}
+    if network.context:
+        dims["context"] = [rows, *network.context]
+    if network.features:
+        dims["y"] = [rows, network.features]
+    return dims
+
+
+def write_unet(network, folder, rows, sizes, sites, say):
+    """Compiles for all `rows` (dims) and `sizes` (pairs of dims). Returns the name for model.json: unet.pt2, or the
+    folder unet."""
+    variants = [(dim, height, width) for dim, (height, width) in itertools.product(rows, sizes)]
+    if len(variants) == 1:
+        compile_and_check(network, folder / "unet.pt2", variants[0], sites, None, say)
+        return "unet.pt2"
+    (folder / "unet").mkdir()
+    weights = folder / "unet" / "weights.pt"
+    write_weights(network.module, weights)
+    for dim, height, width in variants:
+        name = f"rows{text_of(dim)}_{text_of(height)}x{text_of(width)}.pt2"
+        compile_and_check(network, folder / "unet" / name, (dim, height, width), sites, weights, say)
+    return "unet"
+
+
+def compile_and_check(network, path, dims, sites, weights, say):
+    rows, height, width = dims
+    say(f"compiling {path.name} for {text_of(rows)} rows of {text_of(height)} x {text_of(width)}")
+    example = network.example(tried(rows)[0], tried(height)[0], tried(width)[1])
+    try:
+        write_package(
+            network.module,
+            example,
+            path,
+            sites=sites,
+            dims=dims_of(network, *dims),
+            weights=None if weights is None else True,
+        )
+    except Exception as error:  # of a module, or a compiler, that is not ours
+        raise Mistake(f"The network cannot be compiled: {first_line(error).removesuffix('.')}.") from error
+    say(f"checking {path.name}")
+    loaded = torch._inductor.aoti_load_package(str(path))
+    if weights is not None:
+        known = torch.load(weights, map_location=example["x"].device)
+        loaded.load_constants({name: known[name] for name in loaded.get_constant_fqns()}, check_full_update=True)
+    sizes = {tuple(map(least, dims)), tuple(tried(dim)[1] for dim in dims)}
+    calls = [tuple(network.example(*size, seed=1).values()) for size in sorted(sizes)]
+    check_calls(path.name, loaded, network.module, calls, example["x"].dtype)

@@ -1,0 +1,79 @@
+"""A network to export: a module, and what it takes."""
+
+import dataclasses
+from typing import Optional, Tuple
+
+import torch
+
+from export.attention import self_attentions
+from export.mistake import Mistake
+
+
+@dataclasses.dataclass
+class Network:
+    """`module`'s forward takes x [rows, channels, height, width], timesteps [rows] fp32, then context [rows, tokens,
+    width] and y [rows, features] if there are any, and returns a tensor of x's shape."""
+
+    module: torch.nn.Module
+    shape: Tuple[int, int, int]  # channels, height and width of a latent, by default
+    context: Optional[Tuple[int, int]]  # tokens and width
+    features: Optional[int]  # of y
+    multiple: int = 1  # that height and width must be multiples of
+    fastest_multiple: int = 1  # with which the module takes no detour: compiled packages take nothing else
+
+    def example(self, rows, height, width, seed=0):
+        """Name → tensor, random, in the order of forward, where the module's weights are and in their dtype."""
+        weight = next(p for p in self.module.parameters() if p.is_floating_point())
+        random = torch.Generator().manual_seed(seed)
+
+        def tensor(*shape):
+            return torch.randn(shape, generator=random).to(weight.device, weight.dtype)
+
+        inputs = {"x": tensor(rows, self.shape[0], height, width)}
+        inputs["timesteps"] = torch.linspace(900.0, 100.0, rows, device=weight.device)
+        if self.context:
+            inputs["context"] = tensor(rows, *self.context)
+        if self.features:
+            inputs["y"] = tensor(rows, self.features)
+        return inputs
+
+    def small_sizes(self):
+        """Two latent sizes (height, width) that cost little to try; the first, to trace with, takes every detour that
+        there is."""
+        step = max(self.fastest_multiple, self.multiple)
+        if self.multiple == step:
+            return (2 * step, 3 * step), (4 * step, step * 2)
+        return (2 * step + 1, 3 * step - 1), (2 * step, 3 * step)
+
+    def sites(self):
+        """Its self-attentions as [(ordinal, dotted path)]."""
+        return self_attentions(self.module, tuple(self.example(1, *self.small_sizes()[0]).values()))
+
+    def convolution_share(self):
+        convolutions = [m for m in self.module.modules() if isinstance(m, torch.nn.modules.conv._ConvNd)]
+        total = sum(p.numel() for p in self.module.parameters())
+        return sum(m.weight.numel() for m in convolutions) / total
+
+    def check(self):
+        """Throws Mistake unless the module runs and returns numbers of x's shape."""
+        inputs = self.example(2, *self.small_sizes()[0])
+        with torch.no_grad():
+            try:
+                out = self.module(*inputs.values())
+            except Exception as error:
+                shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in inputs.items())
+                raise Mistake(f"The network fails for {shapes}: {first_line(error)}") from error
+        if not isinstance(out, torch.Tensor):
+            raise Mistake(f"The network's forward must return a tensor, got {type(out).__name__}.")
+        if out.shape != inputs["x"].shape:
+            raise Mistake(f"The network must return x's shape, {list(inputs['x'].shape)}, got {list(out.shape)}.")
+        if not out.isfinite().all():
+            raise Mistake(
+                "The network must return finite numbers, but gives NaN or infinity for random inputs; "
+                "try another --dtype."
+            )
+
+
+def first_line(error):
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,47 @@
+"""Names of attentions, as src/unet/attention_sites.cpp gives them."""
+
+import re
+
+from export.mistake import Mistake
+
+LDM = re.compile(r"(?:.*\.)?(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)\.attn1")
+DIFFUSERS = re.compile(r"(?:.*\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.attn1")
+
+
+def short_name(path):
+    """ComfyUI's name, "middle.0.0" say, or the path where there is none."""
+    if found := LDM.fullmatch(path):
+        block = f"{found[1]}.{found[2]}" if found[1] else "middle.0"
+        return f"{block}.{found[3]}"
+    found = DIFFUSERS.fullmatch(path)
+    return f"middle.0.{found[1]}" if found else path
+
+
+def choose(wanted, sites):
+    """The dotted paths of the sites that are asked for by name, path, "#ordinal" or "all"; without any, the middle
+    block's. `sites`: [(ordinal, path)]."""
+    if not sites:
+        raise Mistake(
+            "The network has no self-attention that could be hooked: it must call scaled_dot_product_attention."
+        )
+    if not wanted:
+        middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [
+            p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)
+        ]
+        if not middle:
+            raise Mistake(f"The network has no middle block: choose its attention with --site. {listed(sites)}")
+        return middle[:1]
+    if "all" in wanted:
+        return [path for _, path in sites]
+    paths = []
+    for name in wanted:
+        found = [path for ordinal, path in sites if name in (path, short_name(path), f"#{ordinal}")]
+        if len(found) != 1:
+            raise Mistake(f'--site must name one self-attention, but "{name}" names {len(found)}. {listed(sites)}')
+        if found[0] not in paths:
+            paths += found
+    return paths
+
+
+def listed(sites):
+    return "Its self-attentions are " + ", ".join(f"#{ordinal} {short_name(path)}" for ordinal, path in sites) + "."

@@ -1,0 +1,210 @@
+"""What can be exported: a diffusers pipeline's folder, a UNet's folder, or a module that the user's function makes."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import sys
+from typing import Any, Dict, Optional
+
+import torch
+
+from export import description, unet
+from export.mistake import Mistake
+from export.network import Network, first_line
+
+WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+
+
+@dataclasses.dataclass
+class Source:
+    name: str
+    network: Network
+    prediction: Dict[str, Any]  # and its constants, as in model.json
+    # For prompts and pictures; none: the UNet alone. Modules in fp32 on the CPU.
+    vae: Optional[torch.nn.Module] = None
+    tokenizers: tuple = ()
+    text_models: tuple = ()
+
+
+def read_json(path):
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f'"{path}" is no JSON file that can be read: {first_line(error)}') from error
+    if not isinstance(content, dict):
+        raise Mistake(f'"{path}" must hold a JSON object.')
+    return content
+
+
+def load(kind, folder, **options):
+    """`kind`: a diffusers or transformers class; its weights may be of the fp16 variant only."""
+    names = [entry.name for entry in pathlib.Path(folder).iterdir()] if pathlib.Path(folder).is_dir() else []
+    weights = [name for name in names if name.startswith(WEIGHTS) and not name.endswith(".json")]
+    if weights and all(".fp16." in name for name in weights):
+        options["variant"] = "fp16"
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # whatever a damaged file makes of it
+        raise Mistake(f'"{folder}" cannot be read as a {kind.__name__}: {first_line(error)}') from error
+
+
+def load_unet(folder, dtype, device):
+    import diffusers
+
+    config = read_json(pathlib.Path(folder) / "config.json")
+    unet.check_supported(config)
+    module = load(getattr(diffusers, config["_class_name"]), folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def from_unet_folder(folder, options):
+    if options.prediction is None:
+        raise Mistake(
+            "--prediction is needed: a UNet's folder does not say what the network predicts; its pipeline's does."
+        )
+    network = unet.wrap(load_unet(folder, options.torch_dtype, options.device))
+    return Source(folder.resolve().name, network, {"prediction": options.prediction})
+
+
+def from_pipeline(folder, options):
+    index = read_json(folder / "model_index.json")
+    check_has_unet(folder, index)
+    parts = {key: value[1] for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+    prediction = {"prediction": options.prediction}
+    if options.prediction is None:
+        if "scheduler" not in parts:
+            raise Mistake(f'"{folder}" has no scheduler that says what the network predicts; give --prediction.')
+        prediction = description.from_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), options.note)
+    source = Source(folder.resolve().name, None, prediction)
+    if not options.unet_only:
+        add_texts(source, folder, parts)
+        add_vae(source, folder, parts)
+    tokens = source.text_models[0].config.max_position_embeddings if source.text_models else 77
+    source.network = unet.wrap(load_unet(folder / "unet", options.torch_dtype, options.device), tokens)
+    check_parts_fit(source)
+    return source
+
+
+def check_has_unet(folder, index):
+    if isinstance(index.get("unet"), list) and index["unet"][1]:
+        return
+    other = [value[1] for value in index.values() if isinstance(value, list) and value[1] and "Transformer" in value[1]]
+    what = f"but a {other[0]}" if other else "in its model_index.json"
+    raise Mistake(f'"{folder}" has no UNet, {what}; a network of another kind is exported as MODULE:FACTORY.')
+
+
+def add_texts(source, folder, parts):
+    import transformers
+
+    wanted = [key for key in ("text_encoder", "text_encoder_2", "text_encoder_3") if key in parts]
+    if not wanted:
+        return
+    kinds = [parts[key] for key in wanted]
+    if kinds not in (["CLIPTextModel"], ["CLIPTextModel", "CLIPTextModelWithProjection"]):
+        raise Mistake(
+            f"Only CLIP's text encoders, one or SDXL's two, can be exported, but the pipeline has {', '.join(kinds)}; "
+            "--unet-only exports the UNet, for sag-sample's --cond and --uncond."
+        )
+    for key, kind in zip(wanted, kinds):
+        model = load(getattr(transformers, kind), folder / key, attn_implementation="eager", dtype=torch.float32)
+        if getattr(model.config, "use_attention_mask", False):
+            raise Mistake(
+                "A text encoder that hides the padding (use_attention_mask) cannot be exported; try --unet-only."
+            )
+        source.text_models += (model.eval().requires_grad_(False),)
+        source.tokenizers += (load(transformers.CLIPTokenizerFast, folder / key.replace("text_encoder", "tokenizer")),)
+
+
+def add_vae(source, folder, parts):
+    import diffusers
+
+    kind = parts.get("vae", parts.get("vqvae"))
+    if kind is None:
+        return
+    if kind != "AutoencoderKL":
+        raise Mistake(
+            f"Only an AutoencoderKL can be exported as decoder, but the pipeline has a {kind}; try --unet-only."
+        )
+    vae = load(diffusers.AutoencoderKL, folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    source.vae = vae.eval().requires_grad_(False)
+
+
+def check_parts_fit(source):
+    network = source.network
+    width = sum(model.config.hidden_size for model in source.text_models)
+    if source.text_models and not network.context:
+        raise Mistake("The pipeline has a text encoder, but its UNet takes no text; try --unet-only.")
+    if source.text_models and width != network.context[1]:
+        raise Mistake(
+            f"The text encoders give {width} numbers a token, but the UNet takes {network.context[1]}; try --unet-only."
+        )
+    if source.text_models and (len(source.text_models) == 2) != (network.features is not None):
+        raise Mistake(
+            "A UNet with SDXL's size embedding needs SDXL's two text encoders, and no other has them; try --unet-only."
+        )
+    if (
+        network.features
+        and source.text_models
+        and source.text_models[1].config.projection_dim + unet.TIME_IDS != network.features
+    ):
+        raise Mistake(
+            "The UNet takes other numbers beside the pooled text than SDXL's six sizes (a refiner does); "
+            "try --unet-only."
+        )
+    if network.features and source.text_models and source.vae is None:
+        raise Mistake("SDXL's text encoder needs the VAE, to know the picture's size; try --unet-only.")
+    if source.vae is not None and source.vae.config.latent_channels != network.shape[0]:
+        raise Mistake(
+            f"The VAE's latents have {source.vae.config.latent_channels} channels, the UNet's {network.shape[0]}."
+        )
+
+
+def from_factory(spec, options):
+    """`spec`: "module:function". The function takes nothing and returns a torch.nn.Module."""
+    for name in ("prediction", "sample"):
+        if getattr(options, name) is None:
+            raise Mistake(f"--{name} is needed to export a module of your own.")
+    module = call_factory(spec).to(options.device, options.torch_dtype).eval().requires_grad_(False)
+    if next(module.parameters(), None) is None:
+        raise Mistake(f"{spec} must return a module with parameters.")
+    network = Network(module, options.sample, options.context, options.y, options.multiple, options.multiple)
+    return Source(spec.partition(":")[0].rpartition(".")[2], network, {"prediction": options.prediction})
+
+
+def call_factory(spec):
+    module_name, _, function = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module_name), function)()
+    except Exception as error:  # it is the user's code
+        raise Mistake(f"{spec} cannot be called: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(made, torch.nn.Module):
+        raise Mistake(f"{spec} must return a torch.nn.Module, got {type(made).__name__}.")
+    return made
+
+
+def open_source(options):
+    folder = pathlib.Path(options.source)
+    if (folder / "model_index.json").is_file():
+        source = from_pipeline(folder, options)
+    elif (folder / "config.json").is_file():
+        source = from_unet_folder(folder, options)
+    elif ":" in options.source and not folder.exists():
+        source = from_factory(options.source, options)
+    else:
+        raise Mistake(
+            f'"{folder}" must be the folder of a diffusers pipeline (with model_index.json) or UNet (with '
+            "config.json), or MODULE:FACTORY."
+        )
+    if options.sample:
+        check_sample(source.network, options.sample)
+        source.network.shape = options.sample
+    source.prediction = description.with_constants(source.prediction, options.constant)
+    return source
+
+
+def check_sample(network, sample):
+    if sample[0] != network.shape[0]:
+        raise Mistake(f"--sample must have the network's {network.shape[0]} channels, got {sample[0]}.")

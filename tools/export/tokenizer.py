@@ -1,0 +1,363 @@
+"""CLIP's tokenizer as a TorchScript module: what CLIPTokenizerFast does, in tables that are built when it is exported.
+
+TorchScript's texts are UTF-8 bytes, so the module decodes them to code points, and everything works on lists of those.
+"""
+
+import json
+import sys
+import unicodedata
+from typing import Dict, Final, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from export.mistake import Mistake
+
+SPACE, LETTER, NUMBER, OTHER = 0, 1, 2, 3
+# Unicode's White_Space.
+SPACES = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by rule, not by table
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+NORMALIZERS = [
+    {"type": "NFC"},
+    {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+    {"type": "Lowercase"},
+]
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def codes(text: str) -> List[int]:
+    return [ord(character) for character in text]
+
+
+def class_of(code: int) -> int:
+    category = unicodedata.category(chr(code))[0]
+    return SPACE if code in SPACES else {"L": LETTER, "N": NUMBER}.get(category, OTHER)
+
+
+def class_ranges() -> Tuple[List[int], List[int]]:
+    """The first code point of every range of one class, and the classes."""
+    starts, classes = [], []
+    for code in range(sys.maxunicode + 1):
+        found = class_of(code)
+        if not classes or classes[-1] != found:
+            starts.append(code)
+            classes.append(found)
+    return starts, classes
+
+
+def unicode_tables():
+    """Lower case, canonical decompositions, combining classes, and compositions by first · 2²¹ + second."""
+    lower, decompositions, combining, compositions = {}, {}, {}, {}
+    for code in range(sys.maxunicode + 1):
+        character = chr(code)
+        if character.lower() != character:
+            lower[code] = codes(character.lower())
+        if unicodedata.combining(character):
+            combining[code] = unicodedata.combining(character)
+        parts = unicodedata.decomposition(character)
+        if code in HANGUL or not parts or parts.startswith("<"):
+            continue
+        decompositions[code] = codes(unicodedata.normalize("NFD", character))
+        pair = [int(part, 16) for part in parts.split()]
+        if len(pair) == 2 and unicodedata.normalize("NFC", character) == character:
+            compositions[(pair[0] << 21) + pair[1]] = code
+    return lower, decompositions, combining, compositions
+
+
+def byte_characters() -> List[str]:
+    """The characters that stand for the 256 bytes in a byte-level vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+class ClipTokenizer(nn.Module):
+    """Texts to ids [1, tokens]: begin, the words' pieces, end, padding. To be scripted."""
+
+    SPACE: Final[int] = SPACE
+    NUMBER: Final[int] = NUMBER
+
+    vocabulary_size: int
+    merges: Dict[int, int]
+    byte_ids: List[int]
+    last_byte_ids: List[int]
+    added: List[List[int]]
+    added_ids: List[int]
+    class_starts: List[int]
+    classes: List[int]
+    lower: Dict[int, List[int]]
+    decompositions: Dict[int, List[int]]
+    combining: Dict[int, int]
+    compositions: Dict[int, int]
+    contractions: List[List[int]]
+
+    def __init__(self, tokenizer, tokens: int):
+        """`tokenizer`: a CLIPTokenizerFast; `tokens`: how many the text model reads."""
+        super().__init__()
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        check_is_clip(description)
+        vocabulary = description["model"]["vocab"]
+        self.tokens = tokens
+        self.begin: int = tokenizer.bos_token_id
+        self.end: int = tokenizer.eos_token_id
+        self.padding: int = tokenizer.pad_token_id
+        self.vocabulary_size = 1 + max(vocabulary.values())
+        characters = byte_characters()
+        missing = [c for c in characters if c not in vocabulary or c + "</w>" not in vocabulary]
+        if missing:
+            raise Mistake(
+                f'The tokenizer\'s vocabulary must hold every byte, with and without "</w>"; it lacks "{missing[0]}".'
+            )
+        self.byte_ids = [vocabulary[c] for c in characters]
+        self.last_byte_ids = [vocabulary[c + "</w>"] for c in characters]
+        self.merges = {}
+        for rank, (left, right) in enumerate(description["model"]["merges"]):
+            pair = vocabulary[left] * self.vocabulary_size + vocabulary[right]
+            self.merges.setdefault(pair, rank * self.vocabulary_size + vocabulary[left + right])
+        normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
+        longest_first = sorted(description["added_tokens"], key=lambda token: -len(token["content"]))
+        self.added = [codes(normalize(token["content"])) for token in longest_first]
+        self.added_ids = [token["id"] for token in longest_first]
+        self.class_starts, self.classes = class_ranges()
+        self.lower, self.decompositions, self.combining, self.compositions = unicode_tables()
+        self.contractions = [codes(contraction) for contraction in CONTRACTIONS]
+
+    @torch.jit.export
+    def ids(self, text: str) -> Tensor:
+        """[1, tokens] int64."""
+        words, _ = self.words(text)
+        ids = [self.begin]
+        for word in words:
+            ids.extend(word)
+        ids = ids[: self.tokens - 1]
+        ids.append(self.end)
+        while len(ids) < self.tokens:
+            ids.append(self.padding)
+        return torch.tensor([ids], dtype=torch.long)
+
+    @torch.jit.export
+    def cut(self, text: str) -> str:
+        """The part of the text, from a word on, that does not fit; in lower case, as it is read. "": all fits."""
+        words, starts = self.words(text)
+        left = self.tokens - 2
+        for i in range(len(words)):
+            left -= len(words[i])
+            if left < 0:
+                return self.encoded(self.normalized(text)[starts[i] :])
+        return ""
+
+    @torch.jit.export
+    def words(self, text: str) -> Tuple[List[List[int]], List[int]]:
+        """The ids of every word, and where it begins in the normalized text."""
+        text_codes = self.normalized(text)
+        words: List[List[int]] = []
+        starts: List[int] = []
+        start = 0
+        while start < len(text_codes):
+            added = self.added_at(text_codes, start)
+            end = start + 1
+            if added >= 0:
+                end = start + len(self.added[added])
+                words.append([self.added_ids[added]])
+                starts.append(start)
+            elif self.class_at(text_codes[start]) != self.SPACE:
+                end = self.word_end(text_codes, start)
+                words.append(self.merged(text_codes[start:end]))
+                starts.append(start)
+            start = end
+        return words, starts
+
+    def word_end(self, text: List[int], start: int) -> int:
+        """'s 't 're 've 'm 'll 'd, a run of letters, one number, or a run of anything else but spaces."""
+        for contraction in self.contractions:
+            if text[start : start + len(contraction)] == contraction:
+                return start + len(contraction)
+        kind = self.class_at(text[start])
+        end = start + 1
+        while (
+            kind != self.NUMBER
+            and end < len(text)
+            and self.class_at(text[end]) == kind
+            and self.added_at(text, end) < 0
+        ):
+            end += 1
+        return end
+
+    def added_at(self, text: List[int], start: int) -> int:
+        """Which of the added tokens, <|endoftext|> say, stands here; -1: none."""
+        for i in range(len(self.added)):
+            added = self.added[i]
+            if text[start] == added[0] and text[start : start + len(added)] == added:
+                return i
+        return -1
+
+    def class_at(self, code: int) -> int:
+        low = 0
+        high = len(self.class_starts)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.class_starts[middle] <= code:
+                low = middle
+            else:
+                high = middle
+        return self.classes[low]
+
+    def merged(self, word: List[int]) -> List[int]:
+        """Byte pair encoding: the pair that merges first, the leftmost of equals, until none does."""
+        never = 1 << 62
+        characters = self.utf8(word)
+        ids = [self.byte_ids[byte] for byte in characters]
+        ids[-1] = self.last_byte_ids[characters[-1]]
+        merges = [self.merge_of(ids[i], ids[i + 1]) for i in range(len(ids) - 1)]
+        while len(merges) > 0:
+            best = min(merges)
+            if best == never:
+                break
+            i = merges.index(best)
+            ids[i] = best % self.vocabulary_size
+            ids.pop(i + 1)
+            merges.pop(i)
+            if i > 0:
+                merges[i - 1] = self.merge_of(ids[i - 1], ids[i])
+            if i < len(merges):
+                merges[i] = self.merge_of(ids[i], ids[i + 1])
+        return ids
+
+    def merge_of(self, left: int, right: int) -> int:
+        """Rank · vocabulary size + id of the pair."""
+        return self.merges.get(left * self.vocabulary_size + right, 1 << 62)
+
+    def normalized(self, text: str) -> List[int]:
+        """Composed (NFC), every run of spaces one space, in lower case."""
+        normal: List[int] = []
+        for code in self.composed(self.decoded(text)):
+            if self.class_at(code) == self.SPACE:
+                if len(normal) == 0 or normal[-1] != 32:
+                    normal.append(32)
+            elif code in self.lower:
+                normal.extend(self.lower[code])
+            else:
+                normal.append(code)
+        return normal
+
+    def composed(self, text: List[int]) -> List[int]:
+        """Unicode's normalization form C."""
+        if len(text) == 0 or max(text) < 0x300:
+            return text
+        parts: List[int] = []
+        for code in text:
+            self.append_in_order(parts, code)
+        return self.compose(parts)
+
+    def append_in_order(self, parts: List[int], code: int):
+        """Appends the canonical decomposition, marks in the order of their combining classes."""
+        syllable = code - 0xAC00
+        if syllable >= 0 and syllable < 11172:
+            parts.extend([0x1100 + syllable // 588, 0x1161 + syllable % 588 // 28])
+            if syllable % 28 > 0:
+                parts.append(0x11A7 + syllable % 28)
+            return
+        for part in self.decompositions.get(code, [code]):
+            mark = self.combining.get(part, 0)
+            place = len(parts)
+            while mark > 0 and place > 0 and self.combining.get(parts[place - 1], 0) > mark:
+                place -= 1
+            parts.insert(place, part)
+
+    def compose(self, parts: List[int]) -> List[int]:
+        """Joins every starter with what follows it and is not blocked."""
+        out: List[int] = []
+        starter = -1
+        last_mark = 0
+        for code in parts:
+            mark = self.combining.get(code, 0)
+            blocked = starter < len(out) - 1 and (last_mark == 0 or last_mark >= mark)
+            joined = self.joined(out[starter], code) if starter >= 0 and not blocked else -1
+            if joined >= 0:
+                out[starter] = joined
+                continue
+            if mark == 0:
+                starter = len(out)
+            out.append(code)
+            last_mark = mark
+        return out
+
+    def joined(self, first: int, second: int) -> int:
+        leading = first - 0x1100
+        vowel = second - 0x1161
+        if leading >= 0 and leading < 19 and vowel >= 0 and vowel < 21:
+            return 0xAC00 + (leading * 21 + vowel) * 28
+        syllable = first - 0xAC00
+        trailing = second - 0x11A7
+        if syllable >= 0 and syllable < 11172 and syllable % 28 == 0 and trailing > 0 and trailing < 28:
+            return first + trailing
+        return self.compositions.get((first << 21) + second, -1)
+
+    def decoded(self, text: str) -> List[int]:
+        """UTF-8 to code points; what is none becomes U+FFFD."""
+        out: List[int] = []
+        code = 0
+        expected = 0
+        least = 0
+        for character in text:
+            byte = ord(character)
+            if expected > 0 and byte // 64 == 2:
+                code = code * 64 + byte % 64
+                expected -= 1
+                if expected == 0:
+                    bad = code < least or code > 0x10FFFF or (code >= 0xD800 and code < 0xE000)
+                    out.append(0xFFFD if bad else code)
+                continue
+            if expected > 0:
+                out.append(0xFFFD)
+            expected = 0
+            if byte < 0x80:
+                out.append(byte)
+            elif byte >= 0xC2 and byte < 0xE0:
+                code, expected, least = byte % 32, 1, 0x80
+            elif byte >= 0xE0 and byte < 0xF0:
+                code, expected, least = byte % 16, 2, 0x800
+            elif byte >= 0xF0 and byte < 0xF5:
+                code, expected, least = byte % 8, 3, 0x10000
+            else:
+                out.append(0xFFFD)
+        if expected > 0:
+            out.append(0xFFFD)
+        return out
+
+    def utf8(self, text: List[int]) -> List[int]:
+        out: List[int] = []
+        for code in text:
+            if code < 0x80:
+                out.append(code)
+            elif code < 0x800:
+                out.extend([0xC0 + code // 64, 0x80 + code % 64])
+            elif code < 0x10000:
+                out.extend([0xE0 + code // 4096, 0x80 + code // 64 % 64, 0x80 + code % 64])
+            else:
+                out.extend([0xF0 + code // 262144, 0x80 + code // 4096 % 64, 0x80 + code // 64 % 64, 0x80 + code % 64])
+        return out
+
+    def encoded(self, text: List[int]) -> str:
+        characters: List[str] = []
+        for byte in self.utf8(text):
+            characters.append(chr(byte))
+        return "".join(characters)
+
+
+def check_is_clip(description):
+    """Throws Mistake unless CLIP's normalization, words and byte pair encoding are what the tokenizer does."""
+    model, normalizer, words = description["model"], description["normalizer"] or {}, description["pre_tokenizer"] or {}
+    split = (words.get("pretokenizers") or [{}])[0]
+    same = (
+        model["type"] == "BPE"
+        and model.get("end_of_word_suffix") == "</w>"
+        and not model.get("ignore_merges")
+        and normalizer.get("normalizers") == NORMALIZERS
+        and split.get("pattern") == {"Regex": PATTERN}
+    )
+    if not same:
+        raise Mistake(
+            "The tokenizer must work as CLIP's does (NFC, lower case, byte pairs with </w>); this one works otherwise."
+        )

@@ -1,0 +1,68 @@
+"""The files of a model directory that are TorchScript."""
+
+import torch
+
+from export import archive, text, vae
+from export.check import check_calls, check_equal
+from export.mistake import Mistake
+from export.network import first_line
+
+PROMPTS = ("", "a cat", "It's 2 o'clock — über-schnell! 🚀", "many words " * 60)
+
+
+@torch.no_grad()
+def write_unet(network, path):
+    """Traces the network and checks the file with two batches of two other sizes."""
+    traced_with, other = network.small_sizes()
+    try:
+        traced = torch.jit.trace(network.module, tuple(network.example(2, *traced_with).values()), check_trace=False)
+    except Exception as error:  # of a module that is not ours
+        raise Mistake(f"The network cannot be traced: {first_line(error)}") from error
+    archive.save(traced, path)
+    calls = [tuple(network.example(rows, *size, seed=rows).values()) for rows, size in ((1, other), (3, traced_with))]
+    weight = calls[0][0]
+    check_calls(path.name, torch.jit.load(str(path), map_location=weight.device), network.module, calls, weight.dtype)
+
+
+@torch.no_grad()
+def write_vae(autoencoder, folder):
+    """decoder.ts and encoder.ts."""
+    channels, factor = autoencoder.config.latent_channels, vae.factor_of(autoencoder)
+    parts = (("decoder", vae.Decoder(autoencoder), channels, 1), ("encoder", vae.Encoder(autoencoder), 3, factor))
+    for name, module, depth, scale in parts:
+        module.eval()
+        path = folder / f"{name}.ts"
+        archive.save(torch.jit.trace(module, torch.randn(1, depth, 6 * scale, 5 * scale), check_trace=False), path)
+        calls = [(torch.randn(2, depth, 4 * scale, 7 * scale),), (torch.randn(1, depth, 9 * scale, 3 * scale),)]
+        check_calls(path.name, torch.jit.load(str(path)), module, calls, torch.float32)
+
+
+@torch.no_grad()
+def write_text_encoder(source, path, dtype):
+    """text_encoder.ts, with weights in `dtype`; what runs it does so in fp32 on the CPU."""
+    for model in source.text_models:
+        model.to(dtype).float()  # what is rounded is rounded for the comparison too
+    if len(source.text_models) == 1:
+        encoder = text.make_text_encoder(source.tokenizers[0], source.text_models[0])
+    else:
+        pairs = zip(source.tokenizers, source.text_models)
+        encoder = text.make_text_and_size_encoder(*(part for pair in pairs for part in pair), vae.factor_of(source.vae))
+    archive.save(encoder.to(dtype), path)
+    encoder.float()  # it shares the models' weights
+    check_text_encoder(source, torch.jit.load(str(path)).float(), path.name)
+
+
+def check_text_encoder(source, loaded, name):
+    for prompt in PROMPTS * 4:  # TorchScript optimizes after a few runs, and has mixed up lists then
+        if len(source.text_models) == 1:
+            got = [loaded.encode(prompt)]
+            expected = [text.expected(prompt, source.tokenizers[0], source.text_models[0])]
+        else:
+            factor = vae.factor_of(source.vae)
+            got = loaded.encode(prompt, 40, 24)
+            pairs = [part for pair in zip(source.tokenizers, source.text_models) for part in pair]
+            expected = text.expected(prompt, *pairs, size=(40 * factor, 24 * factor))
+        for one, other in zip(got, expected):
+            check_equal(name, one, other, torch.float32)
+        if (loaded.cut(prompt) == "") == (prompt is PROMPTS[-1]):
+            raise Mistake(f"{name} must say what it cuts off of a prompt, and of no other.")

@@ -1,0 +1,87 @@
+"""diffusers' UNets, with the arguments that sag calls them with."""
+
+import torch
+
+from export.mistake import Mistake
+from export.network import Network
+
+TIME_IDS = 6  # original height and width, top and left crop, target height and width
+
+
+class PlainUNet(torch.nn.Module):
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, timesteps):
+        return self.unet(x, timesteps, return_dict=False)[0]
+
+
+class TextUNet(torch.nn.Module):
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, timesteps, context):
+        return self.unet(x, timesteps, context, return_dict=False)[0]
+
+
+class TextAndSizeUNet(torch.nn.Module):
+    """SDXL's: y is the pooled text and, behind it, the size's six numbers."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+        self.pooled = pooled_width(unet.config)
+
+    def forward(self, x, timesteps, context, y):
+        added = {"text_embeds": y[:, : self.pooled], "time_ids": y[:, self.pooled :]}
+        return self.unet(x, timesteps, context, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def pooled_width(config):
+    return config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+
+
+def wrap(unet, tokens=77):
+    """A Network around a UNet2DConditionModel or UNet2DModel that check_supported has let pass."""
+    config = unet.config
+    side = config.sample_size or 64
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    halvings = 2 ** (len(config.block_out_channels) - 1)
+    shape = (config.in_channels, height, width)
+    if type(unet).__name__ == "UNet2DModel":
+        return Network(PlainUNet(unet).eval(), shape, None, None, multiple=halvings, fastest_multiple=halvings)
+    context = (tokens, config.cross_attention_dim)
+    if config.addition_embed_type == "text_time":
+        features = pooled_width(config) + TIME_IDS
+        return Network(TextAndSizeUNet(unet).eval(), shape, context, features, fastest_multiple=halvings)
+    return Network(TextUNet(unet).eval(), shape, context, None, fastest_multiple=halvings)
+
+
+def check_supported(config):
+    """Throws Mistake for UNets that take more than sag can give. `config`: what config.json holds, before gigabytes are
+    read."""
+    kind = config.get("_class_name")
+    if kind not in ("UNet2DConditionModel", "UNet2DModel"):
+        raise Mistake(
+            f"The network must be a UNet2DConditionModel or UNet2DModel, got {kind}; export others as MODULE:FACTORY."
+        )
+    channels = [config.get(key, 4 if kind == "UNet2DConditionModel" else 3) for key in ("in_channels", "out_channels")]
+    if channels[0] != channels[1]:
+        raise Mistake(
+            f"The UNet must return as many channels as it takes, but takes {channels[0]} and returns {channels[1]}: "
+            "networks for inpainting, depth or a learned variance do not fit."
+        )
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
+        if config.get(key) is not None:
+            raise Mistake(f'The UNet must take text alone, but its config.json has "{key}": {config[key]!r}.')
+    if not isinstance(config.get("cross_attention_dim", 1280), int):
+        raise Mistake(f'The UNet\'s "cross_attention_dim" must be one number, got {config["cross_attention_dim"]!r}.')
+    if config.get("addition_embed_type") not in (None, "text_time"):
+        raise Mistake(
+            f'The UNet\'s "addition_embed_type" must be absent or "text_time", got {config["addition_embed_type"]!r}.'
+        )
+    sizes = [config.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")]
+    if config.get("addition_embed_type") and (None in sizes or sizes[0] <= TIME_IDS * sizes[1]):
+        raise Mistake("The UNet's size embedding must take six numbers and the pooled text, as SDXL's does.")

@@ -1,0 +1,53 @@
+"""A pipeline's VAE as two networks: latents to pictures in [−1, 1], and back. Both stay in fp32: in half precision some
+give NaN."""
+
+import torch
+
+
+class Scale(torch.nn.Module):
+    """How latents that the UNet works on come from the VAE's own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.factor, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        self.normal = mean is not None and std is not None
+        self.register_buffer("mean", torch.tensor(mean if self.normal else [0.0]).reshape(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std if self.normal else [1.0]).reshape(1, -1, 1, 1))
+
+    def to_unet(self, latent):
+        if self.normal:
+            return (latent - self.mean) * self.factor / self.std
+        return (latent - self.shift) * self.factor
+
+    def to_vae(self, latent):
+        if self.normal:
+            return latent * self.std / self.factor + self.mean
+        return latent / self.factor + self.shift
+
+
+class Decoder(torch.nn.Module):
+    """[images, channels, height, width] → [images, 3, height · 8, width · 8]."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae, self.scale = vae, Scale(vae.config)
+
+    def forward(self, latent):
+        return self.vae.decode(self.scale.to_vae(latent), return_dict=False)[0]
+
+
+class Encoder(torch.nn.Module):
+    """The mean of the posterior."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae, self.scale = vae, Scale(vae.config)
+
+    def forward(self, picture):
+        return self.scale.to_unet(self.vae.encode(picture, return_dict=False)[0].mode())
+
+
+def factor_of(vae):
+    """Pixels per cell of the latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
