@@ -1,6 +1,11 @@
 """The UNet as compiled packages: one, or a folder of several that share their weights."""
 
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 
 import torch
 
@@ -71,10 +76,27 @@ def compile_and_check(network, path, dims, sites, weights, say):
     except Exception as error:  # of a module, or a compiler, that is not ours
         raise Mistake(f"The network cannot be compiled: {first_line(error).removesuffix('.')}.") from error
     say(f"checking {path.name}")
-    loaded = torch._inductor.aoti_load_package(str(path))
-    if weights is not None:
-        known = torch.load(weights, map_location=example["x"].device)
-        loaded.load_constants({name: known[name] for name in loaded.get_constant_fqns()}, check_full_update=True)
     sizes = {tuple(map(least, dims)), tuple(tried(dim)[1] for dim in dims)}
     calls = [tuple(network.example(*size, seed=1).values()) for size in sorted(sizes)]
-    check_calls(path.name, loaded, network.module, calls, example["x"].dtype)
+    check_calls(path.name, OtherProcess(path, weights, calls), network.module, calls, example["x"].dtype)
+
+
+class OtherProcess:
+    """A package that runs in a process of its own (run_package.py): what imports no more than PyTorch, as sag does, and
+    what takes nobody along when it crashes."""
+
+    def __init__(self, path, weights, calls):
+        with tempfile.TemporaryDirectory() as folder:
+            given, results = (os.path.join(folder, name) for name in ("calls.pt", "results.pt"))
+            torch.save(calls, given)
+            program = pathlib.Path(__file__).with_name("run_package.py")
+            command = [sys.executable, program, path, weights or "", given, results]
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if line.strip()]
+                reason = lines[-1] if lines and done.returncode > 0 else f"it was ended by signal {-done.returncode}"
+                raise Mistake(f"{path.name} does not run: {reason}")
+            self.results = iter(torch.load(results, map_location=calls[0][0].device))
+
+    def __call__(self, *call):
+        return next(self.results)
