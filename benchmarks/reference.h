@@ -75,7 +75,7 @@ inline Differences compare_with_reference(const UNet& unet, const ReferenceFile&
                                .identity = std::make_shared<int>()}},
                              pass);
   const auto output = unet.forward(input).to(torch::kFloat);
-  scope.rethrow_if_failed();
+  scope.finish();
   const auto records = step.records(owner);
   TORCH_CHECK(records.size() == 1, "the middle block's self-attention did not run once");
   const auto far = [](const torch::Tensor& a, const torch::Tensor& b) {

@@ -73,7 +73,7 @@ torch::Tensor with_hooks(const UNet& unet, const UNetInput& input,
     hooks.push_back({resolve_attention_site(unet, AttentionSite(site)), hook, {}});
   const AttentionScope scope(hooks, pass);
   const auto out = unet.forward(input);
-  scope.rethrow_if_failed();
+  scope.finish();
   return out;
 }
 

@@ -81,6 +81,38 @@ TEST_P(CalcCondBatch, LabelsRowsForHooksInEverySplit) {
   }
 }
 
+TEST_P(CalcCondBatch, KeepsToTheUNetsOwnRowLimit) {
+  class Narrow final : public UNet {
+   public:
+    explicit Narrow(std::shared_ptr<const UNet> unet) : unet_(std::move(unet)) {}
+    torch::Tensor forward(const UNetInput& input) const override {
+      EXPECT_LE(input.x.size(0), 3);
+      return unet_->forward(input);
+    }
+    std::vector<AttentionSiteInfo> attention_sites() const override {
+      return unet_->attention_sites();
+    }
+    std::int64_t max_rows() const override { return 3; }
+    torch::Device device() const override { return unet_->device(); }
+    torch::ScalarType dtype() const override { return unet_->dtype(); }
+
+   private:
+    std::shared_ptr<const UNet> unet_;
+  };
+  const ModelPatcher narrow(std::make_shared<Narrow>(unet), ModelSampling::discrete());
+  const std::vector<CondRequest> requests = {
+      {.branch = Branch::uncond, .x = x(4), .conds = {prompt(-1)}},
+      {.branch = Branch::cond, .x = x(4), .conds = {prompt(1)}}};
+  const auto whole = run(requests);
+  for (const auto& [limit, calls] : std::map<std::int64_t, int>{{0, 3}, {2, 4}, {5, 3}}) {
+    StepContext step(4, 0, 16, 24);
+    const auto batch = calc_cond_batch(narrow, requests, 4, step, {.max_rows = limit});
+    EXPECT_EQ(batch.unet_calls, calls) << limit;
+    for (const std::size_t i : {0, 1})
+      EXPECT_LT(max_diff(batch.denoised[i], whole.denoised[i]), 1e-5);
+  }
+}
+
 TEST_P(CalcCondBatch, WeighsByStrengthAndMask) {
   auto strong = prompt(1);
   strong.strength = 3;

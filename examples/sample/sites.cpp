@@ -20,12 +20,15 @@ sag::UNetInput probe_input(const Options& options, const Settings& settings,
   const auto inputs = read_inputs(options, settings);
   const auto& batch = inputs.batches.front();
   auto cond = batch.positive.empty() ? batch.negative.front() : batch.positive.front();
-  if (!cond.context.defined() && !settings.text_encoder.empty())
-    cond.context = TextEncoder(settings.text_encoder).encode("");
+  const auto [channels, height, width] = inputs.shape;
+  if (!cond.context.defined() && !settings.text_encoder.empty()) {
+    const auto text = TextEncoder(settings.text_encoder).encode("", height, width);
+    cond.context = text.context;
+    cond.y = text.y;
+  }
   const auto row = [&unet](const torch::Tensor& t) {
     return t.defined() ? t.narrow(0, 0, 1).to(unet.device(), unet.dtype()) : t;
   };
-  const auto [channels, height, width] = inputs.shape;
   const auto on_device = torch::TensorOptions(unet.device());
   return {.x = torch::zeros({1, channels, height, width}, on_device.dtype(unet.dtype())),
           .timesteps = torch::ones({1}, on_device.dtype(torch::kFloat)),

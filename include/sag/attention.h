@@ -101,8 +101,8 @@ SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> h
 ///
 /// The calls of a site must bring each row of the pass once: all in one call (heads may be folded
 /// into rows), or some in each, [rows, heads, tokens, head_dim], in order and one call after the
-/// other. Hooks then see a pass of
-/// the call's rows. A call that fits neither gets a pass without groups.
+/// other. Hooks then see a pass of the call's rows. A call that fits neither gets a pass without
+/// groups.
 class SAG_API AttentionScope {
  public:
   /// `hooks` must be active (see `active_hooks`); `pass.step` must not be null.

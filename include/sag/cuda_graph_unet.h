@@ -55,6 +55,7 @@ class SAG_API CudaGraphUNet final : public UNet {
   torch::Tensor forward(const UNetInput& input) const override;
   std::vector<AttentionSiteInfo> attention_sites() const override;
   std::string note_on_sites() const override;
+  std::int64_t max_rows() const override;
   torch::Device device() const override;
   torch::ScalarType dtype() const override;
 

@@ -46,6 +46,8 @@ class SAG_API UNet {
   /// Returns a sentence for errors about sites: why one may be missing and how to get it. Empty:
   /// there are no others.
   virtual std::string note_on_sites() const;
+  /// How many rows one call may have; 0: as many as memory holds. `calc_cond_batch` keeps to it.
+  virtual std::int64_t max_rows() const;
   /// Where the weights live and inputs are expected.
   virtual torch::Device device() const = 0;
   /// The dtype of x, context, y and floating extra inputs.

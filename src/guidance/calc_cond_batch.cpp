@@ -226,6 +226,11 @@ void add(Sum& sum, const Item& item, const torch::Tensor& denoised, const torch:
   part(sum.weight).add_(rows.weight.defined() ? rows.weight : at::ones({1}, denoised.options()));
 }
 
+// 0 is no limit.
+std::int64_t smaller_limit(std::int64_t a, std::int64_t b) {
+  return a == 0 || b == 0 ? std::max(a, b) : std::min(a, b);
+}
+
 // A cell that no conditioning covers is 0, as in the reference.
 torch::Tensor average(const Sum& sum) {
   if (!sum.weight.defined()) return sum.value;
@@ -252,8 +257,9 @@ CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest
   const torch::NoGradGuard no_grad;
   CondBatch result;
   std::vector<Sum> sums(requests.size());
-  for (auto items = items_of(requests, sigma, options.max_rows); !items.empty();) {
-    auto batch = take_batch(items, options.max_rows);
+  const auto max_rows = smaller_limit(options.max_rows, model.unet().max_rows());
+  for (auto items = items_of(requests, sigma, max_rows); !items.empty();) {
+    auto batch = take_batch(items, max_rows);
     const auto pass = pass_of(batch, sigma, step);
     const auto denoised = evaluate(model, batch, pass, sigma);
     for (const auto& item : batch)

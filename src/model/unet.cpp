@@ -49,6 +49,10 @@ void add_call(AttentionSiteShape& shape, const AttentionCall& call) {
 
 UNet::~UNet() = default;
 
+std::int64_t UNet::max_rows() const {
+  return 0;
+}
+
 std::string UNet::note_on_sites() const {
   return "";
 }

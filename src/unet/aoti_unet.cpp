@@ -299,10 +299,11 @@ torch::Tensor AotiUNet::State::run(const UNetInput& input) {
     const std::lock_guard lock(package.mutex);
     outputs = package.loader->run(given);
   } catch (const std::exception& error) {
+    if (scope) scope->finish();  // what a hook threw comes first
     TORCH_CHECK(false, "[AotiUNet::forward] '", package.about.path, "' failed for ",
                 list_shapes(input), ": ", plain_message(error));
   }
-  if (scope) scope->rethrow_if_failed();
+  if (scope) scope->finish();
   const auto& x = input.x;
   const auto out = outputs.empty() ? torch::Tensor() : outputs.front();
   const bool fits = out.defined() && out.dim() == 4 && out.size(0) == x.size(0) &&
@@ -345,6 +346,13 @@ std::vector<AttentionSiteInfo> AotiUNet::attention_sites() const {
 std::string AotiUNet::note_on_sites() const {
   return "A compiled UNet has the sites that it was exported with: export it with --site for "
          "another.";
+}
+
+std::int64_t AotiUNet::max_rows() const {
+  std::int64_t most = 0;
+  for (const auto& package : state_->packages)
+    most = std::max(most, package->about.inputs.front().dims.front().high);
+  return most;
 }
 
 torch::Device AotiUNet::device() const {

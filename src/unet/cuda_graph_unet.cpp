@@ -371,6 +371,10 @@ std::string CudaGraphUNet::note_on_sites() const {
   return state_->unet->note_on_sites();
 }
 
+std::int64_t CudaGraphUNet::max_rows() const {
+  return state_->unet->max_rows();
+}
+
 torch::Device CudaGraphUNet::device() const {
   return state_->unet->device();
 }
