@@ -2,10 +2,11 @@
 # Measures sag on this machine: the attention map beside SDPA, the step with and without guidance, the UNet alone.
 #
 #   scripts/bench.sh                      full-size UNets of random weights (SD1.5 and SDXL; a GPU is needed)
-#   scripts/bench.sh UNET.ts [OPTION...]  your own file; the options are step_benchmark's: --height=64 --width=64 ...
+#   scripts/bench.sh UNET [OPTION...]     your own file or folder of packages; the options are step_benchmark's:
+#                                         --height=64 --width=64 ...
 #
-# Tables go to the terminal, JSON to build/bench. The random UNets are written by tools/make_benchmark_unet.py, for which
-# diffusers is installed into build/bench (from PyPI; PYTHON names a Python that has PyTorch, default: the downloaded one).
+# Tables go to the terminal, JSON to build/bench. The random UNets are written by tools/make_benchmark_unet.py and traced
+# and compiled by tools/export_model.py (some twenty minutes the first time).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
@@ -18,20 +19,27 @@ measure() { # <name> <program> <arguments>...
   "$sag_build_dir/benchmarks/$program" --benchmark_out="$out/$name.json" --benchmark_out_format=json "$@"
 }
 
-make_unet() { # <shape>
-  [[ ! -e $out/$1.ts ]] || return 0
-  local python=${PYTHON:-$sag_cache/torch-$sag_torch_version/bin/python}
-  [[ -x $(command -v "$python") ]] || die "set PYTHON to a Python that has PyTorch: $python is none"
-  [[ -d $out/python ]] || {
-    "$python" -m pip install -q --target "$out/python.partial" -r "$sag_root/tools/requirements.txt" ||
-      die "pip could not install what tools/requirements.txt names"
-    mv "$out/python.partial" "$out/python"
-  }
-  PYTHONPATH=$out/python "$python" "$sag_root/tools/make_benchmark_unet.py" --shape "$1" --out "$out/$1.ts.partial"
-  mv "$out/$1.ts.partial" "$out/$1.ts"
+# A UNet of random weights, traced and compiled.
+make_unet() { # <shape> <size>
+  [[ -n $sag_python ]] || die "the Python that this LibTorch was installed for is needed, and there is none"
+  export PYTHONPATH=$sag_python_path
+  local tools=$sag_root/tools exporter
+  [[ -d $out/$1 ]] || "$sag_python" "$tools/make_benchmark_unet.py" --shape "$1" --out "$out/$1"
+  exporter=("$sag_python" "$tools/export_model.py" "$out/$1" --prediction eps --device cuda --dtype fp16)
+  [[ -d $out/$1.traced ]] || "${exporter[@]}" --out "$out/$1.traced"
+  [[ -d $out/$1.compiled ]] || "${exporter[@]}" --out "$out/$1.compiled" --format aoti --rows 1,2,3 --size "$2"
+  [[ -d $out/$1.any ]] || "${exporter[@]}" --out "$out/$1.any" --format aoti --rows 1-4
 }
 
-sag_bootstrap
+measure_unet() { # <name> <folder of make_unet> <arguments>...
+  local name=$1 files=$out/$2
+  shift 2
+  measure "$name" step_benchmark --unet="$files.traced/unet.ts" --reference="$files/reference.pt" "$@"
+  measure "${name}_compiled" step_benchmark --unet="$files.compiled/unet" --reference="$files/reference.pt" "$@"
+  measure "${name}_compiled_for_any_size" step_benchmark --unet="$files.any/unet.pt2" --reference="$files/reference.pt" "$@"
+}
+
+sag_bootstrap tools
 missing=()
 sag_look_for_header benchmark/benchmark.h libbenchmark-dev
 ((${#missing[@]} == 0)) || die "Google Benchmark is missing: apt-get install ${missing[*]}"
@@ -46,10 +54,11 @@ if (($#)); then
   exit
 fi
 measure attention_map attention_map_benchmark
-make_unet sd15
-measure sd15_512px step_benchmark --unet="$out/sd15.ts" --height=64 --width=64 --context_width=768
-make_unet sdxl
-sdxl=(step_benchmark --unet="$out/sdxl.ts" --context_width=2048 --y=1286)
-measure sdxl_1024px "${sdxl[@]}" --height=128 --width=128
-measure sdxl_2048px "${sdxl[@]}" --height=256 --width=256 --steps=5 --benchmark_filter=step/graph/
+make_unet sd15 64x64
+measure_unet sd15_512px sd15 --height=64 --width=64 --context_width=768
+make_unet sdxl 128x128
+sdxl=(--context_width=2048 --y=1286)
+measure_unet sdxl_1024px sdxl --height=128 --width=128 "${sdxl[@]}"
+measure sdxl_2048px step_benchmark --unet="$out/sdxl.traced/unet.ts" --height=256 --width=256 "${sdxl[@]}" \
+  --steps=5 --benchmark_filter=step/graph/
 say "done; the JSON is in $out"

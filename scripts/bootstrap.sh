@@ -270,20 +270,22 @@ sag_make_toolkit() {
 }
 
 # --- What tools/ needs ------------------------------------------------------------------------------------------------
-# For the tests, which run tools/ with the Python that LibTorch was installed for. A LibTorch without one is tested
-# without tools/.
+# For the tests and for bench.sh, which run tools/ with the Python that LibTorch was installed for: sag_python, with
+# sag_python_path on its path. A LibTorch without one is tested without tools/.
 
 sag_find_tools() {
-  local sag_python=${sag_torch_dir%/lib/python3*}/bin/python3 requirements=$sag_root/tools/requirements.txt name
-  "$sag_python" -c 'import torch' 2>/dev/null || return 0
+  local requirements=$sag_root/tools/requirements.txt name
+  sag_python=${sag_torch_dir%/lib/python3*}/bin/python3
+  "$sag_python" -c 'import torch' 2>/dev/null || { sag_python=''; return 0; }
   name=tools-$({ cat "$requirements" && "$sag_python" --version; } | sha256sum | cut -c 1-12)
   if [[ ! -d $sag_cache/$name ]]; then
     say "downloading what tools/ needs (about 100 MB)"
     sag_make_environment "$name" "what tools/ needs" -r "$requirements"
     sag_keep_environment "$name"
   fi
-  say "Python for the tests of tools/: $sag_python"
-  sag_configure_args+=("-DSAG_PYTHON=$sag_python" "-DSAG_PYTHONPATH=$(sag_site_packages "$sag_cache/$name")")
+  say "Python for tools/: $sag_python"
+  sag_python_path=$(sag_site_packages "$sag_cache/$name")
+  sag_configure_args+=("-DSAG_PYTHON=$sag_python" "-DSAG_PYTHONPATH=$sag_python_path")
 }
 
 # --- Building ---------------------------------------------------------------------------------------------------------

@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
-"""Writes a full-size UNet with random weights as TorchScript, to measure with (scripts/bench.sh).
+"""Writes a full-size diffusers UNet with random weights, to measure with (scripts/bench.sh).
 
-    tools/make_benchmark_unet.py --shape sd15 --out sd15.ts
-    tools/make_benchmark_unet.py --shape sdxl --out sdxl.ts --dtype fp16 --device cuda
+    tools/make_benchmark_unet.py --shape sd15 --out build/bench/sd15
+    tools/export_model.py build/bench/sd15 --prediction eps --out build/bench/sd15.compiled --format aoti --rows 1,2,3 \\
+        --size 64x64 --device cuda
 
-The classes are diffusers' (tools/requirements.txt), the configurations those of Stable Diffusion 1.5 and SDXL base;
-nothing is downloaded. The file's forward is (x, timesteps, context) or, for sdxl, (x, timesteps, context, y) with
-y = pooled text (1280) and size embedding's six numbers, in a row.
+The configurations are those of Stable Diffusion 1.5 and SDXL base; nothing is downloaded. Beside the UNet lies
+reference.pt for `step_benchmark --reference`: inputs of three rows, the output that diffusers gives, and the token sums
+of the middle block's self-attention, made in fp32 of the queries and keys that its projections return.
 """
 
 import argparse
+import os
+import pathlib
 import sys
 import time
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -42,31 +47,50 @@ SDXL = dict(
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def token_sums(query, key, heads, scale):
+    """[rows, tokens, heads · width] twice → [rows, tokens]: what each token receives, the mean over heads."""
+    query, key = (t.float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
+    return (query @ key.transpose(-1, -2) * scale).softmax(-1).sum(-2).mean(1)
+
+
+@torch.no_grad()
+def reference(network):
+    """The inputs, and what the network makes of them."""
+    attention = network.module.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    seen = {}
+    hooks = [
+        projection.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+        for name, projection in (("query", attention.to_q), ("key", attention.to_k))
+    ]
+    inputs = network.example(3, *network.shape[1:])
+    output = network.module(*inputs.values())
+    for hook in hooks:
+        hook.remove()
+    sums = token_sums(seen["query"], seen["key"], attention.heads, attention.scale)
+    return {name: tensor.cpu() for name, tensor in {**inputs, "output": output.float(), "token_sums": sums}.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["sd15", "sdxl"], required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.out.exists():
+        sys.exit(f"{args.out} is there already.")
 
     start = time.time()
     torch.manual_seed(args.seed)
     with torch.device(args.device):
         unet = UNet2DConditionModel(**(SD15 if args.shape == "sd15" else SDXL))
     unet = unet.to(DTYPES[args.dtype]).eval().requires_grad_(False)
-    network = unets.wrap(unet)
-    with torch.no_grad():
-        # A small picture: a trace holds for every size.
-        traced = torch.jit.trace(network.module, tuple(network.example(2, 32, 32).values()), check_trace=False)
-        inputs = tuple(network.example(3, 32, 32, seed=1).values())
-        expected = network.module(*inputs)
-        difference = (traced(*inputs) - expected).abs().max().item()
-        largest = expected.abs().max().item()
-    if not difference <= 1e-2 * largest:
-        sys.exit(f"The trace differs from the model by {difference} of {largest}.")
-    traced.save(args.out)
+    tensors = reference(unets.wrap(unet))
+    partial = args.out.with_name(args.out.name + ".partial")
+    unet.save_pretrained(partial)
+    torch.save(tensors, partial / "reference.pt")
+    partial.rename(args.out)
     millions = sum(p.numel() for p in unet.parameters()) / 1e6
     print(f"{args.out}: {millions:.0f} M parameters, {args.dtype}, {time.time() - start:.0f} s")
 
