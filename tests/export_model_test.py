@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 import unicodedata
 import unittest
+import unittest.mock
 import zlib
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -23,12 +24,15 @@ from transformers import CLIPTokenizerFast
 
 import export_model
 import make_tiny_pipeline
-from export import archive, text
+from export import archive, compiled, text
 from export.description import from_scheduler
 from export.mistake import Mistake
 from export.tokenizer import ClipTokenizer
 
 SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
+RUN_UNET = os.environ.get("SAG_RUN_UNET")
+if RUN_UNET:  # of this build, wherever it is
+    compiled.RUN_UNET = pathlib.Path(RUN_UNET)
 
 
 class Case(unittest.TestCase):
@@ -513,6 +517,16 @@ class OwnModules(Case):
         self.assertEqual(model["prediction"], "x0")
         self.assertEqual(model["sample"], {"shape": [4, 8, 8], "multiple": 2})
         self.assertEqual(model["site"], "mid_block")
+
+    @unittest.skipUnless(RUN_UNET, "SAG_RUN_UNET names no run_unet")
+    def test_packages_that_do_not_run_are_refused(self):
+        call = {"x": torch.zeros(2, 4, 8, 8), "timesteps": torch.zeros(2)}
+        package = self.folder / "no.pt2"
+        package.write_bytes(b"PK\x03\x04 no package")
+        for program in (pathlib.Path(RUN_UNET), self.folder / "none", pathlib.Path("/bin/false")):
+            with unittest.mock.patch.object(compiled, "RUN_UNET", program), self.assertRaises(Mistake) as caught:
+                compiled.OtherProcess(package, None, [call])
+            self.assertIn("no.pt2 does not run: ", str(caught.exception))
         self.assertEqual(model["files"], {"unet": "unet.ts"})
         import own_modules
 
@@ -660,18 +674,22 @@ class Compiled(Case):
     @unittest.skipUnless(SAMPLE, "SAG_SAMPLE_COMMAND names no sag-sample")
     def test_it_draws_what_torchscript_draws(self):
         traced, _ = self.export(self.pipeline("sdxl"), "traced")
-        compiled, model = self.export(
+        package, model = self.export(
             self.pipeline("sdxl"), "compiled", "--format", "aoti", "--rows", "1-3", "--size", "16x24"
         )
         self.assertEqual(model["files"]["unet"], "unet.pt2")
         self.assertEqual(model["sample"], {"shape": [4, 16, 24], "multiple": 2})
         picture = self.folder / "picture.png"
-        got = self.latent(compiled, "compiled.pt", "--out", picture)
+        got = self.latent(package, "compiled.pt", "--out", picture)
         expected = self.latent(traced, "traced.pt", "--width", "24")
         self.assertLessEqual((got - expected).abs().max(), 5e-5 * expected.abs().max())
         self.assertEqual(struct.unpack(">II", picture.read_bytes()[16:24]), (24 * 8, 16 * 8))
 
     def test_packages_that_share_their_weights(self):
+        """Checked by PyTorch's loader: sag's own program checked the package of the test above, if it is built."""
+        nowhere = unittest.mock.patch.object(compiled, "RUN_UNET", self.folder / "none")
+        nowhere.start()
+        self.addCleanup(nowhere.stop)
         name = self.module("own_modules", MODULES)
         arguments = ("--format", "aoti", "--rows", "2,3-4", "--size", "8x6", "--site", "all")
         out, model = self.export(f"{name}:Net", "folder", *OwnModules.ARGUMENTS, *arguments)
@@ -681,6 +699,16 @@ class Compiled(Case):
             sorted(entry.name for entry in (out / "unet").iterdir()), ["rows2_8x6.pt2", "rows3-4_8x6.pt2", "weights.pt"]
         )
         self.assertEqual(model["site"], "mid_block")
+
+    @unittest.skipUnless(RUN_UNET, "SAG_RUN_UNET names no run_unet")
+    def test_packages_that_do_not_run_are_refused(self):
+        call = {"x": torch.zeros(2, 4, 8, 8), "timesteps": torch.zeros(2)}
+        package = self.folder / "no.pt2"
+        package.write_bytes(b"PK\x03\x04 no package")
+        for program in (pathlib.Path(RUN_UNET), self.folder / "none", pathlib.Path("/bin/false")):
+            with unittest.mock.patch.object(compiled, "RUN_UNET", program), self.assertRaises(Mistake) as caught:
+                compiled.OtherProcess(package, None, [call])
+            self.assertIn("no.pt2 does not run: ", str(caught.exception))
 
     def test_what_cannot_be_compiled_leaves_nothing(self):
         name = self.module("own_modules", MODULES)
