@@ -27,17 +27,19 @@
 #include "sag/step_context.h"
 #include "sag/torchscript_unet.h"
 #include "support/device.h"
+#include "support/error.h"
 #include "support/toy_unet.h"
 
 namespace sag {
 namespace {
 
 namespace fs = std::filesystem;
+using test::error_of;
 using test::fill;
+using test::one_sentence;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-using ::testing::Not;
 
 const std::string kPackages = SAG_PACKAGES "/";
 constexpr const char* kMiddle = "middle_block.1.transformer_blocks.0.attn1";
@@ -116,24 +118,6 @@ Run sample(const std::shared_ptr<const UNet>& unet, const SelfAttentionGuidanceO
   const auto x = fill({1, 4, height, width}, 0.7, 0.3, 15.0).to(device);
   const auto latent = sample_euler(std::ref(guider), x, sigmas);
   return {latent, guider.report().guided()};
-}
-
-template <typename Error = c10::Error>
-std::string error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const Error& error) {
-    return error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    ADD_FAILURE() << "an error of another type: " << error.what();
-    return "";
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return "";
-}
-
-auto one_sentence() {
-  return AllOf(Not(HasSubstr("\n")), Not(HasSubstr("Traceback")), Not(HasSubstr(".cpp")));
 }
 
 // ---- values

@@ -16,12 +16,15 @@
 #include "sag/attention.h"
 #include "sag/calc_cond_batch.h"
 #include "sag/step_context.h"
+#include "support/error.h"
 #include "support/torchscript_fixture.h"
 
 namespace sag {
 namespace {
 
+using test::error_of;
 using test::make_torchscript_unet;
+using test::one_sentence;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -100,25 +103,6 @@ struct Hooked {
 
 torch::Tensor zeros(const AttentionCall& call, const NextAttention&) {
   return torch::zeros_like(call.q);
-}
-
-template <typename Error = c10::Error>
-std::string error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const Error& error) {
-    return error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    ADD_FAILURE() << "an error of another type: " << error.what();
-    return "";
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return "";
-}
-
-auto one_sentence() {
-  return AllOf(Not(HasSubstr("\n")), Not(HasSubstr("Traceback")), Not(HasSubstr("frame #")),
-               Not(HasSubstr(".cpp")));
 }
 
 double relative_error(const torch::Tensor& a, const torch::Tensor& b) {
