@@ -35,6 +35,39 @@ TEST(AttentionOp, RunsHooks) {
   EXPECT_LT(test::max_diff(call_op(q, "a"), 2 * at::scaled_dot_product_attention(q, q, q)), 1e-6);
 }
 
+// With one head q, k and v are contiguous as they come: a compiler would use their memory again.
+TEST(AttentionOp, ReturnsMemoryOfItsOwn) {
+  const auto q = torch::randn({2, 1, 5, 8});
+  StepContext step(1, 0, 8, 8);
+  for (const auto& returned :
+       {AttentionHook([](const auto&call, const auto&, const auto&) { return call.v; }),
+        AttentionHook([](const auto&call, const auto&, const auto&) { return call.q.detach(); })}) {
+    const AttentionScope scope({{"a", returned, {}}}, {.groups = {{.count = 2}}, .step = &step});
+    const auto out = call_op(q, "a");
+    scope.finish();
+    EXPECT_FALSE(out.is_alias_of(q));
+    EXPECT_TRUE(torch::equal(out, q));
+  }
+}
+
+// Nothing behind the op checks, least of all a compiled UNet.
+TEST(AttentionOp, RefusesAnotherDtypeOrDevice) {
+  const auto q = torch::randn({2, 3, 5, 8});
+  StepContext step(1, 0, 8, 8);
+  const auto changed_to = [&](torch::TensorOptions options) {
+    const AttentionHook hook = [options](const auto& call, const auto&, const auto& next) {
+      return next(call).to(options);
+    };
+    const AttentionScope scope({{"a", hook, {}}}, {.groups = {{.count = 2}}, .step = &step});
+    EXPECT_TRUE(torch::equal(call_op(q, "a"), at::scaled_dot_product_attention(q, q, q)));
+    scope.finish();
+  };
+  EXPECT_THROW(changed_to(torch::kHalf), c10::TypeError);
+  EXPECT_THROW(changed_to(torch::kDouble), c10::TypeError);
+  EXPECT_THROW(changed_to(torch::Device(torch::kMeta)), c10::TypeError);
+  EXPECT_NO_THROW(changed_to(torch::kFloat));
+}
+
 torch::Tensor call_probabilities_op(const torch::Tensor& p, const torch::Tensor& v,
                                     const std::string& product) {
   static const auto op = c10::Dispatcher::singleton()

@@ -141,6 +141,23 @@ MODULES = """
         def forward(self, x, timesteps, context):
             return self.out(self.into(x))
 
+    class Turning(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("turns", torch.ones(3, dtype=torch.complex64))
+
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x, timesteps):
+            tokens = self.scale * x.flatten(2).transpose(1, 2).unflatten(2, (2, 2)).transpose(1, 2)
+            return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(2, 3).reshape(x.shape)
+
+    def scripted():
+        return torch.jit.trace(Net(), (torch.ones(2, 4, 8, 8), torch.ones(2), torch.ones(2, 5, 6)))
+
     def broken():
         raise RuntimeError("no weights here")
 
@@ -383,6 +400,14 @@ class Pipelines(Case):
             self.assertIn("2 of 2 evaluations guided", said)
             self.assertEqual(struct.unpack(">II", picture.read_bytes()[16:24]), (16, 16))
 
+    def test_all_sites_watch_the_middle(self):
+        unet = self.pipeline("sd2") / "unet"
+        _, model = self.export(unet, "all", "--prediction", "v", "--site", "all")
+        self.assertEqual(model["site"], "middle.0.0")
+        path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"  # as diffusers says it
+        _, model = self.export(unet, "one", "--prediction", "v", "--site", path)
+        self.assertEqual(model["site"], "unet." + path)
+
     def test_schedulers(self):
         from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
@@ -420,6 +445,13 @@ class Pipelines(Case):
         _, model = self.export(unet, "again", *arguments, "--force", "--name", "new")
         self.assertEqual(model["name"], "new")
         self.assertFalse((out / "old.txt").exists())
+        precious = self.folder / "again.partial"
+        precious.mkdir()
+        link = self.folder / "link"
+        link.symlink_to(out, target_is_directory=True)
+        _, model = self.export(unet, "link", *arguments, "--force", "--name", "linked")
+        self.assertTrue(link.is_symlink() and precious.is_dir())
+        self.assertEqual(json.loads((out / "model.json").read_text())["name"], "linked")
         (self.folder / "letters").mkdir()
         (self.folder / "letters" / "to-mother.txt").write_text("dear mother")
         with self.assertRaisesRegex(Mistake, "is no model directory"):
@@ -482,7 +514,7 @@ class Pipelines(Case):
         )
         self.assertIn("shift cannot be", self.mistake(unet, "--prediction", "flow", "--constant", "shift=-1"))
         self.assertIn(
-            "names 0. Its self-attentions are #0 unet.down",
+            "names none of them. Its self-attentions are #0 unet.down",
             self.mistake(unet, "--prediction", "eps", "--site", "middle.7.0"),
         )
         self.assertIn("for --format aoti", self.mistake(unet, "--prediction", "eps", "--rows", "1,2"))
@@ -517,16 +549,6 @@ class OwnModules(Case):
         self.assertEqual(model["prediction"], "x0")
         self.assertEqual(model["sample"], {"shape": [4, 8, 8], "multiple": 2})
         self.assertEqual(model["site"], "mid_block")
-
-    @unittest.skipUnless(RUN_UNET, "SAG_RUN_UNET names no run_unet")
-    def test_packages_that_do_not_run_are_refused(self):
-        call = {"x": torch.zeros(2, 4, 8, 8), "timesteps": torch.zeros(2)}
-        package = self.folder / "no.pt2"
-        package.write_bytes(b"PK\x03\x04 no package")
-        for program in (pathlib.Path(RUN_UNET), self.folder / "none", pathlib.Path("/bin/false")):
-            with unittest.mock.patch.object(compiled, "RUN_UNET", program), self.assertRaises(Mistake) as caught:
-                compiled.OtherProcess(package, None, [call])
-            self.assertIn("no.pt2 does not run: ", str(caught.exception))
         self.assertEqual(model["files"], {"unet": "unet.ts"})
         import own_modules
 
@@ -535,6 +557,13 @@ class OwnModules(Case):
             self.assertTrue(
                 torch.allclose(torch.jit.load(str(out / "unet.ts"))(*inputs), own_modules.Net()(*inputs), atol=1e-6)
             )
+
+    def test_an_attention_in_no_module_of_its_own_goes_by_its_ordinal(self):
+        bare = self.ARGUMENTS[:-2]  # without a context
+        _, model = self.export(f"{self.name}:Bare", "bare", *bare, "--site", "#0")
+        self.assertEqual(model["site"], "#0")
+        aoti = ("--site", "#0", "--format", "aoti", "--rows", "2", "--size", "8x8")
+        self.assertIn("in a module with a name", self.mistake(f"{self.name}:Bare", *bare, *aoti))
 
     def test_traces_that_differ_leave_nothing(self):
         self.assertIn("unet.ts differs from the network", self.mistake(f"{self.name}:Branching", *self.ARGUMENTS))
@@ -548,6 +577,11 @@ class OwnModules(Case):
         self.assertIn("no weights here", self.mistake(f"{name}:broken", *fits))
         self.assertIn("must return a torch.nn.Module, got str", self.mistake(f"{name}:text", *fits))
         self.assertIn("cannot be called", self.mistake(f"{name}:nothing", *fits))
+        self.assertIn('complex "turns"', self.mistake(f"{name}:Turning", *fits))
+        self.assertIn("is TorchScript already", self.mistake(f"{name}:scripted", *fits))
+        self.assertIn("multiples of --multiple", self.mistake(f"{name}:Net", *fits, "--multiple", "3"))
+        size = ("--multiple", "4", "--format", "aoti", "--size", "8x6")
+        self.assertIn("multiple of 4", self.mistake(f"{name}:Net", *fits, *size))
         self.assertIn("cannot be called", self.mistake("nowhere_at_all:Net", *fits))
         self.assertIn("The network fails for x [2, 4, 2, 3]", self.mistake(f"{name}:Net", *fits[:-1], "5x7"))
         self.assertIn("--sample is needed", self.mistake(f"{name}:Net", "--prediction", "eps"))

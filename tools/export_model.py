@@ -6,7 +6,8 @@ SOURCE is one of
   a diffusers pipeline's folder (with model_index.json): Stable Diffusion 1.x, 2.x or XL, or one like them
   a diffusers UNet's folder (with config.json): the UNet alone, for sag-sample's --cond and --uncond; needs --prediction
   MODULE:FACTORY: a function without arguments that returns a torch.nn.Module with forward(x, timesteps[, context[,
-  y]]); needs --prediction and --sample, and --context and --y for what its forward takes
+  y]]), in MODULE.py of the current folder or anywhere on Python's path; needs --prediction and --sample, --context and
+  --y for what its forward takes, and --site where it has no middle block
 
 Nothing is downloaded. Every file is read back and compared with what it was made of, and DIR appears when all is well.
 docs/models.md says more.
@@ -104,8 +105,9 @@ def parse(arguments):
         action="append",
         default=[],
         metavar="SITE",
-        help="self-attention to watch, by name (middle.0.0), dotted path, #ordinal, or all; may be given several "
-        "times. aoti: only these can be hooked; the first is model.json's [the middle block's first]",
+        help="self-attention to watch, by name (middle.0.0), dotted path, #ordinal, or all (then the middle block's "
+        "is watched); may be given several times. aoti: only these can be hooked; the first is model.json's [the middle "
+        "block's first]",
     )
     add("--unet-only", action="store_true", help="leave text encoder and VAE out")
     add(
@@ -143,14 +145,18 @@ def parse(arguments):
     )
     group = parser.add_argument_group("compiled packages (--format aoti); several share their weights")
     group.add_argument(
-        "--rows", type=rows, metavar="ROWS", help="rows of a call: 1-8 (one package) or 1,2,3 (one each) [1-8]"
+        "--rows",
+        type=rows,
+        metavar="ROWS",
+        help="rows of a call: 1-8 (one package, which takes all of them) or 1,2,3 (one each, faster) [1-8]",
     )
     group.add_argument(
         "--size",
         type=size,
         action="append",
         metavar="HxW",
-        help="latent size: 64x64, or a range, 32-128x32-128; may be given several times [half to twice the latent]",
+        help="latent size: 64x64, or a range, 32-128x32-128 or 32-128/16x32-128/16 (multiples of 16 only); may be given "
+        "several times; a package for each number of rows and size [half to twice the latent]",
     )
     group.add_argument(
         "--channels-last",
@@ -203,13 +209,19 @@ def write_compiled(network, folder, options, sites):
             raise Mistake(
                 f"A range of --size must begin and end with multiples of {step} for this network, got {low}-{high}."
             )
+    for side in (side for pair in sizes or [] for side in pair if not isinstance(side, tuple)):
+        if side % network.multiple:
+            raise Mistake(f"A --size must be a multiple of {network.multiple} for this network, got {side}.")
     sizes = sizes or default_sizes(network)
+    rows = options.rows or [(1, 8)]
+    if not any(low <= 1 <= high for low, high in (dim if isinstance(dim, tuple) else (dim, dim) for dim in rows)):
+        say("note: no package takes one row, which SAG asks for beside the two of CFG; --rows 1,2 would do for both")
     on = options.channels_last == "on"
     if options.channels_last == "auto":
         on = options.device == "cuda" and options.dtype != "fp32" and network.convolution_share() >= 0.4
     if on:
         network.module.to(memory_format=torch.channels_last)
-    name = compiled.write_unet(network, folder, options.rows or [(1, 8)], sizes, sites, say)
+    name = compiled.write_unet(network, folder, rows, sizes, sites, say)
     network.shape = (network.shape[0], *fitting(network.shape[1:], sizes))
     return name, step if all(side % step == 0 for pair in sizes for dim in pair for side in compiled.tried(dim)) else 1
 
@@ -246,11 +258,8 @@ def write(source, folder, options):
         say("the VAE")
         torchscript.write_vae(source.vae, folder)
         files.update(decoder="decoder.ts", encoder="encoder.ts")
-    short = sites_of.short_name(sites[0])
-    alone = sum(sites_of.short_name(path) == short for _, path in found) == 1
-    text = description.model_json(
-        options.name or source.name, source.prediction, network, short if alone else sites[0], files, multiple
-    )
+    site = sites_of.unique_name(sites[0], found)
+    text = description.model_json(options.name or source.name, source.prediction, network, site, files, multiple)
     (folder / "model.json").write_text(text, encoding="utf-8")
 
 

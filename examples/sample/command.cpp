@@ -115,7 +115,7 @@ void print_summary(const Settings& settings, const Inputs& inputs,
                    const std::vector<RunReport>& runs, const Outputs& outputs, std::ostream& out) {
   const Totals totals = total(runs);
   const std::size_t pictures = inputs.pictures.size();
-  out << fmt::format("{} {} on {}: {} evaluations of the UNet in {:.1f} s\n", pictures,
+  out << fmt::format("{} {} on {}: {} calls of the UNet in {:.1f} s\n", pictures,
                      pictures == 1 ? "picture" : "pictures", settings.device.str(),
                      totals.evaluations, totals.seconds);
   if (totals.steps > 0) out << "self-attention guidance: " << guidance_summary(totals) << '\n';

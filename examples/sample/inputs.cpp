@@ -348,6 +348,9 @@ std::vector<Picture> list_pictures(const Options& options, std::int64_t images) 
 }
 
 Inputs read_inputs(const Options& options, const Settings& settings) {
+  if (!settings.text_encoder.empty() && !options.list_sites && !asks_for_texts(options) &&
+      options.cond.empty() && options.uncond.empty())
+    throw UsageError("Nothing to draw: give --prompt, --unconditional N, or --cond.");
   Tensors tensors = read_tensors(options);
   if (!options.image.empty()) tensors.latent = encode_picture(options, settings);
   Inputs inputs;

@@ -348,6 +348,8 @@ void check_combinations(const Options& o) {
       !o.sigmas.empty(), o.schedule || o.steps || o.denoise,
       "--sigmas is used as it is: --schedule, --steps and --denoise cannot be given with it.");
   never_both(!o.latent.empty(), !o.image.empty(), "--latent and --image cannot be given together.");
+  never_both(o.denoise.value_or(1) < 1, o.latent.empty() && o.image.empty(),
+             "--denoise needs the --latent or --image that it starts from.");
   never_both(!o.mask.empty(), o.latent.empty() && o.image.empty(),
              "--mask needs the --latent or --image that it repaints.");
   never_both(!o.inpaint_noise.empty(), o.mask.empty(), "--inpaint-noise needs a --mask.");

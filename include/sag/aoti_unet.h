@@ -30,7 +30,9 @@ struct AotiUNetOptions {
 ///
 /// May be used from several threads, and on several CUDA streams: a call launches its work on the
 /// current stream of its thread. Threads wait for each other while one launches (on the CPU, while
-/// it computes) with the same package, not with another. While it is loaded, LibTorch keeps the
+/// it computes) with the same package, not with another; a hook that calls the UNet it runs in is
+/// fine, hooks of two compiled UNets that call each other's from two threads would wait for ever.
+/// While it is loaded, LibTorch keeps the
 /// unpacked package in a folder of /tmp.
 class SAG_API AotiUNet final : public UNet {
  public:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/matmul.h>
@@ -163,6 +164,13 @@ torch::Tensor run_hooks(AttentionScopeState& scope, std::string_view site,
   TORCH_CHECK_VALUE(out.defined() && out.sizes() == shape, "[attention] the hooks of site \"", site,
                     "\" must return the attention's shape, ", shape, ", got ",
                     out.defined() ? c10::str(out.sizes()) : "an undefined tensor", ".");
+  // Autocast decides for itself in which dtype attention runs.
+  const bool fits = out.device() == call.v.device() && out.layout() == call.v.layout() &&
+                    (out.scalar_type() == call.v.scalar_type() ||
+                     at::autocast::is_autocast_enabled(call.v.device().type()));
+  TORCH_CHECK_TYPE(fits, "[attention] the hooks of site \"", site,
+                   "\" must return a tensor like v, ", call.v.toString(), " on ", call.v.device(),
+                   ", got ", out.toString(), " on ", out.device(), ".");
   return out;
 }
 

@@ -9,18 +9,26 @@
 namespace sag {
 namespace {
 
-// Contiguous, as the Meta kernels promise to graph compilers.
+// What the Meta kernels and the schemas promise to graph compilers: contiguous, and in memory of
+// its own, for they use the inputs' again.
+torch::Tensor own(const torch::Tensor& out, const AttentionCall& call) {
+  bool shared = call.attn_mask && call.attn_mask->defined() && out.is_alias_of(*call.attn_mask);
+  for (const auto* t : {&call.q, &call.k, &call.v, &call.probabilities})
+    shared = shared || (t->defined() && out.is_alias_of(*t));
+  return shared ? out.clone(at::MemoryFormat::Contiguous) : out.contiguous();
+}
+
 template <typename Shape>
 torch::Tensor run_op(std::string_view site, const AttentionCall& call, const NextAttention& plain,
                      const Shape& shape) {
   auto* scope = current_attention_scope();
-  if (!scope || scope->error()) return plain(call).contiguous();
+  if (!scope || scope->error()) return own(plain(call), call);
   try {
-    return run_hooks(*scope, site, call, plain, shape()).contiguous();
+    return own(run_hooks(*scope, site, call, plain, shape()), call);
   } catch (...) {
     // An interpreter would turn it into a runtime_error: whoever owns the scope rethrows it.
     scope->fail(std::current_exception());
-    return plain(call).contiguous();
+    return own(plain(call), call);
   }
 }
 

@@ -104,13 +104,16 @@ Weights read_weights(const std::string& path, torch::Device device) {
     caffe2::serialize::PyTorchStreamReader reader(path);
     value = torch::jit::readArchiveAndTensors("data", "", "", {}, {}, device, reader);
   } catch (const std::exception& error) {
-    refuse("which cannot be read: " + plain_message(error));
+    const auto message = plain_message(error);
+    if (message.find("INTERNAL ASSERT") != std::string::npos)
+      refuse("which holds something else: save dict(module.state_dict())");
+    refuse("which cannot be read: " + message);
   }
   if (!value.isGenericDict()) refuse("which holds something else");
   Weights weights;
   for (const auto& entry : value.toGenericDict())
     if (entry.key().isString() && entry.value().isTensor())
-      weights.emplace(entry.key().toStringRef(), entry.value().toTensor());
+      weights.emplace(entry.key().toStringRef(), entry.value().toTensor().resolve_neg());
   return weights;
 }
 
@@ -182,6 +185,8 @@ void check_place(const PackageInput& input, const torch::Tensor& t, const torch:
                  torch::Device device) {
   TORCH_CHECK_VALUE(t.device() == device, "[AotiUNet::forward] ", input.name,
                     " must be on the UNet's device, ", device, ", got ", t.device());
+  TORCH_CHECK_TYPE(t.layout() == torch::kStrided, "[AotiUNet::forward] ", input.name,
+                   " must be dense, got ", t.layout());
   TORCH_CHECK_TYPE(t.scalar_type() == input.dtype, "[AotiUNet::forward] ", input.name, " must be ",
                    input.dtype, ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == static_cast<std::int64_t>(input.dims.size()) &&
@@ -194,7 +199,7 @@ void check_place(const PackageInput& input, const torch::Tensor& t, const torch:
 // can read several at once from.
 torch::Tensor laid_out(const torch::Tensor& t) {
   constexpr std::uintptr_t kAlignment = 16;
-  const auto plain = t.contiguous();
+  const auto plain = t.resolve_conj().resolve_neg().contiguous();
   return reinterpret_cast<std::uintptr_t>(plain.const_data_ptr()) % kAlignment == 0 ? plain
                                                                                     : plain.clone();
 }

@@ -172,8 +172,11 @@ bool cpu_has([[maybe_unused]] const std::string& isa) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == "AVX512_VNNI") return __builtin_cpu_supports("avx512vnni");
-#endif
+  if (isa == "AMX_TILE") return __builtin_cpu_supports("amx-tile");
+  return false;
+#else
   return true;
+#endif
 }
 
 // Compiled for the CPU of the exporter: elsewhere it could die of an unknown instruction.

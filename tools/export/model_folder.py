@@ -1,21 +1,22 @@
 """A folder that appears when everything in it is written, or not at all."""
 
 import contextlib
+import os
 import pathlib
 import shutil
+import tempfile
 
 from export.mistake import Mistake
 
 
 @contextlib.contextmanager
 def new_folder(out, force):
-    """Gives OUT.partial, which becomes OUT at the end. `force`: an OUT that holds a model.json is replaced."""
-    out = pathlib.Path(out)
-    partial = out.with_name(out.name + ".partial")
+    """Gives a new folder OUT.*.partial, which becomes OUT at the end. `force`: an OUT that holds a model.json is
+    replaced."""
+    out = pathlib.Path(out).resolve()
     check(out, force)
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    partial.mkdir()
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=out.name + ".", suffix=".partial", dir=out.parent))
+    os.chmod(partial, 0o755)
     try:
         yield partial
         check(out, force)

@@ -40,7 +40,7 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
     """
     out = pathlib.Path(out)
     example = {name: tensor.contiguous() for name, tensor in example.items()}
-    _check(module, example, out, dims)
+    _check(module, example, out, dims, sites)
     with torch.no_grad():
         with marked(module, sites) as ordinals:
             program = _export(module, example, dims)
@@ -77,7 +77,7 @@ def _tensors(module):
     }
 
 
-def _check(module, example, out, dims):
+def _check(module, example, out, dims, sites):
     if out.suffix != ".pt2":
         raise ValueError(f"a package's name must end with .pt2, got '{out}'")
     if any(part.training for part in module.modules()):
@@ -86,6 +86,8 @@ def _check(module, example, out, dims):
         raise ValueError("the example's tensors must be on one device")
     if set(dims) != set(example):
         raise ValueError(f"dims must be given for {', '.join(example)}, got {', '.join(dims)}")
+    if any(not path or path.split() != [path] for path in sites):
+        raise ValueError("an attention that is marked must be in a module with a name, without blanks in it")
     if len({specs[0] for specs in dims.values()}) != 1:
         raise ValueError("the first dimension, the rows, must be the same for every input")
     for name, tensor in example.items():

@@ -18,29 +18,40 @@ def short_name(path):
 
 
 def choose(wanted, sites):
-    """The dotted paths of the sites that are asked for by name, path, "#ordinal" or "all"; without any, the middle
-    block's. `sites`: [(ordinal, path)]."""
+    """The dotted paths of the sites that are asked for by name, path (without the wrapper's prefix, too), "#ordinal" or
+    "all"; without any, the middle block's. The first is the one to watch. `sites`: [(ordinal, path)]."""
     if not sites:
         raise Mistake(
             "The network has no self-attention that could be hooked: it must call scaled_dot_product_attention."
         )
+    middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [
+        p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)
+    ]
     if not wanted:
-        middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [
-            p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)
-        ]
         if not middle:
             raise Mistake(f"The network has no middle block: choose its attention with --site. {listed(sites)}")
         return middle[:1]
-    if "all" in wanted:
-        return [path for _, path in sites]
     paths = []
     for name in wanted:
-        found = [path for ordinal, path in sites if name in (path, short_name(path), f"#{ordinal}")]
-        if len(found) != 1:
-            raise Mistake(f'--site must name one self-attention, but "{name}" names {len(found)}. {listed(sites)}')
-        if found[0] not in paths:
-            paths += found
+        found = middle[:1] + [path for _, path in sites] if name == "all" else named(name, sites)
+        paths += [path for path in dict.fromkeys(found) if path not in paths]
     return paths
+
+
+def unique_name(path, sites):
+    """The short name if no other site has it, else the path; "#ordinal" of an attention in no module of its own."""
+    short = short_name(path)
+    alone = len({other for _, other in sites if short_name(other) == short}) == 1
+    return (short if alone else path) or "#" + str(next(ordinal for ordinal, other in sites if other == path))
+
+
+def named(name, sites):
+    exact = {path for ordinal, path in sites if name in (path, short_name(path), f"#{ordinal}")}
+    found = exact or {path for _, path in sites if path.endswith("." + name)}
+    if len(found) != 1:
+        several = f"{len(found)} of them" if found else "none of them"
+        raise Mistake(f'--site must name one self-attention, but "{name}" names {several}. {listed(sites)}')
+    return list(found)
 
 
 def listed(sites):

@@ -166,9 +166,15 @@ def from_factory(spec, options):
     for name in ("prediction", "sample"):
         if getattr(options, name) is None:
             raise Mistake(f"--{name} is needed to export a module of your own.")
-    module = call_factory(spec).to(options.device, options.torch_dtype).eval().requires_grad_(False)
-    if next(module.parameters(), None) is None:
-        raise Mistake(f"{spec} must return a module with parameters.")
+    module = call_factory(spec)
+    if not any(p.is_floating_point() for p in module.parameters()):
+        raise Mistake(f"{spec} must return a module with floating point parameters.")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_complex():
+            raise Mistake(f'{spec} has a complex "{name}", which --dtype would spoil: keep it as two real tensors.')
+    module = module.to(options.device, options.torch_dtype).eval().requires_grad_(False)
+    if any(side % options.multiple for side in options.sample[1:]):
+        raise Mistake(f"--sample must have a height and width that are multiples of --multiple, {options.multiple}.")
     network = Network(module, options.sample, options.context, options.y, options.multiple, options.multiple)
     return Source(spec.partition(":")[0].rpartition(".")[2], network, {"prediction": options.prediction})
 
@@ -180,6 +186,8 @@ def call_factory(spec):
         made = getattr(importlib.import_module(module_name), function)()
     except Exception as error:  # it is the user's code
         raise Mistake(f"{spec} cannot be called: {type(error).__name__}: {first_line(error)}") from error
+    if isinstance(made, torch.jit.ScriptModule):
+        raise Mistake(f"{spec} is TorchScript already: put its file beside a model.json (docs/models.md).")
     if not isinstance(made, torch.nn.Module):
         raise Mistake(f"{spec} must return a torch.nn.Module, got {type(made).__name__}.")
     return made

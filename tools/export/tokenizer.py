@@ -116,6 +116,13 @@ class ClipTokenizer(nn.Module):
             pair = vocabulary[left] * self.vocabulary_size + vocabulary[right]
             self.merges.setdefault(pair, rank * self.vocabulary_size + vocabulary[left + right])
         normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
+        for token in description["added_tokens"]:
+            content = token["content"]
+            if token["single_word"] or (not token["normalized"] and normalize(content) != content):
+                raise Mistake(
+                    f'The tokenizer\'s added token "{content}" must be found anywhere and in lower case '
+                    "(single_word and normalized as they are by default)."
+                )
         longest_first = sorted(description["added_tokens"], key=lambda token: -len(token["content"]))
         self.added = [codes(normalize(token["content"])) for token in longest_first]
         self.added_ids = [token["id"] for token in longest_first]
