@@ -172,6 +172,7 @@ def write_foreign(folder, package, unet):
     edited(package, folder / "no_inputs.pt2", sag__inputs=None)
     edited(package, folder / "odd_inputs.pt2", sag__inputs="x float32 1-4 4 six 6-24/0\ntimesteps float32 1-4")
     edited(package, folder / "one_site.pt2", sag__sites="2 middle_block.1.transformer_blocks.0.attn1")
+    edited(package, folder / "other_model.pt2", sag__model="0123456789abcdef")
     whole = package.read_bytes()
     (folder / "truncated.pt2").write_bytes(whole[: len(whole) // 2])
     with zipfile.ZipFile(folder / "zip.pt2", "w") as archive:

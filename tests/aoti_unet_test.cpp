@@ -353,6 +353,13 @@ TEST(AotiUNet, RefusesFoldersWhosePackagesDoNotBelongTogether) {
               AllOf(one_sentence(), HasSubstr("inputs and dtypes"), HasSubstr("b.pt2")));
 }
 
+// A package left behind, of the same architecture but other weights.
+TEST(AotiUNet, RefusesFoldersOfDifferentNetworks) {
+  const Folder networks(Links{{"a.pt2", "unet.pt2"}, {"b.pt2", "foreign/other_model.pt2"}});
+  EXPECT_THAT(error_of<c10::ValueError>([&] { AotiUNet::load(networks.path()); }),
+              AllOf(one_sentence(), HasSubstr("network and weights"), HasSubstr("b.pt2")));
+}
+
 TEST(AotiUNet, RefusesFoldersWithDifferentSites) {
   const Folder sites(Links{{"a.pt2", "unet.pt2"}, {"b.pt2", "foreign/one_site.pt2"}});
   EXPECT_THAT(error_of<c10::ValueError>([&] { AotiUNet::load(sites.path()); }),

@@ -87,6 +87,7 @@ void check_belongs(const Package& package, const Package& first) {
   check(std::equal(package.sites.begin(), package.sites.end(), first.sites.begin(),
                    first.sites.end(), same_site),
         "attention sites");
+  check(package.model == first.model, "network and weights");
 }
 
 // ---- weights.pt

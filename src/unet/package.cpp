@@ -247,6 +247,7 @@ Package read_package(const std::string& path) {
   const auto device = read_device(metadata, path);
   return {.path = path,
           .device = device,
+          .model = value_of(metadata, "sag.model", path),
           .gpu = device == torch::kCUDA ? value_of(metadata, "sag.gpu", path) : "",
           .inputs = read_inputs(metadata, path),
           .sites = read_sites(metadata, path),

@@ -33,6 +33,7 @@ struct PackageInput {
 struct Package {
   std::string path;
   torch::DeviceType device = torch::kCPU;
+  std::string model;                 ///< a fingerprint of the network
   std::string gpu;                   ///< the compute capability, "9.0"; empty for the CPU
   std::vector<PackageInput> inputs;  ///< in the order of its forward
   std::vector<AttentionSiteInfo> sites;

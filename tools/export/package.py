@@ -5,6 +5,7 @@ The compiled code checks nothing of what it is given, so a package says what it 
     sag.format   "1"
     sag.device   "cpu" or "cuda"
     sag.torch    the version of PyTorch that compiled it
+    sag.model    a fingerprint of the network, the same for all packages of a folder
     sag.gpu      the compute capability it was compiled for, "9.0" say; packages for CUDA only
     sag.inputs   a line per input, in the order of forward: <name> <dtype> <dim> <dim> ...; a dim is "77", or "1-8", or
                  "8-128/8": multiples of 8. The first is the rows, the same for all inputs
@@ -13,6 +14,7 @@ The compiled code checks nothing of what it is given, so a package says what it 
                  commas between; empty if the weights are inside
 """
 
+import hashlib
 import os
 import pathlib
 import tempfile
@@ -44,7 +46,7 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
     with torch.no_grad():
         with marked(module, sites) as ordinals:
             program = _export(module, example, dims)
-        metadata = _metadata(example, dims, ordinals)
+        metadata = {**_metadata(example, dims, ordinals), "sag.model": _fingerprint(module)}
         metadata["sag.weights"] = "\n".join(_describe_weights(module, program)) if weights else ""
         configs = {
             # As many threads as the program that runs it has, not as many as compiled it.
@@ -75,6 +77,15 @@ def _tensors(module):
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+
+
+def _fingerprint(module):
+    """Of the names, shapes and first values of all tensors: other weights of the same network have another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(module).items()):
+        first = tensor.detach().flatten()[:16].double().tolist()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {first}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _check(module, example, out, dims, sites):
