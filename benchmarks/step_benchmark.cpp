@@ -10,8 +10,8 @@
 // Time is per call of the UNet or per step, over a whole run without a pause in between. "host_ms"
 // is how long the host was busy, "MiB" what the run allocates at its peak. --cudnn_benchmark=1 lets
 // cuDNN try its kernels out. --reference=FILE first compares the output and the attention map with
-// another program's, and stops where token sums differ by 1e-3 or the output by 5 %. Further
-// options are Google Benchmark's.
+// another program's, and stops where token sums differ by 1e-3 (bf16: 8e-3) or the output by 5 %.
+// Further options are Google Benchmark's.
 
 #include <filesystem>
 #include <iostream>
@@ -236,7 +236,10 @@ void check(Model& model) {
       std::cout << "reference, " << (graph ? "graph" : "eager")
                 << (channels_last ? ", channels last" : "") << ": token sums differ by up to "
                 << off.token_sums << ", the output by " << off.output << " of its largest value\n";
-      TORCH_CHECK(off.token_sums < 1e-3 && off.output < 5e-2, "the UNet differs from ", path);
+      // Other kernels round other bits of q and k; bf16 has three fewer.
+      const bool is_bf16 = model.unet(graph, channels_last)->dtype() == torch::kBFloat16;
+      TORCH_CHECK_VALUE(off.token_sums < (is_bf16 ? 8e-3 : 1e-3) && off.output < 5e-2,
+                        "the UNet differs from ", path);
     }
   }
 }
@@ -258,6 +261,9 @@ int main(int argc, char** argv) {
     check(model);
     add_benchmarks(model);
     benchmark::RunSpecifiedBenchmarks();
+  } catch (const c10::Error& error) {
+    std::cerr << "step_benchmark: " << error.what_without_backtrace() << '\n';
+    return 1;
   } catch (const std::exception& error) {
     std::cerr << "step_benchmark: " << error.what() << '\n';
     return 1;
