@@ -164,6 +164,16 @@ TEST(SampleSheet, HoldsEveryPictureWhole) {
   EXPECT_EQ(count_grey(draw_sheet(make_sheet(1, 0), {.zoom = 3})), 3 * 192 * 192);
 }
 
+// A line of its own for the footer, where the legend leaves it none.
+TEST(SampleSheet, CutsNoFooterForTheLegend) {
+  auto sheet = make_sheet(1, 0);
+  sheet.footer = "20 steps of a sampler with a name";
+  const auto narrow = draw_sheet(sheet, {.zoom = 2}), wide = draw_sheet(sheet, {.zoom = 4});
+  sheet.legend.clear();
+  EXPECT_GT(narrow.height, draw_sheet(sheet, {.zoom = 2}).height);
+  EXPECT_EQ(wide.height, draw_sheet(sheet, {.zoom = 4}).height);
+}
+
 TEST(SampleSheet, HasAWhiteMargin) {
   const auto image = draw_sheet(make_sheet(3, 2), {});
   for (int x = 0; x < image.width; ++x) {

@@ -21,6 +21,8 @@ constexpr Rgb kBorder = {222, 222, 228};
 constexpr TextStyle kTitle = {.colour = {30, 30, 36}, .scale = 1.2, .stroke = 1.7};
 constexpr TextStyle kHeader = {.colour = {120, 120, 130}, .scale = 0.9, .stroke = 1.35};
 constexpr TextStyle kLabel = {};
+constexpr int kLegendGap = 6, kFooterGap = 16;
+constexpr const char *kNoneOfLegend = "  0 %", *kAllOfLegend = "100 % of steps";
 constexpr TextStyle kFooter = {.colour = {120, 120, 130}, .scale = 0.9, .stroke = 1.35};
 constexpr int kLegendWidth = 96, kLegendHeight = 10;
 
@@ -114,12 +116,29 @@ int section_height(const Layout& layout, const Section& section) {
          rows * layout.cell_height + (rows - 1) * kRowGap;
 }
 
-int footer_height(const Sheet& sheet) {
-  return sheet.footer.empty() && sheet.legend.empty() ? 0 : kRowGap + text_height(kFooter);
+// A bar of colours between two texts; 0: there is none, or no room for it.
+int legend_width(const Layout& layout, const std::string& legend) {
+  if (legend.empty()) return 0;
+  const int width = text_width(legend + kNoneOfLegend, kFooter) + kLegendWidth + 2 * kLegendGap +
+                    text_width(kAllOfLegend, kFooter);
+  return width <= layout.width - 2 * kMargin ? width : 0;
+}
+
+// Footer and legend share a line where both fit; else the footer stands above.
+int footer_lines(const Layout& layout, const Sheet& sheet) {
+  const int legend = legend_width(layout, sheet.legend);
+  if (sheet.footer.empty() || legend == 0) return sheet.footer.empty() && legend == 0 ? 0 : 1;
+  const int both = text_width(sheet.footer, kFooter) + kFooterGap + legend;
+  return both <= layout.width - 2 * kMargin ? 1 : 2;
+}
+
+int footer_height(const Layout& layout, const Sheet& sheet) {
+  const int lines = footer_lines(layout, sheet);
+  return lines == 0 ? 0 : kRowGap + lines * text_height(kFooter) + (lines - 1) * kLegendGap;
 }
 
 int sheet_height(const Layout& layout, const Sheet& sheet) {
-  int height = 2 * kMargin + footer_height(sheet);
+  int height = 2 * kMargin + footer_height(layout, sheet);
   for (const auto& section : sheet.sections) height += section_height(layout, section);
   return height + (kRowGap + kSectionGap) * (static_cast<int>(sheet.sections.size()) - 1);
 }
@@ -164,24 +183,19 @@ void draw_section(Image& image, int y, const Layout& layout, const Sheet& sheet,
   }
 }
 
-// At the right: the legend's text and a bar of its colours. Returns how much width it takes.
-int draw_legend(Image& image, int y, const Layout& layout, const std::string& legend) {
-  if (legend.empty()) return 0;
-  const int right = layout.width - kMargin;
-  const std::string full = "100 % of steps", none = legend + "  0 %";
-  const int full_x = right - text_width(full, kFooter);
-  const int bar_x = full_x - 6 - kLegendWidth;
-  const int none_x = bar_x - 6 - text_width(none, kFooter);
-  if (none_x < kMargin) return 0;
-  draw_text(image, full_x, y, full, kFooter);
-  draw_text(image, none_x, y, none, kFooter);
+// At the right.
+void draw_legend(Image& image, int y, const Layout& layout, const std::string& legend) {
+  const int full_x = layout.width - kMargin - text_width(kAllOfLegend, kFooter);
+  const int bar_x = full_x - kLegendGap - kLegendWidth;
+  const auto none = legend + kNoneOfLegend;
+  draw_text(image, full_x, y, kAllOfLegend, kFooter);
+  draw_text(image, bar_x - kLegendGap - text_width(none, kFooter), y, none, kFooter);
   for (int x = 0; x < kLegendWidth; ++x) {
     const double heat = static_cast<double>(x) / (kLegendWidth - 1);
     const Rgb colour = mix({255, 255, 255}, heat_colour(heat), heat_opacity(heat));
     for (int row = 0; row < kLegendHeight; ++row) image.at(bar_x + x, y + 1 + row) = colour;
   }
   frame(image, bar_x, y + 1, kLegendWidth, kLegendHeight);
-  return right - none_x;
 }
 
 // Weights of the four samples around a place between the middle two, t of the way (Catmull-Rom).
@@ -260,8 +274,13 @@ Image draw_sheet(const Sheet& sheet, const SheetOptions& options) {
     y += section_height(layout, section) + kRowGap + kSectionGap;
   }
   y = image.height - kMargin - text_height(kFooter);
-  const int legend = draw_legend(image, y, layout, sheet.legend);
-  const int room = layout.width - 2 * kMargin - (legend > 0 ? legend + 16 : 0);
+  const int legend = legend_width(layout, sheet.legend);
+  if (legend > 0) draw_legend(image, y, layout, sheet.legend);
+  int room = layout.width - 2 * kMargin;
+  if (footer_lines(layout, sheet) == 2)
+    y -= kLegendGap + text_height(kFooter);
+  else if (legend > 0)
+    room -= legend + kFooterGap;
   draw_text(image, kMargin, y, shorten_text(sheet.footer, room, kFooter), kFooter);
   return image;
 }
