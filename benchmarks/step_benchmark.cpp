@@ -13,7 +13,6 @@
 // another program's, and stops where token sums differ by 1e-3 (bf16: 8e-3) or the output by 5 %.
 // Further options are Google Benchmark's.
 
-#include <filesystem>
 #include <iostream>
 #include <map>
 #include <string>
@@ -99,10 +98,7 @@ class Model {
   explicit Model(const Settings& settings) : settings_(settings) {}
 
   // A compiled UNet has the layout that it was compiled with.
-  bool compiled() const {
-    const std::filesystem::path path = settings_.text("unet");
-    return path.extension() == ".pt2" || std::filesystem::is_directory(path);
-  }
+  bool compiled() const { return AotiUNet::is_package(settings_.text("unet")); }
 
   // The file is loaded once per layout.
   std::shared_ptr<const UNet> unet(bool graph, bool channels_last) {
@@ -232,12 +228,13 @@ void check(Model& model) {
     if (graph && !model.settings().device().is_cuda()) break;
     for (const bool channels_last : {false, true}) {
       if (channels_last && model.compiled()) break;
-      const auto off = bench::compare_with_reference(*model.unet(graph, channels_last), file);
+      const auto unet = model.unet(graph, channels_last);
+      const auto off = bench::compare_with_reference(*unet, file);
       std::cout << "reference, " << (graph ? "graph" : "eager")
                 << (channels_last ? ", channels last" : "") << ": token sums differ by up to "
                 << off.token_sums << ", the output by " << off.output << " of its largest value\n";
       // Other kernels round other bits of q and k; bf16 has three fewer.
-      const bool is_bf16 = model.unet(graph, channels_last)->dtype() == torch::kBFloat16;
+      const bool is_bf16 = unet->dtype() == torch::kBFloat16;
       TORCH_CHECK_VALUE(off.token_sums < (is_bf16 ? 8e-3 : 1e-3) && off.output < 5e-2,
                         "the UNet differs from ", path);
     }

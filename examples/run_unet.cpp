@@ -1,7 +1,9 @@
-// Calls a UNet on given inputs, without a sampler: run_unet unet.ts|unet.pt2|folder calls.pt out.pt
-// [device] calls.pt: a list of dicts of tensors (x, timesteps, context, y …), as torch.save writes
-// it. out.pt: all outputs one after the other, as one flat fp32 tensor for torch.load.
-#include <filesystem>
+// Calls a UNet on given inputs, without a sampler.
+//
+//   run_unet unet.ts|unet.pt2|folder calls.pt out.pt [device]
+//
+// calls.pt: a list of dicts of tensors (x, timesteps, context, y …), as torch.save writes it.
+// out.pt: all outputs one after the other, as one flat fp32 tensor for torch.load.
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -13,8 +15,7 @@
 namespace {
 
 std::shared_ptr<const sag::UNet> load(const std::string& path, torch::Device device) {
-  const bool compiled = path.ends_with(".pt2") || std::filesystem::is_directory(path);
-  if (compiled) return sag::AotiUNet::load(path, {.device = device});
+  if (sag::AotiUNet::is_package(path)) return sag::AotiUNet::load(path, {.device = device});
   return sag::TorchScriptUNet::load(path, {.device = device});
 }
 

@@ -214,7 +214,7 @@ def write_compiled(network, folder, options, sites):
             raise Mistake(f"A --size must be a multiple of {network.multiple} for this network, got {side}.")
     sizes = sizes or default_sizes(network)
     rows = options.rows or [(1, 8)]
-    if not any(low <= 1 <= high for low, high in (dim if isinstance(dim, tuple) else (dim, dim) for dim in rows)):
+    if all(bounds(dim)[0] > 1 for dim in rows):
         say("note: no package takes one row, which SAG asks for beside the two of CFG; --rows 1,2 would do for both")
     on = options.channels_last == "on"
     if options.channels_last == "auto":
@@ -230,7 +230,7 @@ def fitting(latent, sizes):
     """The default latent if a package takes it, else the first package's that is nearest."""
 
     def nearest(side, dim):
-        low, high, multiple = (*dim, 1)[:3] if isinstance(dim, tuple) else (dim, dim, 1)
+        low, high, multiple = bounds(dim)
         return min(max(side // multiple * multiple, low), high)
 
     fits = [tuple(map(nearest, latent, pair)) for pair in sizes]
@@ -286,6 +286,7 @@ from export import compiled, description, torchscript  # noqa: E402
 from export import sites as sites_of  # noqa: E402
 from export.mistake import Mistake  # noqa: E402
 from export.model_folder import new_folder  # noqa: E402
+from export.package import bounds  # noqa: E402
 from export.source import open_source  # noqa: E402
 
 if __name__ == "__main__":

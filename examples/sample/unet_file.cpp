@@ -1,6 +1,5 @@
 #include "unet_file.h"
 
-#include <filesystem>
 #include <optional>
 
 #include <fmt/format.h>
@@ -16,11 +15,6 @@ namespace {
 std::optional<bool> channels_last(const Options& options) {
   const auto choice = options.channels_last.value_or("auto");
   return choice == "auto" ? std::nullopt : std::optional(choice == "on");
-}
-
-bool is_compiled(const std::filesystem::path& path) {
-  std::error_code error;
-  return path.extension() == ".pt2" || std::filesystem::is_directory(path, error);
 }
 
 std::shared_ptr<const sag::UNet> load_compiled(const Options& options, const Settings& settings) {
@@ -41,7 +35,7 @@ std::shared_ptr<const sag::UNet> load_compiled(const Options& options, const Set
 }  // namespace
 
 std::shared_ptr<const sag::UNet> load_unet(const Options& options, const Settings& settings) {
-  if (is_compiled(settings.unet)) return load_compiled(options, settings);
+  if (sag::AotiUNet::is_package(settings.unet)) return load_compiled(options, settings);
   return sag::TorchScriptUNet::load(settings.unet, {.device = settings.device,
                                                     .dtype = settings.dtype,
                                                     .channels_last = channels_last(options)});

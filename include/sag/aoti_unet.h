@@ -32,8 +32,7 @@ struct AotiUNetOptions {
 /// current stream of its thread. Threads wait for each other while one launches (on the CPU, while
 /// it computes) with the same package, not with another; a hook that calls the UNet it runs in is
 /// fine, hooks of two compiled UNets that call each other's from two threads would wait for ever.
-/// While it is loaded, LibTorch keeps the
-/// unpacked package in a folder of /tmp.
+/// While it is loaded, LibTorch keeps the unpacked package in a folder of /tmp.
 class SAG_API AotiUNet final : public UNet {
  public:
   /// Loads a package or a folder of packages. Throws ValueError, in one sentence, when something
@@ -41,6 +40,8 @@ class SAG_API AotiUNet final : public UNet {
   /// LibTorch, or when the packages of a folder do not belong together.
   static std::shared_ptr<AotiUNet> load(const std::string& path, const AotiUNetOptions& options);
   static std::shared_ptr<AotiUNet> load(const std::string& path);
+  /// Whether a path is one to load here, a *.pt2 or a folder, and not a TorchScript archive.
+  static bool is_package(const std::string& path);
   ~AotiUNet() override;
 
   /// Returns the raw network output, [rows, channels, height, width], contiguous. Throws ValueError

@@ -23,8 +23,8 @@ struct CondRequest {
 };
 
 struct CalcCondBatchOptions {
-  /// At most so many rows in one UNet call; 0: no limit but the UNet's own. The limit changes memory and speed, never
-  /// the result (but for the rounding of another batch size).
+  /// At most so many rows in one UNet call; 0: no limit but the UNet's own. The limit changes
+  /// memory and speed, never the result (but for the rounding of another batch size).
   std::int64_t max_rows = 0;
 };
 

@@ -283,11 +283,7 @@ LoadedPackage& AotiUNet::State::package_for(const std::vector<torch::Tensor>& ar
 std::vector<InstalledHook> AotiUNet::State::hooks_by_path() const {
   std::vector<InstalledHook> hooks;
   for (auto hook : AttentionScope::hooks()) {
-    const auto found = sites_called(first().sites, hook.site);
-    TORCH_CHECK_VALUE(found.size() == 1,
-                      "[AotiUNet::forward] hooked sites must each be one of the package's, got '",
-                      hook.site, "'; ", list_sites(first().sites));
-    hook.site = found.front().path;
+    hook.site = site_called(first().sites, hook.site, "AotiUNet::forward").path;
     hooks.push_back(std::move(hook));
   }
   return hooks;
@@ -310,14 +306,8 @@ torch::Tensor AotiUNet::State::run(const UNetInput& input) {
                 list_shapes(input), ": ", plain_message(error));
   }
   if (scope) scope->finish();
-  const auto& x = input.x;
   const auto out = outputs.empty() ? torch::Tensor() : outputs.front();
-  const bool fits = out.defined() && out.dim() == 4 && out.size(0) == x.size(0) &&
-                    out.size(2) == x.size(2) && out.size(3) == x.size(3);
-  TORCH_CHECK_VALUE(fits, "[AotiUNet::forward] '", package.about.path,
-                    "' must return x's rows, height and width, got ",
-                    out.defined() ? c10::str(out.sizes()) : "nothing", " for x of shape ",
-                    x.sizes());
+  check_output(out, input.x, "AotiUNet::forward", "'" + package.about.path + "'");
   return out.contiguous();
 }
 
@@ -337,6 +327,11 @@ std::shared_ptr<AotiUNet> AotiUNet::load(const std::string& path, const AotiUNet
 
 std::shared_ptr<AotiUNet> AotiUNet::load(const std::string& path) {
   return load(path, {});
+}
+
+bool AotiUNet::is_package(const std::string& path) {
+  std::error_code error;
+  return path.ends_with(".pt2") || std::filesystem::is_directory(path, error);
 }
 
 torch::Tensor AotiUNet::forward(const UNetInput& input) const {

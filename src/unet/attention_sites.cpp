@@ -124,12 +124,15 @@ std::vector<std::size_t> nodes_of(const FlatGraph& flat, const AttentionSiteInfo
   return found;
 }
 
-std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
-                                            const std::string& name) {
-  std::vector<AttentionSiteInfo> found;
-  std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
-               [&](const auto& site) { return site.name == name || site.path == name; });
-  return found;
+const AttentionSiteInfo& site_called(const std::vector<AttentionSiteInfo>& sites,
+                                     const std::string& name, const char* caller) {
+  const auto is_called = [&](const auto& site) { return site.name == name || site.path == name; };
+  const auto count = std::count_if(sites.begin(), sites.end(), is_called);
+  TORCH_CHECK_VALUE(count > 0, "[", caller, "] hooked sites must be the UNet's, got '", name, "'; ",
+                    list_sites(sites));
+  TORCH_CHECK_VALUE(count == 1, "[", caller, "] a hooked site must be one attention, but '", name,
+                    "' stands for ", count, " in this file");
+  return *std::find_if(sites.begin(), sites.end(), is_called);
 }
 
 std::string list_sites(const std::vector<AttentionSiteInfo>& sites) {

@@ -19,9 +19,10 @@ std::vector<AttentionSiteInfo> self_attention_sites(const FlatGraph& flat);
 /// splits its batch.
 std::vector<std::size_t> nodes_of(const FlatGraph& flat, const AttentionSiteInfo& site);
 
-/// Returns the sites that `name` may mean: those of that name, or of that path.
-std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
-                                            const std::string& name);
+/// Returns the site of that name or path, which a hook is set on. Throws ValueError, as `caller`,
+/// unless there is just one.
+const AttentionSiteInfo& site_called(const std::vector<AttentionSiteInfo>& sites,
+                                     const std::string& name, const char* caller);
 
 /// Returns a sentence that lists the sites, for errors.
 std::string list_sites(const std::vector<AttentionSiteInfo>& sites);

@@ -229,6 +229,15 @@ std::string list_shapes(const UNetInput& input) {
   return text;
 }
 
+void check_output(const torch::Tensor& out, const torch::Tensor& x, const char* caller,
+                  const std::string& model) {
+  const bool fits = out.defined() && out.dim() == 4 && out.size(0) == x.size(0) &&
+                    out.size(2) == x.size(2) && out.size(3) == x.size(3);
+  TORCH_CHECK_VALUE(fits, "[", caller, "] ", model, " must return x's rows, height and width, got ",
+                    out.defined() ? c10::str(out.sizes()) : "nothing", " for x of shape ",
+                    x.sizes());
+}
+
 torch::Tensor output_tensor(const c10::IValue& output) {
   if (output.isTensor()) return output.toTensor();
   if (output.isTuple()) return first_tensor(output.toTupleRef().elements());

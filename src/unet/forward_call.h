@@ -43,6 +43,11 @@ void check_input(const UNetInput& input, torch::Device device, torch::ScalarType
 /// layers minded.
 std::string list_shapes(const UNetInput& input);
 
+/// Throws ValueError unless `out` has x's rows, height and width. `model` is what the error calls
+/// the network, `caller` who reports.
+void check_output(const torch::Tensor& out, const torch::Tensor& x, const char* caller,
+                  const std::string& model);
+
 /// Returns the tensor in what `forward` returned: itself, the first of a tuple or list, or
 /// "sample", "out" or the only entry of a dict, at any depth; undefined if there is none.
 torch::Tensor output_tensor(const c10::IValue& output);

@@ -160,7 +160,8 @@ Node* plain_convolution(Node* node) {
       c10::Symbol::fromQualString(kind + std::to_string(*dims) + "d"), inputs);
 }
 
-// Puts `replacement` where `node` is. It must have one output.
+}  // namespace
+
 void replace_node(Node* node, Node* replacement) {
   replacement->copyMetadata(node);
   replacement->output()->copyMetadata(node->output());
@@ -169,8 +170,6 @@ void replace_node(Node* node, Node* replacement) {
   node->output()->replaceAllUsesWith(replacement->output());
   node->destroy();
 }
-
-}  // namespace
 
 void hook_attention(const AttentionNode& attention, const std::string& site) {
   static const auto fused = c10::Symbol::fromQualString("sag::attention"),

@@ -9,6 +9,9 @@
 // Edits of a private, flattened graph (see flatten.h). Each leaves a graph that runs.
 namespace sag {
 
+/// Puts `replacement` where `node` is, with its metadata. Both have one output.
+void replace_node(torch::jit::Node* node, torch::jit::Node* replacement);
+
 /// Replaces a `scaled_dot_product_attention` by `sag::attention` with the same inputs, at `site`,
 /// and the last product of an unfused attention by `sag::attention_probabilities`.
 void hook_attention(const AttentionNode& attention, const std::string& site);

@@ -11,6 +11,7 @@
 #include <torch/csrc/jit/runtime/custom_operator.h>
 
 #include "flatten.h"
+#include "graph_rewrite.h"
 
 #ifdef SAG_WITH_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -111,14 +112,11 @@ void fuse_group_norm(Node* norm, c10::Symbol own) {
   // Inputs of group_norm: x, groups, weight, bias, eps, and cuDNN's switch.
   Node* fused = graph.create(own, norm->inputs().slice(0, 5));
   fused->addInput(graph.insertConstant(silu != nullptr));
-  fused->copyMetadata(norm);
-  graph.insertNode(fused);
-  TORCH_INTERNAL_ASSERT(fused->maybeOperator(), "no operator fits ", *fused);
-  Node* last = silu ? silu : norm;
-  fused->output()->copyMetadata(last->output());
-  last->output()->replaceAllUsesWith(fused->output());
-  if (silu) silu->destroy();
-  norm->destroy();
+  if (silu) {
+    silu->output()->replaceAllUsesWith(norm->output());
+    silu->destroy();
+  }
+  replace_node(norm, fused);
 }
 
 }  // namespace

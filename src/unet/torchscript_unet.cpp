@@ -168,7 +168,6 @@ struct TorchScriptUNet::State {
   bool likes_channels_last() const;
   std::shared_ptr<GraphFunction> function(const std::vector<std::string>& hooked);
   std::shared_ptr<Graph> hooked_graph(const std::vector<std::string>& hooked) const;
-  AttentionSiteInfo site_called(const std::string& site) const;
   torch::Tensor run(const UNetInput& given);
 
   const Origin origin;
@@ -191,24 +190,13 @@ bool TorchScriptUNet::State::likes_channels_last() const {
   return device.is_cuda() && half && convolution_share(module) >= 0.4;
 }
 
-AttentionSiteInfo TorchScriptUNet::State::site_called(const std::string& site) const {
-  const auto found = sites_called(sites, site);
-  TORCH_CHECK_VALUE(!found.empty(),
-                    "[TorchScriptUNet::forward] hooked sites must be the UNet's, got '", site,
-                    "'; ", list_sites(sites));
-  TORCH_CHECK_VALUE(found.size() == 1,
-                    "[TorchScriptUNet::forward] a hooked site must be one attention, but '", site,
-                    "' stands for ", found.size(), " in this file");
-  return found.front();
-}
-
 std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
     const std::vector<std::string>& hooked) const {
   const auto graph = flat.graph->copy();
   const auto nodes = attention_nodes(*graph);
   std::map<std::int64_t, std::string> names;
   for (const auto& name : hooked) {
-    const auto site = site_called(name);
+    const auto& site = site_called(sites, name, "TorchScriptUNet::forward");
     const auto [other, is_new] = names.emplace(site.ordinal, name);
     TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must go by one name, got '",
                       name, "' and '", other->second, "'");
@@ -282,12 +270,7 @@ torch::Tensor TorchScriptUNet::forward(const UNetInput& input) const {
   torch::NoGradGuard no_grad;
   check_input(input, state_->device, state_->dtype);
   const auto out = state_->run(input);
-  const auto& x = input.x;
-  const bool fits = out.dim() == 4 && out.size(0) == x.size(0) && out.size(2) == x.size(2) &&
-                    out.size(3) == x.size(3);
-  TORCH_CHECK_VALUE(fits, "[TorchScriptUNet::forward] ", state_->origin.model,
-                    " must return x's rows, height and width, got ", out.sizes(),
-                    " for x of shape ", x.sizes());
+  check_output(out, input.x, "TorchScriptUNet::forward", state_->origin.model);
   return out;
 }
 

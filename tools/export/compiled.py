@@ -12,7 +12,7 @@ import torch
 from export.check import check_calls
 from export.mistake import Mistake
 from export.network import first_line
-from export.package import write_package, write_weights
+from export.package import bounds, write_package, write_weights
 
 RUN_UNET = pathlib.Path(__file__).resolve().parents[2] / "build/release/examples/run_unet"
 
@@ -25,15 +25,9 @@ def text_of(dim):
 
 def tried(dim):
     """Two small values of a dim, not 1 if it can be helped; of a fixed one, it alone twice."""
-    if not isinstance(dim, tuple):
-        return dim, dim
-    low, high, multiple = (*dim, 1)[:3]
+    low, high, multiple = bounds(dim)
     first = low if low > 1 else min(low + multiple, high)
     return first, min(first + multiple, high)
-
-
-def least(dim):
-    return dim[0] if isinstance(dim, tuple) else dim
 
 
 def dims_of(network, rows, height, width):
@@ -78,7 +72,7 @@ def compile_and_check(network, path, dims, sites, weights, say):
     except Exception as error:  # of a module, or a compiler, that is not ours
         raise Mistake(f"The network cannot be compiled: {first_line(error).removesuffix('.')}.") from error
     say(f"checking {path.name}")
-    sizes = {tuple(map(least, dims)), tuple(tried(dim)[1] for dim in dims)}
+    sizes = {tuple(bounds(dim)[0] for dim in dims), tuple(tried(dim)[1] for dim in dims)}
     calls = [network.example(*size, seed=1) for size in sorted(sizes)]
     results = OtherProcess(path, weights, calls)
     check_calls(path.name, results, network.module, [tuple(call.values()) for call in calls], example["x"].dtype)

@@ -109,23 +109,23 @@ def _check(module, example, out, dims, sites):
             raise ValueError(f"the example's {name} must be at least 2 where it may vary, got {list(tensor.shape)}")
 
 
-def _bounds(spec):
-    low, high, multiple = (spec, spec, 1) if isinstance(spec, int) else (*spec, 1)[:3]
-    return low, high, multiple
+def bounds(spec):
+    """(low, high, multiple) of what a dimension may be."""
+    return (spec, spec, 1) if isinstance(spec, int) else (*spec, 1)[:3]
 
 
 def _fits(size, spec):
-    low, high, multiple = _bounds(spec)
+    low, high, multiple = bounds(spec)
     return low <= size <= high and size % multiple == 0
 
 
 def _spec_text(spec):
-    low, high, multiple = _bounds(spec)
+    low, high, multiple = bounds(spec)
     return f"{low}" if low == high else f"{low}-{high}" + (f"/{multiple}" if multiple > 1 else "")
 
 
 def _symbol(name, spec):
-    low, high, multiple = _bounds(spec)
+    low, high, multiple = bounds(spec)
     if low == high:
         return torch.export.Dim.STATIC
     if low % multiple or high % multiple:

@@ -37,16 +37,20 @@ def write_vae(autoencoder, folder):
         check_calls(path.name, torch.jit.load(str(path)), module, calls, torch.float32)
 
 
+def text_parts(source):
+    """Tokenizer and model; of SDXL both pairs in a row."""
+    return [part for pair in zip(source.tokenizers, source.text_models) for part in pair]
+
+
 @torch.no_grad()
 def write_text_encoder(source, path, dtype):
     """text_encoder.ts, with weights in `dtype`; what runs it does so in fp32 on the CPU."""
     for model in source.text_models:
         model.to(dtype).float()  # what is rounded is rounded for the comparison too
     if len(source.text_models) == 1:
-        encoder = text.make_text_encoder(source.tokenizers[0], source.text_models[0])
+        encoder = text.make_text_encoder(*text_parts(source))
     else:
-        pairs = zip(source.tokenizers, source.text_models)
-        encoder = text.make_text_and_size_encoder(*(part for pair in pairs for part in pair), vae.factor_of(source.vae))
+        encoder = text.make_text_and_size_encoder(*text_parts(source), vae.factor_of(source.vae))
     archive.save(encoder.to(dtype), path)
     encoder.float()  # it shares the models' weights
     check_text_encoder(source, torch.jit.load(str(path)).float(), path.name)
@@ -56,12 +60,11 @@ def check_text_encoder(source, loaded, name):
     for prompt in PROMPTS * 4:  # TorchScript optimizes after a few runs, and has mixed up lists then
         if len(source.text_models) == 1:
             got = [loaded.encode(prompt)]
-            expected = [text.expected(prompt, source.tokenizers[0], source.text_models[0])]
+            expected = [text.expected(prompt, *text_parts(source))]
         else:
             factor = vae.factor_of(source.vae)
             got = loaded.encode(prompt, 40, 24)
-            pairs = [part for pair in zip(source.tokenizers, source.text_models) for part in pair]
-            expected = text.expected(prompt, *pairs, size=(40 * factor, 24 * factor))
+            expected = text.expected(prompt, *text_parts(source), size=(40 * factor, 24 * factor))
         for one, other in zip(got, expected):
             check_equal(name, one, other, torch.float32)
         if (loaded.cut(prompt) == "") == (prompt is PROMPTS[-1]):
