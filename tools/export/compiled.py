@@ -14,8 +14,6 @@ from export.mistake import Mistake
 from export.network import first_line
 from export.package import bounds, write_package, write_weights
 
-RUN_UNET = pathlib.Path(__file__).resolve().parents[2] / "build/release/examples/run_unet"
-
 # A dim is a number, (low, high), or (low, high, multiple), as write_package takes them.
 
 
@@ -73,32 +71,24 @@ def compile_and_check(network, path, dims, sites, weights, say):
         raise Mistake(f"The network cannot be compiled: {first_line(error).removesuffix('.')}.") from error
     say(f"checking {path.name}")
     sizes = {tuple(bounds(dim)[0] for dim in dims), tuple(tried(dim)[1] for dim in dims)}
-    calls = [network.example(*size, seed=1) for size in sorted(sizes)]
-    results = OtherProcess(path, weights, calls)
-    check_calls(path.name, results, network.module, [tuple(call.values()) for call in calls], example["x"].dtype)
+    calls = [tuple(network.example(*size, seed=1).values()) for size in sorted(sizes)]
+    check_calls(path.name, OtherProcess(path, weights, calls), network.module, calls, example["x"].dtype)
 
 
 class OtherProcess:
-    """What a package returns for some calls, run in a process of its own: by sag's program run_unet where it is built,
-    else by PyTorch (run_package.py). A package that crashes takes nobody along."""
+    """What a package returns for some calls, run in a process of its own (run_package.py), which imports no more than
+    PyTorch, as sag does. A package that crashes takes nobody along."""
 
     def __init__(self, package, weights, calls):
         with tempfile.TemporaryDirectory() as folder:
             given, results = (os.path.join(folder, name) for name in ("calls.pt", "results.pt"))
-            torch.save([{name: t.cpu() for name, t in call.items()} for call in calls], given)
-            device = calls[0]["x"].device
-            if RUN_UNET.exists():
-                command = [RUN_UNET, package, given, results, device.type]
-            else:
-                program = pathlib.Path(__file__).with_name("run_package.py")
-                command = [sys.executable, program, package, weights or "", given, results, device.type]
+            torch.save(calls, given)
+            program = pathlib.Path(__file__).with_name("run_package.py")
+            command = [sys.executable, program, package, weights or "", given, results]
             done = subprocess.run([*map(str, command)], capture_output=True, text=True)
             if done.returncode:
                 raise Mistake(f"{package.name} does not run: {why(done)}.")
-            flat = torch.load(results).to(device)
-        shapes = [call["x"].shape for call in calls]  # a network returns what it is given
-        parts = flat.split([shape.numel() for shape in shapes])
-        self.results = iter([part.view(shape) for part, shape in zip(parts, shapes)])
+            self.results = iter(torch.load(results, map_location=calls[0][0].device))
 
     def __call__(self, *call):
         return next(self.results)
@@ -106,7 +96,6 @@ class OtherProcess:
 
 def why(done):
     if done.returncode < 0:
-        hint = "" if RUN_UNET.exists() else " (build sag, and its own program will run it, not PyTorch's loader)"
-        return f"its process was ended by signal {-done.returncode}{hint}"
+        return f"its process was ended by signal {-done.returncode}"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return lines[-1].removesuffix(".") if lines else f"its process ended with {done.returncode}"
