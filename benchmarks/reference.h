@@ -3,8 +3,10 @@
 // A UNet's output and attention map against what another program computed:
 // tools/make_benchmark_unet.py writes such files. Header only, as device.h is.
 
+#include <cmath>
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,9 +37,19 @@ class ReferenceFile {
   c10::impl::GenericDict dict_{c10::AnyType::get(), c10::AnyType::get()};
 };
 
-/// The largest differences: of the map, whose mean is 1, and of the output, by its largest value.
+/// attention_map in the plain form, all in fp32.
+inline torch::Tensor plain_attention_map(const torch::Tensor& q, const torch::Tensor& k,
+                                         std::optional<double> scale) {
+  const auto factor = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1))));
+  const auto scores =
+      q.to(torch::kFloat).matmul(k.to(torch::kFloat).transpose(-1, -2)).mul_(factor);
+  return scores.softmax(-1).sum(-2).mean(1);
+}
+
+/// The largest differences: of the map, whose mean is 1, from the plain form of the q and k that
+/// the hook was given, and from the file's token_sums; of the output, by its largest value.
 struct Differences {
-  double token_sums = 0, output = 0;
+  double map = 0, token_sums = 0, output = 0;
 };
 
 /// Calls the UNet on the file's x, timesteps, context and y, with a hook that makes the map of the
@@ -54,13 +66,13 @@ inline Differences compare_with_reference(const UNet& unet, const ReferenceFile&
                         .context = given("context"),
                         .y = given("y")};
   const auto height = input.x.size(2), width = input.x.size(3);
-  const Owner owner("reference");
-  const AttentionHook record = [owner](const AttentionCall& call, const Pass& pass,
-                                       const NextAttention& next) {
+  const Owner maps("map"), plain_maps("plain map");
+  const AttentionHook record = [=](const AttentionCall& call, const Pass& pass,
+                                   const NextAttention& next) {
     const auto& rows = pass.groups.front();
-    pass.step->record(
-        owner, rows,
-        attention_map(pass.select(rows, call.q), pass.select(rows, call.k), call.scale));
+    const auto q = pass.select(rows, call.q), k = pass.select(rows, call.k);
+    pass.step->record(maps, rows, attention_map(q, k, call.scale));
+    pass.step->record(plain_maps, rows, plain_attention_map(q, k, call.scale));
     return next(call);
   };
   StepContext step(1.0, 0, height, width);
@@ -76,12 +88,13 @@ inline Differences compare_with_reference(const UNet& unet, const ReferenceFile&
                              pass);
   const auto output = unet.forward(input).to(torch::kFloat);
   scope.finish();
-  const auto records = step.records(owner);
+  const auto records = step.records(maps);
   TORCH_CHECK(records.size() == 1, "the middle block's self-attention did not run once");
   const auto far = [](const torch::Tensor& a, const torch::Tensor& b) {
     return (a - b.to(a.device(), torch::kFloat)).abs().max().item<double>();
   };
-  return {far(records.front().map, file["token_sums"]),
+  const auto& map = records.front().map;
+  return {far(map, step.records(plain_maps).front().map), far(map, file["token_sums"]),
           far(output, file["output"]) / file["output"].abs().max().item<double>()};
 }
 

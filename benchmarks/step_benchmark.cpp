@@ -232,7 +232,9 @@ void check(Model& model) {
       const auto off = bench::compare_with_reference(*unet, file);
       std::cout << "reference, " << (graph ? "graph" : "eager")
                 << (channels_last ? ", channels last" : "") << ": token sums differ by up to "
-                << off.token_sums << ", the output by " << off.output << " of its largest value\n";
+                << off.token_sums << ", the map of the same q and k by " << off.map
+                << ", the output by " << off.output << " of its largest value\n";
+      TORCH_CHECK(off.map < 1e-3, "attention_map differs from its plain form");
       // Other kernels round other bits of q and k; bf16 has three fewer.
       const bool is_bf16 = unet->dtype() == torch::kBFloat16;
       TORCH_CHECK_VALUE(off.token_sums < (is_bf16 ? 8e-3 : 1e-3) && off.output < 5e-2,
