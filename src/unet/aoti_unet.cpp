@@ -7,7 +7,6 @@
 #include <unordered_map>
 #include <utility>
 
-#include <ATen/Context.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/DeviceGuard.h>
 #include <caffe2/serialize/inline_container.h>
@@ -41,16 +40,10 @@ struct LoadedPackage {
 
 // The device to run on.
 torch::Device choose_device(const Package& package, const std::optional<torch::Device>& wanted) {
-  auto device = wanted.value_or(torch::Device(package.device));
+  const auto device = wanted.value_or(torch::Device(package.device));
   TORCH_CHECK_VALUE(device.type() == package.device, "[AotiUNet::load] device must be a ",
                     package.device, ", which '", package.path, "' was compiled for, got ", device);
-  if (!device.is_cuda()) return device;
-  const auto devices = at::hasCUDA() ? at::detail::getCUDAHooks().deviceCount() : 0;
-  TORCH_CHECK_VALUE(std::max<int>(device.index(), 0) < devices,
-                    "[AotiUNet::load] device must be one of the ", devices,
-                    " CUDA devices here, got ", device, " for '", package.path, "'");
-  if (!device.has_index()) device.set_index(at::detail::getCUDAHooks().getCurrentDevice());
-  return device;
+  return numbered_device("AotiUNet::load", device);
 }
 
 // Machine code of a GPU runs on those of the same generation that are no older.

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <map>
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <caffe2/serialize/inline_container.h>
@@ -130,6 +131,15 @@ torch::jit::Module read_archive(const std::string& path) {
     if (const auto op = unknown_op(message); !op.empty()) refuse_op(path, op);
     refuse(path, "which cannot be loaded: " + message);
   }
+}
+
+torch::Device numbered_device(const char* caller, torch::Device device) {
+  if (!device.is_cuda()) return device;
+  const auto devices = at::hasCUDA() ? at::detail::getCUDAHooks().deviceCount() : 0;
+  TORCH_CHECK_VALUE(std::max<int>(device.index(), 0) < devices, "[", caller,
+                    "] device must be one of the ", devices, " CUDA devices here, got ", device);
+  if (!device.has_index()) device.set_index(at::detail::getCUDAHooks().getCurrentDevice());
+  return device;
 }
 
 void convert_module(torch::jit::Module& module, torch::Device device,

@@ -12,6 +12,10 @@ namespace sag {
 /// the file cannot be read or is something else.
 torch::jit::Module read_archive(const std::string& path);
 
+/// Returns `device` with its number: "cuda" alone is the current one. Throws ValueError, as
+/// `caller`, where there is none of that number.
+torch::Device numbered_device(const char* caller, torch::Device device);
+
 /// Moves parameters and buffers to `device`. Floating parameters get `dtype`; floating buffers are
 /// only ever widened to it (see `convert_constants`).
 void convert_module(torch::jit::Module& module, torch::Device device,

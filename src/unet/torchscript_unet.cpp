@@ -5,7 +5,6 @@
 #include <mutex>
 #include <utility>
 
-#include <ATen/Context.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
@@ -33,18 +32,15 @@ struct Origin {
   std::string model;
 };
 
-void check_options(const TorchScriptUNetOptions& options) {
+// Returns them with their device's number: tensors always have one.
+TorchScriptUNetOptions checked(TorchScriptUNetOptions options) {
   const auto dtype = options.dtype.value_or(torch::kFloat);
   TORCH_CHECK_TYPE(dtype == torch::kFloat || dtype == torch::kHalf || dtype == torch::kBFloat16 ||
                        dtype == torch::kDouble,
                    "[TorchScriptUNet::load] dtype must be float, half, bfloat16 or double, got ",
                    dtype);
-  const auto& device = options.device;
-  if (!device.is_cuda()) return;
-  const auto devices = at::hasCUDA() ? at::detail::getCUDAHooks().deviceCount() : 0;
-  TORCH_CHECK_VALUE(std::max<int>(device.index(), 0) < devices,
-                    "[TorchScriptUNet::load] device must be one of the ", devices,
-                    " CUDA devices here, got ", device);
+  options.device = numbered_device("TorchScriptUNet::load", options.device);
+  return options;
 }
 
 // optimize_for_inference leaves constants that cannot be saved: their nodes come back without a
@@ -106,13 +102,6 @@ torch::ScalarType dtype_of(const Module& module, Graph& graph) {
   return constant_weights_dtype(graph).value_or(torch::kFloat);
 }
 
-// "cuda" without a number is the current device; tensors always have one.
-torch::Device numbered(torch::Device device) {
-  return device.is_cuda() && !device.has_index()
-             ? torch::Device(torch::kCUDA, at::detail::getCUDAHooks().getCurrentDevice())
-             : device;
-}
-
 // Everything of the graph that depends on where and in which dtype it runs.
 void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
                torch::ScalarType dtype) {
@@ -152,7 +141,7 @@ struct TorchScriptUNet::State {
     const auto recorded = dtype_of(module, *flat.graph);
     dtype = recorded;
     if (wanted) {
-      device = numbered(wanted->device);
+      device = wanted->device;
       dtype = wanted->dtype.value_or(device.is_cpu() ? torch::kFloat : recorded);
       convert_module(module, device, dtype == recorded ? std::nullopt : std::make_optional(dtype));
     }
@@ -248,9 +237,9 @@ TorchScriptUNet::~TorchScriptUNet() = default;
 std::shared_ptr<TorchScriptUNet> TorchScriptUNet::load(const std::string& path,
                                                        const TorchScriptUNetOptions& options) {
   ensure_ops_registered();
-  check_options(options);
+  const auto wanted = checked(options);
   const Origin origin{"TorchScriptUNet::load", "'" + path + "'"};
-  auto state = std::make_unique<State>(read_archive(path), origin, &options);
+  auto state = std::make_unique<State>(read_archive(path), origin, &wanted);
   return std::shared_ptr<TorchScriptUNet>(new TorchScriptUNet(std::move(state)));
 }
 
