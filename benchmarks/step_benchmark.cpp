@@ -15,7 +15,10 @@
 
 #include <iostream>
 #include <map>
+#include <optional>
 #include <string>
+
+#include <c10/core/DeviceGuard.h>
 
 #include "device.h"
 #include "reference.h"
@@ -50,6 +53,15 @@ struct Settings {
   const std::string& text(const std::string& key) const { return values.at(key); }
   std::int64_t number(const std::string& key) const { return std::stoll(text(key)); }
   torch::Device device() const { return torch::Device(text("device")); }
+  std::optional<torch::ScalarType> dtype() const {
+    static const std::map<std::string, torch::ScalarType> known = {
+        {"fp32", torch::kFloat}, {"fp16", torch::kHalf}, {"bf16", torch::kBFloat16}};
+    if (text("dtype").empty()) return std::nullopt;
+    const auto found = known.find(text("dtype"));
+    TORCH_CHECK_VALUE(found != known.end(), "--dtype must be fp32, fp16 or bf16, got '",
+                      text("dtype"), "'");
+    return found->second;
+  }
 
   // Takes what is ours from the arguments and leaves the rest.
   void parse(int& argc, char** argv) {
@@ -107,11 +119,7 @@ class Model {
       file = AotiUNet::load(settings_.text("unet"), {.device = settings_.device()});
     } else if (!file) {
       TorchScriptUNetOptions options{.device = settings_.device(), .channels_last = channels_last};
-      const auto& dtype = settings_.text("dtype");
-      if (!dtype.empty())
-        options.dtype = dtype == "fp16"   ? torch::kHalf
-                        : dtype == "bf16" ? torch::kBFloat16
-                                          : torch::kFloat;
+      options.dtype = settings_.dtype();
       file = TorchScriptUNet::load(settings_.text("unet"), options);
     }
     if (!graph) return file;
@@ -256,6 +264,8 @@ int main(int argc, char** argv) {
   }
   try {
     at::globalContext().setBenchmarkCuDNN(settings.number("cudnn_benchmark") != 0);
+    c10::OptionalDeviceGuard on;  // all that measures asks the current device
+    if (settings.device().has_index()) on.reset_device(settings.device());
     Model model(settings);
     check(model);
     add_benchmarks(model);

@@ -50,6 +50,35 @@ TEST(AttentionOp, ReturnsMemoryOfItsOwn) {
   }
 }
 
+// The same with what a hook keeps; what nobody keeps is not copied.
+TEST(AttentionOp, LeavesAHooksMemoryToIt) {
+  const auto q = torch::randn({2, 1, 5, 8}), held = torch::randn({2, 1, 5, 8});
+  StepContext step(1, 0, 8, 8);
+  torch::Tensor kept;
+  const auto call_with = [&](const AttentionHook& hook) {
+    const AttentionScope scope({{"a", hook, {}}}, {.groups = {{.count = 2}}, .step = &step});
+    const auto out = call_op(q, "a");
+    scope.finish();
+    return out;
+  };
+  EXPECT_FALSE(
+      call_with([&](const auto&, const auto&, const auto&) { return held; }).is_alias_of(held));
+  const auto out = call_with([&](const auto& call, const auto&, const auto& next) {
+    auto result = next(call).contiguous();
+    kept = result.narrow(0, 0, 1);
+    return result;
+  });
+  EXPECT_FALSE(out.is_alias_of(kept));
+  EXPECT_TRUE(torch::equal(out.narrow(0, 0, 1), kept));
+  const void* memory = nullptr;
+  const auto fresh = call_with([&](const auto&, const auto&, const auto&) {
+    auto result = torch::zeros({2, 1, 5, 8});
+    memory = result.data_ptr();
+    return result;
+  });
+  EXPECT_EQ(fresh.data_ptr(), memory);
+}
+
 // Nothing behind the op checks, least of all a compiled UNet.
 TEST(AttentionOp, RefusesAnotherDtypeOrDevice) {
   const auto q = torch::randn({2, 3, 5, 8});

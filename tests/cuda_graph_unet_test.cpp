@@ -13,9 +13,13 @@
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
 #include "support/device.h"
+#include "support/torchscript_fixture.h"
 #include "support/toy_unet.h"
 
 #ifdef SAG_WITH_CUDA
+#include <ATen/autocast_mode.h>
+#include <ATen/cuda/CUDAEvent.h>
+#include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -223,12 +227,13 @@ TEST_F(CudaGraph, WhatAHookThrowsArrives) {
   EXPECT_TRUE(sample_toy(unet).isfinite().all().item<bool>());
 }
 
-// Reads from the device, which no capture allows.
-class SynchronizingUNet final : public UNet {
+// The toy, and something that it does with its input and output.
+class ChangedToy final : public UNet {
  public:
-  explicit SynchronizingUNet(torch::Device device) : toy_(device) {}
+  using Change = std::function<torch::Tensor(const UNetInput&, const torch::Tensor& out)>;
+  ChangedToy(torch::Device device, Change change) : toy_(device), change_(std::move(change)) {}
   torch::Tensor forward(const UNetInput& input) const override {
-    return toy_.forward(input) * input.timesteps[0].item<double>();
+    return change_(input, toy_.forward(input));
   }
   std::vector<AttentionSiteInfo> attention_sites() const override { return toy_.attention_sites(); }
   torch::Device device() const override { return toy_.device(); }
@@ -236,23 +241,114 @@ class SynchronizingUNet final : public UNet {
 
  private:
   ToyUNet toy_;
+  Change change_;
 };
 
 TEST_F(CudaGraph, FallsBackWhenItCannotCapture) {
-  const auto synchronizing = std::make_shared<SynchronizingUNet>(device());
-  const CudaGraphUNet unet(synchronizing);
+  // Reads from the device.
+  const ChangedToy::Change synchronizing = [](const UNetInput& input, const torch::Tensor& out) {
+    return out * input.timesteps[0].item<double>();
+  };
+  // Leaves work on another stream: the capture fails at its end.
+  const ChangedToy::Change unjoined = [](const UNetInput&, const torch::Tensor& out) {
+    at::cuda::CUDAEvent ready;
+    ready.record();
+    const auto other = c10::cuda::getStreamFromPool();
+    ready.block(other);
+    const c10::cuda::CUDAStreamGuard guard(other);
+    out.add(1);
+    return out;
+  };
+  for (const auto& change : {synchronizing, unjoined}) {
+    const auto changed = std::make_shared<ChangedToy>(device(), change);
+    const CudaGraphUNet unet(changed);
+    const auto input = toy_input(2, device());
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(unet.forward(input).equal(changed->forward(input)));
+    const auto report = unet.report();
+    EXPECT_NE(report.failure, "");
+    EXPECT_EQ(report.eager.at("a capture failed"), 3);
+    EXPECT_EQ(report.replays, 0);
+    // The process captures on.
+    const CudaGraphUNet healthy(std::make_shared<ToyUNet>(device()));
+    healthy.forward(input);
+    EXPECT_EQ(healthy.report().failure, "");
+    EXPECT_EQ(healthy.report().replays, 1);
+    EXPECT_NO_THROW(c10::cuda::CUDACachingAllocator::emptyCache());
+  }
+}
+
+TEST_F(CudaGraph, IsEagerInsideACaptureOfTheCallers) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const CudaGraphUNet unet(toy);
+  auto input = toy_input(2, device());
+  const auto stream = c10::cuda::getStreamFromPool();
+  const c10::cuda::CUDAStreamGuard guard(stream);
+  unet.forward(input);  // has its graph
+  at::cuda::CUDAGraph graph;
+  graph.capture_begin();
+  const auto out = unet.forward(input);
+  graph.capture_end();
+  EXPECT_EQ(unet.report().eager.at("the caller captures a graph itself"), 1);
+  input.x.mul_(0.5);
+  graph.replay();
+  EXPECT_TRUE(out.equal(toy->forward(input)));
+}
+
+// Autocast keeps half weights for as long as its region lasts; a graph would read them afterwards.
+TEST_F(CudaGraph, IsEagerUnderAutocast) {
+  const auto toy = std::make_shared<ToyUNet>(device());
+  const CudaGraphUNet unet(toy);
   const auto input = toy_input(2, device());
-  for (int i = 0; i < 3; ++i) EXPECT_TRUE(unet.forward(input).equal(synchronizing->forward(input)));
-  const auto report = unet.report();
-  EXPECT_NE(report.failure, "");
-  EXPECT_EQ(report.eager.at("a capture failed"), 3);
-  EXPECT_EQ(report.replays, 0);
-  // The process captures on.
-  const CudaGraphUNet healthy(std::make_shared<ToyUNet>(device()));
-  healthy.forward(input);
-  EXPECT_EQ(healthy.report().failure, "");
-  EXPECT_EQ(healthy.report().replays, 1);
-  EXPECT_NO_THROW(c10::cuda::CUDACachingAllocator::emptyCache());
+  at::autocast::set_autocast_enabled(torch::kCUDA, true);
+  const auto out = unet.forward(input), expected = toy->forward(input);
+  at::autocast::set_autocast_enabled(torch::kCUDA, false);
+  at::autocast::clear_cache();
+  EXPECT_TRUE(out.equal(expected));
+  EXPECT_EQ(unet.report().eager.at("autocast is on"), 1);
+}
+
+// LibTorch would run forked tasks on the streams of other threads, which no capture sees.
+TEST_F(CudaGraph, HoldsWhatAFileForks) {
+  auto module = test::make_torchscript_unet(
+      {.body = "    future = fork(block(self.middle_block).attn1.forward, t, t)\n"
+               "    t = t + torch.wait(future)\n"});
+  module.to(device());
+  const auto file = TorchScriptUNet::from_module(module);
+  const CudaGraphUNet unet(file);
+  for (const double factor : {1.0, 0.5, 2.0}) {
+    UNetInput input{.x = fill({2, 4, 6, 5}, 0.7, 0.3, factor).to(device()),
+                    .timesteps = torch::full({2}, 5.0, device()),
+                    .context = torch::ones({2, 3, test::kContextWidth}, device())};
+    EXPECT_TRUE(unet.forward(input).equal(file->forward(input))) << factor;
+  }
+  EXPECT_EQ(unet.report().replays, 3);
+}
+
+// Products that are long and thin are summed in a workspace of the library's.
+TEST_F(CudaGraph, StreamsShareNoWorkspace) {
+  const auto weight = torch::randn({1 << 16, 16}, device()) * 0.01;
+  const auto changed = std::make_shared<ChangedToy>(
+      device(), [weight](const UNetInput& input, const torch::Tensor& out) {
+        const auto wide = input.x.flatten(1).repeat({1, (1 << 16) / (4 * 16 * 24) + 1});
+        return out + wide.narrow(1, 0, 1 << 16).matmul(weight).mean();
+      });
+  const CudaGraphUNet unet(changed);
+  const std::vector<c10::cuda::CUDAStream> streams = {c10::cuda::getStreamFromPool(),
+                                                      c10::cuda::getStreamFromPool()};
+  std::vector<UNetInput> inputs(2, toy_input(2, device()));
+  inputs[1].x = inputs[1].x * -3;
+  std::vector<torch::Tensor> expected, got;
+  for (const auto& input : inputs) expected.push_back(changed->forward(input));
+  torch::cuda::synchronize();
+  for (int repeat = 0; repeat < 100; ++repeat) {
+    for (std::size_t i = 0; i < 2; ++i) {
+      const c10::cuda::CUDAStreamGuard guard(streams[i]);
+      got.push_back(unet.forward(inputs[i]));
+    }
+  }
+  torch::cuda::synchronize();
+  for (std::size_t i = 0; i < got.size(); ++i) EXPECT_TRUE(got[i].equal(expected[i % 2])) << i;
+  EXPECT_EQ(unet.report().captures, 2);
 }
 
 TEST_F(CudaGraph, OutlivesTheInferenceModeItWasCapturedIn) {

@@ -403,26 +403,48 @@ TEST(TorchScriptUNet, HooksEveryAttentionUnderOnePath) {
   EXPECT_TRUE(torch::equal(hooked.out, unet->forward(in)));
 }
 
-TEST(TorchScriptUNet, RefusesASiteWhoseOrderNobodyKnows) {
+// LibTorch would run them on other threads, in any order.
+TEST(TorchScriptUNet, RunsForkedTasksInOrderOnTheCallersThread) {
   const std::string block = "block(self.middle_block).attn1";
   const std::vector<std::string> bodies = {
       "    a, b = fork(" + block + ".forward, t[:1], t[:1]), fork(" + block +
           ".forward, t[1:], t[1:])\n"
-          "    t = t + torch.cat([torch.wait(a), torch.wait(b)])\n",
+          "    t = t + torch.cat([torch.wait(b), torch.wait(a)])\n",
       "    futures = [fork(" + block +
-          ".forward, t, t)]\n"
-          "    for i in range(2):\n"
+          ".forward, t[:1], t[:1])]\n"
+          "    for i in range(1, t.size(0)):\n"
           "        futures.append(fork(" +
           block +
-          ".forward, t, t))\n"
-          "    t = t + torch.wait(futures[1])\n"};
+          ".forward, t[i:i + 1], t[i:i + 1]))\n"
+          "    t = t + torch.cat([torch.wait(futures[1]), torch.wait(futures[0])])\n"};
   for (const auto& body : bodies) {
-    const auto unet = TorchScriptUNet::from_module(make_torchscript_unet({.body = body}));
+    const auto module = make_torchscript_unet({.body = body});
+    const auto unet = TorchScriptUNet::from_module(module);
     EXPECT_THAT(names(*unet), ::testing::ElementsAre("middle.0.0"));
-    EXPECT_NO_THROW(unet->forward(fixture_input()));
-    EXPECT_THAT(error_of<c10::ValueError>([&] { Hooked(*unet, fixture_input(), {"middle.0.0"}); }),
-                AllOf(one_sentence(), HasSubstr("forked")));
+    const auto in = fixture_input();
+    std::vector<std::int64_t> images;
+    const AttentionHook hook = [&, caller = std::this_thread::get_id()](const AttentionCall& call,
+                                                                        const Pass& pass,
+                                                                        const NextAttention& next) {
+      EXPECT_EQ(std::this_thread::get_id(), caller);
+      for (const auto& rows : pass.groups) images.push_back(rows.image);
+      return next(call);
+    };
+    StepContext step(1.0, 0, in.x.size(2), in.x.size(3));
+    const AttentionScope scope({{"middle.0.0", hook, {}}},
+                               {.groups = {{.count = in.x.size(0)}}, .step = &step});
+    EXPECT_TRUE(torch::equal(unet->forward(in), run_module(module, in)));
+    scope.finish();
+    EXPECT_THAT(images, ::testing::ElementsAre(0, 1));
   }
+}
+
+TEST(TorchScriptUNet, SaysWhatWentWrongInAForkedTask) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet(
+      {.body = "    future = fork(block(self.middle_block).attn1.forward, t[0], t)\n"
+               "    t = t + torch.wait(future)\n"}));
+  EXPECT_THAT(error_of<c10::Error>([&] { unet->forward(fixture_input()); }),
+              AllOf(one_sentence(), HasSubstr("Dimension out of range")));
 }
 
 TEST(TorchScriptUNet, RefusesASiteThatItDoesNotHave) {

@@ -288,6 +288,27 @@ TEST(UnfusedAttention, IsToldFromCrossAttentionAndOtherSoftmax) {
   }
 }
 
+// In another dtype than the file's, every product gets a cast that names its other side.
+TEST(UnfusedAttention, IsTheSameInEveryDtype) {
+  const std::string over_queries =
+      "    p = torch.softmax(torch.bmm(t, torch.transpose(t, 1, 2)), 2)\n"
+      "    t = t + torch.transpose(torch.bmm(torch.transpose(t, 1, 2), p), 1, 2)\n";
+  const auto module =
+      make_torchscript_unet({.body = over_queries + test::TorchScriptFixture().body});
+  const auto path = ::testing::TempDir() + "sag_" + std::to_string(::getpid()) + "_dtype.ts";
+  module.save(path);
+  const auto unet = TorchScriptUNet::load(path, {.dtype = torch::kDouble});
+  std::remove(path.c_str());
+  auto in = input();
+  in.x = in.x.to(torch::kDouble);
+  in.context = in.context.to(torch::kDouble);
+  const auto seen = look(*unet, in);
+  ASSERT_EQ(seen.calls.size(), 1u);
+  EXPECT_FALSE(seen.calls[0].probabilities.defined());
+  const auto plain = TorchScriptUNet::from_module(module);
+  EXPECT_LT(difference(seen.maps.at(0).map, look(*plain, input()).maps[0].map), 1e-5);
+}
+
 TEST(UnfusedAttention, KeepsAHooksException) {
   struct Mine : std::logic_error {
     using std::logic_error::logic_error;

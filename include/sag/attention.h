@@ -76,8 +76,10 @@ struct AttentionHookOptions {
   /// once before each pass, never inside it. Empty: always.
   std::function<bool(const StepContext& step)> active = {};
   /// True if the hook may run inside a captured CUDA graph: it launches the same device work for
-  /// the same shapes and pass layout, and keeps what it computes with StepContext::record. Host
-  /// code of such a hook runs when a graph is captured, not when it is replayed.
+  /// the same shapes and pass layout, reads no tensor but the call's (of a group's weight not the
+  /// values: its memory changes from call to call) and those that it keeps itself, and keeps what
+  /// it computes with StepContext::record. Host code of such a hook runs when a graph is captured,
+  /// not when it is replayed.
   bool capturable = false;
 };
 
@@ -95,8 +97,8 @@ struct InstalledHook {
 SAG_API std::vector<InstalledHook> active_hooks(std::span<const InstalledHook> hooks,
                                                 const StepContext& step);
 
-/// While it lives, calls of `sag::attention` on this thread, and on those that LibTorch forks for
-/// it (prim::fork, at::launch; not a std::thread), run the hooks of their site: installed first is
+/// While it lives, calls of `sag::attention` on this thread, and on those to which LibTorch hands
+/// its tasks (at::launch; not a std::thread), run the hooks of their site: installed first is
 /// outermost. Scopes nest; the innermost counts. Without a scope `sag::attention` is plain SDPA.
 ///
 /// The calls of a site must bring each row of the pass once: all in one call (heads may be folded

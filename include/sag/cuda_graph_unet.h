@@ -41,7 +41,8 @@ struct CudaGraphReport {
 ///
 /// Only hooks declared capturable run inside a graph (`AttentionHookOptions::capturable`): their
 /// host code runs at capture, and what they recorded is recorded anew at each replay. With any
-/// other active hook, on the CPU, or while the caller captures a graph itself, calls are eager.
+/// other active hook, on the CPU, under autocast, or while the caller captures a graph itself,
+/// calls are eager.
 ///
 /// May be used from several threads; on streams of their own they do not wait for each other, but
 /// for captures. `forward` and the other functions are those of the wrapped UNet.

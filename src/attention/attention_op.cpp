@@ -9,12 +9,10 @@
 namespace sag {
 namespace {
 
-// What the Meta kernels and the schemas promise to graph compilers: contiguous, and in memory of
-// its own, for they use the inputs' again.
-torch::Tensor own(const torch::Tensor& out, const AttentionCall& call) {
-  bool shared = call.attn_mask && call.attn_mask->defined() && out.is_alias_of(*call.attn_mask);
-  for (const auto* t : {&call.q, &call.k, &call.v, &call.probabilities})
-    shared = shared || (t->defined() && out.is_alias_of(*t));
+// What the Meta kernels and the schemas promise to graph compilers: contiguous, and in memory that
+// nobody else holds, an input or what a hook keeps, for they use it again.
+torch::Tensor own(torch::Tensor out) {
+  const bool shared = out.use_count() > 1 || out.storage().use_count() > 1;
   return shared ? out.clone(at::MemoryFormat::Contiguous) : out.contiguous();
 }
 
@@ -22,13 +20,13 @@ template <typename Shape>
 torch::Tensor run_op(std::string_view site, const AttentionCall& call, const NextAttention& plain,
                      const Shape& shape) {
   auto* scope = current_attention_scope();
-  if (!scope || scope->error()) return own(plain(call), call);
+  if (!scope || scope->error()) return own(plain(call));
   try {
-    return own(run_hooks(*scope, site, call, plain, shape()), call);
+    return own(run_hooks(*scope, site, call, plain, shape()));
   } catch (...) {
     // An interpreter would turn it into a runtime_error: whoever owns the scope rethrows it.
     scope->fail(std::current_exception());
-    return own(plain(call), call);
+    return own(plain(call));
   }
 }
 

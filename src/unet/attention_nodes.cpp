@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <map>
 #include <optional>
 #include <set>
 #include <unordered_set>
@@ -68,6 +67,9 @@ bool sums_over_keys(const std::string& equation) {
                      [&](char letter) { return has(v, letter) && has(out, letter); });
 }
 
+const Kinds kCasts = {"aten::to",      "aten::type_as", "aten::contiguous",
+                      "aten::dropout", "aten::detach",  "aten::clone"};
+
 // Goes back from a value, through nodes of the given kinds, to the first that is wanted, or null.
 Node* find_before(Value* value, const Kinds& through, const std::function<bool(Node*)>& wanted,
                   std::set<const Value*>& seen) {
@@ -80,7 +82,8 @@ Node* find_before(Value* value, const Kinds& through, const std::function<bool(N
         return found;
   }
   if (!is_any_of(node, through)) return nullptr;
-  for (Value* input : node->inputs())
+  // What a cast is like is not what it casts.
+  for (Value* input : node->inputs().slice(0, is_any_of(node, kCasts) ? 1 : node->inputs().size()))
     if (Node* found = find_before(input, through, wanted, seen)) return found;
   return nullptr;
 }
@@ -89,9 +92,6 @@ Node* find_before(Value* value, const Kinds& through, const std::function<bool(N
   std::set<const Value*> seen;
   return find_before(value, through, wanted, seen);
 }
-
-const Kinds kCasts = {"aten::to",      "aten::type_as", "aten::contiguous",
-                      "aten::dropout", "aten::detach",  "aten::clone"};
 
 // What may happen to scores between their product and softmax: scales, masks, casts, shapes.
 const Kinds& score_kinds() {
@@ -169,13 +169,6 @@ std::optional<AttentionNode> unfused(Node* node) {
   return attention;
 }
 
-bool is_in_loop(const Node* node) {
-  for (const Node* outer = node->owningBlock()->owningNode(); outer;
-       outer = outer->owningBlock()->owningNode())
-    if (outer->kind() == prim::Loop) return true;
-  return false;
-}
-
 }  // namespace
 
 bool is_softmax(const Node* node) {
@@ -188,20 +181,12 @@ bool may_be_attention(const Node* node) {
 
 std::vector<AttentionNode> attention_nodes(Graph& graph) {
   std::vector<AttentionNode> found;
-  std::map<const Graph*, const Node*> forks;
   for_each_node(graph, [&](Node* node) {
-    if (const auto* forked = subgraph_of(node)) forks[forked] = node;
     if (is_sdpa(node))
       found.push_back({node, node->input(0), node->input(1), node->input(2)});
     else if (auto attention = unfused(node))
       found.push_back(std::move(*attention));
   });
-  for (auto& attention : found)
-    for (auto fork = forks.find(attention.node->owningGraph()); fork != forks.end();
-         fork = forks.find(fork->second->owningGraph())) {
-      attention.is_forked = true;
-      attention.is_forked_in_loop = attention.is_forked_in_loop || is_in_loop(fork->second);
-    }
   return found;
 }
 

@@ -22,8 +22,6 @@ struct AttentionNode {
   torch::jit::Value* probabilities = nullptr;
   /// How they are multiplied by v: see the op `sag::attention_probabilities`.
   std::string product = {};
-  /// Whether the node runs in a forked graph, and whether a loop forks it.
-  bool is_forked = false, is_forked_in_loop = false;
 };
 
 /// Returns the attentions in order of execution.

@@ -118,6 +118,7 @@ std::vector<std::size_t> nodes_of(const FlatGraph& flat, const AttentionSiteInfo
   if (site.path.empty()) return {first};
   std::vector<std::size_t> found;
   const auto nodes = attention_nodes(*flat.graph);
+  TORCH_INTERNAL_ASSERT(nodes.size() == flat.attention_paths.size());
   for (std::size_t i = first; i < nodes.size(); ++i)
     if (flat.attention_paths[i] == site.path && is_self_attention(nodes[i], site.path))
       found.push_back(i);

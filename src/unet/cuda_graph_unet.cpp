@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <list>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
+
+#include <ATen/autocast_mode.h>
 
 #include "sag/attention.h"
 #include "sag/step_context.h"
@@ -25,6 +28,8 @@ const char* reason_to_be_eager(const UNetInput& input) {
   if (!input.x.defined() || !input.x.is_cuda()) return "the input is not on a CUDA device";
   for (const auto& hook : AttentionScope::hooks())
     if (!hook.options.capturable || !hook.identity) return "an active hook is not capturable";
+  if (at::autocast::is_autocast_enabled(torch::kCUDA))
+    return "autocast is on";  // it caches weights
   return nullptr;
 }
 
@@ -146,17 +151,17 @@ torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) 
   return output;
 }
 
-// All captures of a device share one stream, as they come one at a time: libraries keep a workspace
-// for every stream that they have seen. It is none of LibTorch's pool, whose streams callers use,
-// and lives as long as the process.
-c10::cuda::CUDAStream capture_stream(c10::DeviceIndex device) {
-  static std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
-  const auto known = streams.find(device);
+// The stream on which graphs for a stream of the caller's are captured. Libraries keep a workspace
+// for every stream, and a graph keeps its stream's: those of two callers run at once. It is none of
+// LibTorch's pool, whose streams callers use, and lives as long as the process.
+c10::cuda::CUDAStream capture_stream(c10::cuda::CUDAStream caller) {
+  static std::unordered_map<c10::cuda::CUDAStream, c10::cuda::CUDAStream> streams;
+  const auto known = streams.find(caller);
   if (known != streams.end()) return known->second;
-  const c10::cuda::CUDAGuard guard(device);
   cudaStream_t stream = nullptr;
   C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  return streams.emplace(device, c10::cuda::getStreamFromExternal(stream, device)).first->second;
+  return streams.emplace(caller, c10::cuda::getStreamFromExternal(stream, caller.device_index()))
+      .first->second;
 }
 
 // Ends a capture that went wrong. CUDAGraph::capture_end stops at CUDA's error, before it tells the
@@ -250,22 +255,22 @@ bool CudaGraphUNet::State::failed() const {
 
 void CudaGraphUNet::State::warm_up(const Graph& graph, Lane& lane) const {
   lane.stream.synchronize();
-  const auto stream = capture_stream(lane.stream.device_index());
+  const auto stream = capture_stream(lane.stream);
   const c10::cuda::CUDAStreamGuard on(stream);
   for (std::int64_t i = 0; i < options.warmup_runs; ++i) run_apart(*unet, graph.input, nullptr);
   stream.synchronize();
 }
 
 void CudaGraphUNet::State::record(Graph& graph, Lane& lane) const {
-  const c10::cuda::CUDAStreamGuard on(capture_stream(lane.stream.device_index()));
+  const c10::cuda::CUDAStreamGuard on(capture_stream(lane.stream));
   graph.graph.capture_begin(lane.pool, cudaStreamCaptureModeThreadLocal);
   try {
     graph.output = run_apart(*unet, graph.input, &graph);
+    graph.graph.capture_end();
   } catch (...) {
     abandon(graph.graph, lane.stream.device_index(), lane.pool);
     throw;
   }
-  graph.graph.capture_end();
 }
 
 // Returns nothing if it cannot be captured.
@@ -302,13 +307,13 @@ torch::Tensor CudaGraphUNet::State::forward(const UNetInput& input) {
   const torch::NoGradGuard no_grad;
   const c10::InferenceMode ordinary_tensors(false);  // a graph's own outlive the caller's mode
   const c10::cuda::CUDAGuard device(input.x.device());
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
+    return eager(input, "the caller captures a graph itself");
   const auto lane = current_lane();
   const std::lock_guard lock(lane->mutex);
   auto kind = kind_of(input);
   auto* graph = find(*lane, kind);
   if (!graph) {
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
-      return eager(input, "the caller captures a graph itself");
     if (failed()) return eager(input, "a capture failed");
     auto captured = capture(*lane, input, std::move(kind));
     if (!captured) return eager(input, "a capture failed");

@@ -1,6 +1,7 @@
 #include "sag/torchscript_unet.h"
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -116,13 +117,11 @@ void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
   if (recorded != dtype || dtype != torch::kFloat) follow_weights(graph);
 }
 
-// A hook must know which rows it gets, and forked calls come in any order.
-void check_order(const std::vector<AttentionNode>& nodes, const std::vector<std::size_t>& of_site,
-                 const std::string& site) {
-  for (const auto i : of_site)
-    TORCH_CHECK_VALUE(!nodes[i].is_forked_in_loop && (!nodes[i].is_forked || of_site.size() == 1),
-                      "[TorchScriptUNet::forward] a hooked site must run in a fixed order, but '",
-                      site, "' runs several times in forked tasks");
+// Runs a forked task where it is forked. LibTorch would give it to another thread: hooks would be
+// called in any order, and on CUDA it would run on that thread's stream, not on the caller's, and
+// escape a capture.
+void run_in_place(const std::function<void()>& task) {
+  task();
 }
 
 }  // namespace
@@ -189,9 +188,7 @@ std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
     const auto [other, is_new] = names.emplace(site.ordinal, name);
     TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must go by one name, got '",
                       name, "' and '", other->second, "'");
-    const auto of_site = nodes_of(flat, site);
-    check_order(nodes, of_site, name);
-    for (const auto i : of_site) hook_attention(nodes[i], name);
+    for (const auto i : nodes_of(flat, site)) hook_attention(nodes[i], name);
   }
   return graph;
 }
@@ -217,17 +214,20 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
   std::sort(hooked.begin(), hooked.end());
   hooked.erase(std::unique(hooked.begin(), hooked.end()), hooked.end());
   const auto forward = function(hooked);
+  c10::IValue result;
   try {
-    forward->run(stack);
+    const auto future = forward->runAsync(stack, run_in_place);
+    future->waitAndThrow();
+    result = future->value();
   } catch (const std::exception& error) {
     TORCH_CHECK(false, "[TorchScriptUNet::forward] ", origin.model, " failed for ",
                 list_shapes(input), ": ", plain_message(error));
   }
-  const auto out = output_tensor(stack.back());
+  const auto out = output_tensor(result);
   TORCH_CHECK_VALUE(
       out.defined(), "[TorchScriptUNet::forward] the forward of ", origin.model,
       " must return a tensor, a tuple or list with one, or a dict with \"sample\" or \"out\", got ",
-      stack.back().tagKind(), "; ", list_sites(sites));
+      result.tagKind(), "; ", list_sites(sites));
   return out.contiguous();
 }
 
