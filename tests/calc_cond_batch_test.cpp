@@ -145,6 +145,40 @@ TEST_P(CalcCondBatch, EvaluatesAnAreaForItselfAndFeathersIt) {
   EXPECT_LT(max_diff(batch.denoised[0].narrow(3, 0, 16), outside.narrow(3, 0, 16)), 1e-6);
 }
 
+// As inpainting checkpoints take the masked picture.
+class ConcatUNet final : public UNet {
+ public:
+  explicit ConcatUNet(torch::Device device) : toy_(device) {}
+  torch::Tensor forward(const UNetInput& input) const override {
+    return toy_.forward({.x = input.x + input.extra.at("concat").mean(1, true),
+                         .timesteps = input.timesteps,
+                         .context = input.context + input.extra.at("tokens").mean({1, 2, 3})});
+  }
+  std::vector<AttentionSiteInfo> attention_sites() const override { return toy_.attention_sites(); }
+  torch::Device device() const override { return toy_.device(); }
+  torch::ScalarType dtype() const override { return toy_.dtype(); }
+
+ private:
+  test::ToyUNet toy_;
+};
+
+TEST_P(CalcCondBatch, CropsPicturesToTheArea) {
+  const ModelPatcher inpainting(std::make_shared<ConcatUNet>(device()), ModelSampling::discrete());
+  const auto with = [&](const torch::Tensor& x, const torch::Tensor& concat,
+                        const std::optional<Area>& area) {
+    auto cond = prompt(1);
+    cond.area = area;
+    cond.extra = {{"concat", concat}, {"tokens", torch::ones({1, 2, 3, 4}, device())}};
+    StepContext step(4, 0, x.size(2), x.size(3));
+    const std::vector<CondRequest> requests = {{.x = x, .conds = {cond}}};
+    return calc_cond_batch(inpainting, requests, 4, step, {}).denoised.front();
+  };
+  const auto concat = fill({2, 5, 16, 24}, .2, .9, 2).to(device());
+  const auto part = with(x(), concat, Area{16, 8, 0, 16}).narrow(3, 16, 8);
+  const auto alone = with(x().narrow(3, 16, 8).contiguous(), concat.narrow(3, 16, 8), {});
+  EXPECT_LT(max_diff(part, alone), 1e-5);
+}
+
 TEST_P(CalcCondBatch, ClipsAreasAndLeavesUncoveredCells0) {
   auto part = prompt(1);
   part.area = Area{100, 100, 8, 16};

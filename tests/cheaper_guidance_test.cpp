@@ -136,6 +136,29 @@ TEST(SagOnePass, AsksTheUNetOncePerStepAfterTheFirst) {
   EXPECT_THAT(one_pass.guided(), ElementsAre(true, true, true, true));
 }
 
+ModelPatcher one_pass_model() {
+  return apply_self_attention_guidance({std::make_shared<ToyUNet>(), ModelSampling::discrete()},
+                                       {.one_pass = true});
+}
+
+TEST(SagOnePass, BeginsAnewWithASecondRun) {
+  const std::vector<double> sigmas = {10, 8, 6, 5, 4, 3, 2, 1, 0};
+  CfgGuider guider(one_pass_model(), {toy_prompt(1)}, {toy_prompt(-1)},
+                   {.cond_scale = 7, .sigmas = sigmas});
+  const auto x = fill({1, 4, 16, 24}, .7, .3, 15);
+  const auto first = sample_euler(std::ref(guider), x, sigmas);
+  EXPECT_TRUE(sample_euler(std::ref(guider), x, sigmas).equal(first));
+}
+
+TEST(SagOnePass, TakesStepsInAnyOrder) {
+  const std::vector<double> sigmas = {10, 8, 6, 4, 2, 0};
+  CfgGuider guider(one_pass_model(), {toy_prompt(1)}, {toy_prompt(-1)},
+                   {.cond_scale = 7, .sigmas = sigmas});
+  const auto x = fill({1, 4, 16, 24}, .7, .3, 15);
+  for (const double sigma : {10, 6, 4, 8})
+    EXPECT_TRUE(guider(x, sigma).isfinite().all().item<bool>()) << sigma;
+}
+
 TEST(SagOnePass, TakesTheLatestStepWhetherThatWasGuidedOrNot) {
   const auto both = run({{.interval = 2, .one_pass = true}});
   EXPECT_THAT(both.calls(), ElementsAre(2, 1, 1, 1));

@@ -62,6 +62,22 @@ TEST(Denoiser, PromotesHalfAndKeepsDouble) {
             torch::kDouble);
 }
 
+// Traced in-place operations write into their input; a flow model's is x itself.
+TEST(Denoiser, KeepsXFromTheUNet) {
+  class Writes final : public UNet {
+   public:
+    torch::Tensor forward(const UNetInput& input) const override { return input.x.fill_(7); }
+    std::vector<AttentionSiteInfo> attention_sites() const override { return {}; }
+    torch::Device device() const override { return torch::kCPU; }
+    torch::ScalarType dtype() const override { return torch::kFloat; }
+  };
+  const auto x = torch::randn({1, 4, 8, 8}), before = x.clone();
+  for (const auto& sampling : {ModelSampling::flow({}), ModelSampling::discrete()}) {
+    Denoiser(std::make_shared<Writes>(), sampling)(x, 0.5, {});
+    EXPECT_TRUE(x.equal(before));
+  }
+}
+
 TEST(Denoiser, ChecksItsArguments) {
   const auto unet = std::make_shared<Echo>(torch::kFloat);
   const Denoiser denoiser(unet, ModelSampling::discrete());

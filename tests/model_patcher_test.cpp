@@ -54,6 +54,12 @@ TEST(RunContext, ReturnsTheLatestEarlierStepsValue) {
   run.keep(a, 4, torch::tensor(4.0));
   EXPECT_EQ(at(9), 4.0);
   EXPECT_FALSE(run.latest_before(b, 9).defined());
+  // A new run begins.
+  run.keep(a, 7, torch::tensor(7.0));
+  run.keep(a, 0, torch::tensor(0.5));
+  EXPECT_EQ(at(1), 0.5);
+  run.keep(a, 1, torch::tensor(1.25));
+  EXPECT_EQ(at(9), 1.25);
 }
 
 }  // namespace

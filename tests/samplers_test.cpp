@@ -463,6 +463,25 @@ TEST(UniPc, IsFiniteAtTheSmallestSigmas) {
     EXPECT_TRUE(sample_uni_pc(scalar_model, scalar(1), sigmas, {}).isfinite().all().item<bool>());
 }
 
+TEST(UniPc, TakesSigmasThatFp32CannotTellApart) {
+  const auto sampling = ModelSampling::flow({});
+  const auto sigmas = get_sigmas("exponential", sampling, 180);
+  const auto constant = [](const torch::Tensor& x, double) { return torch::ones_like(x); };
+  for (const auto sampler : {sample_uni_pc, sample_uni_pc_bh2}) {
+    const auto samples = sampler(constant, scalar(2), sigmas, {});
+    const double end = std::min(0.001, sigmas[sigmas.size() - 2] / 2);
+    EXPECT_NEAR(samples.item<double>(), 1 + end, 1e-4);
+  }
+}
+
+TEST(SamplerParity, UniPcOfAFlowModelIsScaledForWhereItReallyEnds) {
+  const auto constant = [](const torch::Tensor& x, double) { return torch::ones_like(x); };
+  const auto samples = sample(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),
+                              std::vector<double>{1, .5, .001, 0});
+  const double end = 0.0005, ended = (1 - end) * 1 + end * 2;
+  EXPECT_NEAR(samples.item<double>(), ended / (1 - end), 5e-5);
+}
+
 TEST(FlowSamplers, NameTheSigmaThatTheyCannotStartAt) {
   const auto with = [](std::vector<double> sigmas) {
     return [=] { sample_dpmpp_2m_sde(scalar_model, scalar(1), sigmas, {.flow = true}); };

@@ -234,6 +234,15 @@ INSTANTIATE_TEST_SUITE_P(Seeds, SeveralConditionings,
                          });
 
 // The reference's typical case: a prompt for the picture and one for a part of it.
+TEST(RegionalPrompt, AddsNoConditioning) {
+  auto part = test::toy_prompt(0.5);
+  part.area = Area{32, 40, 16, 24};
+  const ModelPatcher model(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
+  CfgGuider guider(model, {test::toy_prompt(1), part}, {test::toy_prompt(-1)}, {.cond_scale = 7});
+  guider(fill({1, 4, 64, 96}, .7, .3, 6), kSigma);
+  EXPECT_EQ(guider.report().evaluations.front().unet_rows, 3);
+}
+
 TEST(RegionalPrompt, LeavesTheMapOfTheWholeNegative) {
   const auto x = fill({1, 4, 64, 96}, .7, .3, 6);
   Conditioning whole = test::toy_prompt(1), part = test::toy_prompt(0.5);

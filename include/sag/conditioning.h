@@ -22,7 +22,8 @@ struct Conditioning {
   torch::Tensor y = {};
   /// Further inputs of the UNet by the name of its argument, each [1 or images, …]. Where the
   /// argument is a dict, list or tuple of tensors, "argument.key" and "argument.0" name its
-  /// entries.
+  /// entries. Pictures of the latent's height and width, [1 or images, channels, height, width],
+  /// are cropped to `area`; whatever else depends on the size must fit the area as it is.
   std::map<std::string, torch::Tensor> extra = {};
 
   /// Weight against other conditionings of the same branch.

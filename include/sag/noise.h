@@ -46,7 +46,8 @@ SAG_API NoiseSampler seeded_noise_sampler(std::shared_ptr<SeededNoise> noise,
 
 /// Returns a sampler's noise from one Brownian path W per image: (W(sigma) − W(sigma_next)) /
 /// √|sigma − sigma_next|. The path depends on seed and sigma_max alone, so a run with more steps
-/// sees the same noise in finer detail. Drawn on the CPU in fp32, the same on every device. For
+/// sees the same noise in finer detail, down to steps of 1e-4 of sigma (narrower ones share theirs,
+/// and get less of it). Drawn on the CPU in fp32, the same on every device. For
 /// latents of the shape, dtype and device of x, and sigmas in [0, sigma_max]. Throws ValueError
 /// unless x has one image per seed and sigma_max is finite and positive; the sampler throws
 /// ValueError on other sigmas. k-diffusion: `BrownianTreeNoiseSampler`.

@@ -1,8 +1,10 @@
 #include "sag/calc_cond_batch.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include <ATen/ATen.h>
@@ -16,8 +18,10 @@ namespace {
 struct Item {
   std::size_t request = 0;
   const Conditioning* cond = nullptr;
-  RowGroup rows;    // all but `begin`
-  torch::Tensor x;  // the rows' noisy latent, cropped to the area
+  RowGroup rows;  // all but `begin`
+  // Cropped to the area: the rows' noisy latent, and the conditioning's further inputs.
+  torch::Tensor x;
+  std::map<std::string, torch::Tensor> extra;
 };
 
 Area clipped(const Area& area, std::int64_t height, std::int64_t width) {
@@ -27,6 +31,17 @@ Area clipped(const Area& area, std::int64_t height, std::int64_t width) {
 
 torch::Tensor crop(const torch::Tensor& t, const std::optional<Area>& area) {
   return area ? t.narrow(-2, area->y, area->height).narrow(-1, area->x, area->width) : t;
+}
+
+// Crops what lies beside the latent, cell by cell (ComfyUI: `CONDNoiseShape`); the rest, tokens and
+// features, belongs to the area as it is.
+std::map<std::string, torch::Tensor> crop_pictures(std::map<std::string, torch::Tensor> extra,
+                                                   const std::optional<Area>& area,
+                                                   const torch::Tensor& x) {
+  for (auto& [name, t] : extra)
+    if (t.defined() && t.dim() == 4 && t.size(2) == x.size(2) && t.size(3) == x.size(3))
+      t = crop(t, area);
+  return extra;
 }
 
 torch::Tensor images_of(const torch::Tensor& t, std::int64_t image, std::int64_t count) {
@@ -88,7 +103,8 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma,
                             .owner = request.owner,
                             .area = area,
                             .weight = images_of(weight, image, count)};
-        items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area)});
+        items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area),
+                         crop_pictures(cond.extra, area, x)});
       }
     }
   }
@@ -115,8 +131,7 @@ bool fits_together(const Item& a, const Item& b) {
   };
   return a.x.sizes().slice(1) == b.x.sizes().slice(1) &&
          contexts_fit(a.cond->context, b.cond->context) && same_tail(a.cond->y, b.cond->y) &&
-         std::equal(a.cond->extra.begin(), a.cond->extra.end(), b.cond->extra.begin(),
-                    b.cond->extra.end(), same_extra);
+         std::equal(a.extra.begin(), a.extra.end(), b.extra.begin(), b.extra.end(), same_extra);
 }
 
 // Takes the first item and all later ones that fit into one UNet call with it.
@@ -167,9 +182,8 @@ Conditioning joined_conditioning(const std::vector<Item>& batch) {
     return context.defined() ? context.repeat({1, tokens / context.size(1), 1}) : context;
   });
   joined.y = join(batch, [](const Item& item) { return item.cond->y; });
-  for (const auto& [name, tensor] : batch.front().cond->extra)
-    joined.extra[name] =
-        join(batch, [&name](const Item& item) { return item.cond->extra.at(name); });
+  for (const auto& [name, tensor] : batch.front().extra)
+    joined.extra[name] = join(batch, [&name](const Item& item) { return item.extra.at(name); });
   return joined;
 }
 

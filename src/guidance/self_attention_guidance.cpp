@@ -208,6 +208,8 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
 
   const auto map = combine_maps(records, args.x);
   const auto& uncond = args.uncond_denoised;
+  const auto change = args.early.defined() ? earlier_change(owner, args.run, args.step, args.x)
+                                           : torch::Tensor();  // before this step's is kept
   if (options.one_pass) {
     const auto degraded = create_blur_map(uncond, map,
                                           {.blur_sigma = options.blur_sigma,
@@ -217,10 +219,7 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
   }
   if (!guides_step(options, args.step)) return skip("between guided steps");
   args.step.guided(owner, map > options.threshold);
-  if (args.early.defined()) {
-    const auto change = earlier_change(owner, args.run, args.step, args.x);
-    return args.denoised + options.scale * (uncond + change - args.early);
-  }
+  if (change.defined()) return args.denoised + options.scale * (uncond + change - args.early);
   return self_attention_guidance(
       args.denoised, args.x, uncond, map,
       [&](const torch::Tensor& x_again) { return args.predict(x_again, Branch::uncond, owner); },

@@ -50,7 +50,9 @@ torch::Tensor Denoiser::operator()(const torch::Tensor& x, double sigma,
   check_conditioning(cond, rows, x.size(2), x.size(3), "Denoiser");
 
   const auto wide = x.to(at::promote_types(x.scalar_type(), torch::kFloat));
-  UNetInput input{.x = sampling_.calculate_input(sigma, wide).to(unet_->dtype()),
+  auto scaled = sampling_.calculate_input(sigma, wide).to(unet_->dtype());
+  if (scaled.is_alias_of(x)) scaled = scaled.clone();  // a network may write into its input
+  UNetInput input{.x = scaled,
                   .timesteps = torch::full({rows}, sampling_.timestep(sigma),
                                            wide.options().dtype(torch::kFloat)),
                   .context = to_rows(cond.context, rows, *unet_),

@@ -148,7 +148,8 @@ torch::Tensor checked_mask(torch::Tensor mask, const torch::Tensor& noise) {
 double end_of(Sampler sampler, std::span<const double> sigmas) {
   const auto* known = std::find_if(kSamplers.begin(), kSamplers.end(),
                                    [sampler](const auto& info) { return info.sample == sampler; });
-  return sigmas.back() == 0 && known != kSamplers.end() ? known->end_sigma : sigmas.back();
+  if (sigmas.back() != 0 || known == kSamplers.end()) return sigmas.back();
+  return std::min(known->end_sigma, sigmas[sigmas.size() - 2] / 2);
 }
 
 // Relative, as in the reference. ComfyUI: `Sampler.max_denoise`.

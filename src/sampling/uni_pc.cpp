@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -16,20 +18,35 @@ namespace {
 
 enum class Variant { bh1, bh2 };
 
-// A noise level as the reference computes it: in fp32 and through alpha, which near σ = 0 rounds λ
-// in the third digit, and the picture in the fifth.
+// A noise level.
 struct Level {
   double sigma, ratio, lambda;  // ratio: σ again, rounded as λ is
 
-  explicit Level(double sigma) : sigma(sigma), ratio(sigma), lambda(-std::log(sigma)) {
-    if (sigma < 1e-3) return;  // there fp32 would lose it all
+  explicit Level(double sigma) : sigma(sigma), ratio(sigma), lambda(-std::log(sigma)) {}
+
+  // As the reference computes it: in fp32 and through alpha, which near σ = 0 rounds λ in the third
+  // digit, and the picture in the fifth.
+  static Level rounded(double sigma) {
+    Level level(sigma);
+    if (sigma < 1e-3) return level;  // there fp32 would lose it all
     const auto variance = static_cast<float>(sigma) * static_cast<float>(sigma);
     const float log_alpha = 0.5f * std::log(1.0f / (variance + 1.0f));
     const float noise_variance = 1.0f - std::exp(2.0f * log_alpha);
-    ratio = std::sqrt(noise_variance) / std::exp(log_alpha);
-    lambda = log_alpha - 0.5f * std::log(noise_variance);
+    level.ratio = std::sqrt(noise_variance) / std::exp(log_alpha);
+    level.lambda = log_alpha - 0.5f * std::log(noise_variance);
+    return level;
   }
 };
+
+// Rounded, unless some lie so close that rounding makes them one.
+std::vector<Level> levels_of(std::span<const double> sigmas) {
+  std::vector<Level> levels;
+  for (const double sigma : sigmas) levels.push_back(Level::rounded(sigma));
+  const auto rises = [](const Level& a, const Level& b) { return a.lambda < b.lambda; };
+  if (std::adjacent_find(levels.begin(), levels.end(), std::not_fn(rises)) == levels.end())
+    return levels;
+  return std::vector<Level>(sigmas.begin(), sigmas.end());
+}
 
 // The predictions so far, the newest last.
 struct History {
@@ -117,21 +134,24 @@ torch::Tensor uni_pc(const char* caller, Variant variant, const DenoiseFunction&
     history.denoised.push_back(denoised);
   };
 
+  std::vector<double> ends(sigmas.begin(), sigmas.end());
+  // λ is infinite at 0, where the reference goes to 0.001 instead.
+  if (ends.back() == 0) ends.back() = std::min(0.001, ends[steps - 1] / 2);
+  const auto levels = levels_of(ends);
+
   const auto first = run.predict(x, sigmas[0]);
   if (!run.goes_on(0, x, first)) return first;
-  remember(first, Level(sigmas[0]));
+  remember(first, levels[0]);
   for (std::size_t i = 1; i <= steps; ++i) {
     const bool last = i == steps;
-    // λ is infinite at 0, where the reference goes to 0.001 instead.
-    const Level to(last && sigmas[i] == 0 ? std::min(0.001, sigmas[i - 1] / 2) : sigmas[i]);
     const auto order = i < max_order ? i : std::min(max_order, steps + 1 - i);
-    const Step step(variant, history, to, order, x);
+    const Step step(variant, history, levels[i], order, x);
     x = step.predictor();
     if (last) break;
     const auto denoised = run.predict(x, sigmas[i]);
     if (!run.goes_on(i, x, denoised)) return denoised;
     x = step.corrector(denoised);
-    remember(denoised, to);
+    remember(denoised, levels[i]);
   }
   return x;
 }
