@@ -240,6 +240,28 @@ TEST(FollowWeights, CastsActivationsAndComputedBiases) {
   EXPECT_EQ(run_in(torch::kHalf, torch::kFloat), torch::kFloat);
 }
 
+// Buffers are never narrowed, so statistics stay wide beside weights that are half.
+TEST(FollowWeights, CastsStatistics) {
+  const auto graph = parse(R"IR(
+  graph(%x : Tensor, %w : Tensor, %mean : Tensor, %var : Tensor):
+    %none : NoneType = prim::Constant()
+    %eps : float = prim::Constant[value=0.001]()
+    %no : bool = prim::Constant[value=0]()
+    %slope : Tensor = aten::abs(%w)
+    %a : Tensor = aten::batch_norm(%x, %w, %w, %mean, %var, %no, %eps, %eps, %no)
+    %b : Tensor = aten::prelu(%a, %slope)
+    %c : Tensor = aten::instance_norm(%b, %none, %none, %mean, %var, %no, %eps, %eps, %no)
+    return (%c))IR");
+  follow_weights(*graph);
+  torch::manual_seed(0);
+  const auto x = torch::randn({2, 4, 5, 3}), w = torch::randn({4}), mean = torch::randn({4}),
+             var = torch::rand({4}) + 0.5;
+  const auto wide = run(graph, {x, w, mean, var});
+  const auto half = run(graph, {x, w.to(torch::kHalf), mean, var});
+  EXPECT_EQ(half.scalar_type(), torch::kHalf);
+  EXPECT_LT((half - wide).abs().max().item<double>(), 1e-2 * wide.abs().max().item<double>());
+}
+
 TEST(PlainMessage, KeepsTheInnermostMessageOnOneLine) {
   const std::string nested =
       "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript "

@@ -673,6 +673,23 @@ TEST(TorchScriptUNetForward, PlacesYAndExtraInputsByName) {
               AllOf(one_sentence(), HasSubstr("'flag'")));
 }
 
+TEST(TorchScriptUNetForward, KnowsTheContextByItsName) {
+  const std::string body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
+  for (const std::string name : {"context", "encoder_hidden_states"}) {
+    const auto unet = TorchScriptUNet::from_module(make_torchscript_unet(
+        {.arguments = "x: Tensor, timesteps: Tensor, mask: Optional[Tensor] = None, " + name +
+                      ": Optional[Tensor] = None",
+         .body = body,
+         .result = "torch.zeros_like(out) + (0 if mask is None else 1) + (" + name +
+                   ".size(1) if " + name + " is not None else 0) * 10"}));
+    auto in = fixture_input();
+    const auto tokens = 10.0 * static_cast<double>(in.context.size(1));
+    EXPECT_EQ(unet->forward(in).max().item<double>(), tokens) << name;
+    in.extra["mask"] = torch::ones({2, 5});
+    EXPECT_EQ(unet->forward(in).max().item<double>(), tokens + 1) << name;
+  }
+}
+
 TEST(TorchScriptUNetForward, NeedsNoContextWhereTheFileTakesNone) {
   const std::string body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
   const auto plain = TorchScriptUNet::from_module(

@@ -309,6 +309,27 @@ TEST(UnfusedAttention, IsTheSameInEveryDtype) {
   EXPECT_LT(difference(seen.maps.at(0).map, look(*plain, input()).maps[0].map), 1e-5);
 }
 
+// As nn.MultiheadAttention is scripted; what the fast path returns here is never asked for.
+TEST(UnfusedAttention, IsFoundBesideTheFastPath) {
+  const std::string attend = R"(
+def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    why_not_fast_path = ""
+    if q.size(0) > 1000:
+        why_not_fast_path = "large"
+    if not len(why_not_fast_path) > 0:
+        return torch._native_multi_head_attention(
+            q[0], k[0], v[0], 4, 2, self.q, self.q, self.q, self.q, None, False, True, None)[0]
+    return torch.matmul(torch.softmax(torch.matmul(q, torch.transpose(k, 2, 3)) * 0.5, -1), v)
+)";
+  const auto unet = TorchScriptUNet::from_module(
+      make_torchscript_unet({.attention = "self.attend(q, k, v)", .methods = attend}));
+  const auto slow = TorchScriptUNet::from_module(make_torchscript_unet(ways()[0].fixture));
+  const auto seen = look(*unet, input());
+  EXPECT_EQ(seen.calls.size(), 1u);
+  EXPECT_TRUE(torch::equal(seen.out, slow->forward(input())));
+  expect_same_guided_run(run_sag(unet), run_sag(slow));
+}
+
 TEST(UnfusedAttention, KeepsAHooksException) {
   struct Mine : std::logic_error {
     using std::logic_error::logic_error;

@@ -175,6 +175,11 @@ bool is_softmax(const Node* node) {
   return is_any_of(node, {"aten::softmax", "aten::_softmax", "aten::special_softmax"});
 }
 
+bool is_fast_path(const Node* node) {
+  return is_any_of(node,
+                   {"aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd"});
+}
+
 bool may_be_attention(const Node* node) {
   return is_sdpa(node) || is_any_of(node, {"aten::matmul", "aten::bmm", "aten::einsum"});
 }

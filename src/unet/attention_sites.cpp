@@ -88,6 +88,7 @@ std::string short_site_name(const std::string& path) {
   static const std::regex diffusers(
       R"((?:.*\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.attn1)");
   std::smatch match;
+  if (path.size() > 1000) return "";  // std::regex recurses with every character
   if (std::regex_match(path, match, ldm)) {
     const auto block = match[1].matched ? c10::str(match.str(1), ".", match.str(2)) : "middle.0";
     return c10::str(block, ".", match.str(3));

@@ -179,17 +179,23 @@ void ForwardCall::place_extra(const std::map<std::string, torch::Tensor>& extra,
     values[i] = container(given_type(arguments_[i]), entries, arguments_[i].name());
 }
 
+// An argument of a usual name, else the third under whatever name, unless it is known as something
+// else.
+std::string ForwardCall::context_name(const UNetInput& input) const {
+  const auto may_be = [&](std::size_t i) {
+    return i > kTimesteps && i < arguments_.size() && takes_tensor(arguments_[i]) &&
+           arguments_[i].name() != "y" && !input.extra.contains(arguments_[i].name());
+  };
+  for (const char* name : {"context", "encoder_hidden_states"})
+    if (may_be(index_of(name))) return name;
+  return may_be(kContext) ? arguments_[kContext].name() : "context";
+}
+
 std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input) const {
   std::vector<c10::IValue> values(arguments_.size());
   values[kX] = input.x;
   values[kTimesteps] = input.timesteps;
-  // The third argument is the context under whatever name, unless it is known as something else.
-  std::string context = "context";
-  if (arguments_.size() > kContext && takes_tensor(arguments_[kContext])) {
-    const auto& name = arguments_[kContext].name();
-    if (name != "y" && !input.extra.contains(name)) context = name;
-  }
-  place(context, input.context, values);
+  place(context_name(input), input.context, values);
   place("y", input.y, values);
   place_extra(input.extra, values);
 

@@ -28,6 +28,7 @@ class ForwardCall {
   std::size_t index_of(const std::string& name) const;
   void place(const std::string& name, const torch::Tensor& t,
              std::vector<c10::IValue>& values) const;
+  std::string context_name(const UNetInput& input) const;
   void place_extra(const std::map<std::string, torch::Tensor>& extra,
                    std::vector<c10::IValue>& values) const;
   std::string list() const;

@@ -17,11 +17,12 @@ namespace {
 
 using namespace torch::jit;
 
-// An op with weights: which input they are, what they are applied to, and an addend if there is
-// one.
+// An op with weights: which input they are, what they are applied to, an addend if there is one,
+// and statistics, which are no parameters.
 struct WeightedOp {
   std::size_t activation, weight;
   std::optional<std::size_t> bias;
+  std::vector<std::size_t> statistics = {};
 };
 
 const WeightedOp* weighted_op(const Node* node) {
@@ -34,12 +35,16 @@ const WeightedOp* weighted_op(const Node* node) {
       {"aten::conv_transpose2d", {0, 1, 2}},
       {"aten::conv_transpose3d", {0, 1, 2}},
       {"aten::_convolution", {0, 1, 2}},
+      {"aten::_convolution_mode", {0, 1, 2}},
       {"aten::addmm", {1, 2, 0}},
       {"aten::baddbmm", {1, 2, 0}},
       {"aten::matmul", {0, 1, {}}},
       {"aten::bmm", {0, 1, {}}},
       {"aten::group_norm", {0, 2, 3}},
       {"aten::layer_norm", {0, 2, 3}},
+      {"aten::batch_norm", {0, 1, 2, {3, 4}}},
+      {"aten::instance_norm", {0, 1, 2, {3, 4}}},
+      {"aten::prelu", {0, 1, {}}},
   };
   const auto found = ops.find(node->kind().toQualString());
   return found == ops.end() ? nullptr : &found->second;
@@ -129,6 +134,8 @@ void follow_weights_of(Node* node, const WeightedOp& op) {
   Value* like = node->input(weight);
   cast_input(node, activation, like);
   if (op.bias && !stored(node->input(*op.bias))) cast_input(node, *op.bias, like);
+  if (!is_tensor(like)) like = node->input(activation);  // a norm without weights
+  for (const auto input : op.statistics) cast_input(node, input, like);
 }
 
 std::optional<std::size_t> list_length(const Value* list) {
@@ -193,6 +200,22 @@ void use_plain_convolutions(Graph& graph) {
   for_each_node(graph, [](Node* node) {
     if (node->kind() != kind) return;
     if (Node* plain = plain_convolution(node)) replace_node(node, plain);
+  });
+}
+
+void leave_fast_paths(Graph& graph) {
+  for_each_node(graph, [](Node* node) {
+    if (!is_fast_path(node)) return;
+    // "if not why_not_fast_path:", whose value also says whether forward returned there.
+    for (Block* inside = node->owningBlock(); inside->owningNode();
+         inside = inside->owningNode()->owningBlock()) {
+      Node* branch = inside->owningNode();
+      if (branch->kind() != prim::If || branch->input(0)->node()->kind() != aten::__not__) continue;
+      WithInsertPoint before(branch->input(0)->node());
+      const bool other = inside != branch->blocks()[0];
+      branch->input(0)->replaceAllUsesWith(branch->owningGraph()->insertConstant(other));
+      return;
+    }
   });
 }
 

@@ -64,6 +64,12 @@ bool has_softmax(Graph& graph) {
   return found;
 }
 
+bool has_fast_path(Graph& graph) {
+  bool found = false;
+  for_each_node(graph, [&](Node* node) { found = found || is_fast_path(node); });
+  return found;
+}
+
 void check_sites(const FlatGraph& flat, const std::vector<AttentionSiteInfo>& sites,
                  const Origin& origin) {
   if (!sites.empty()) return;
@@ -73,7 +79,9 @@ void check_sites(const FlatGraph& flat, const std::vector<AttentionSiteInfo>& si
       : has_softmax(*flat.graph)
           ? "only softmax that is no part of an attention known here: export it with "
             "scaled_dot_product_attention"
-          : "no attention at all";
+      : has_fast_path(*flat.graph) ? "only the fast path of nn.MultiheadAttention: trace it after "
+                                     "torch.backends.mha.set_fastpath_enabled(False)"
+                                   : "no attention at all";
   TORCH_CHECK_VALUE(false, "[", origin.caller, "] ", origin.model,
                     " must have a self-attention that can be hooked, but it has ", found);
 }
@@ -106,6 +114,7 @@ torch::ScalarType dtype_of(const Module& module, Graph& graph) {
 // Everything of the graph that depends on where and in which dtype it runs.
 void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
                torch::ScalarType dtype) {
+  leave_fast_paths(graph);
   use_plain_convolutions(graph);
   move_constants(graph, device);
   const bool half = recorded == torch::kHalf || recorded == torch::kBFloat16;
