@@ -485,6 +485,10 @@ class Pipelines(Case):
             "takes 9 and returns 4", self.mistake(self.edited("sd1", "paint", unet, in_channels=9), "--unet-only")
         )
         self.assertIn(
+            '"time_cond_proj_dim": 256: guidance was distilled',
+            self.mistake(self.edited("sd1", "lcm", unet, time_cond_proj_dim=256)),
+        )
+        self.assertIn(
             "cannot be read as a UNet2DConditionModel",
             self.mistake(self.edited("sd1", "wide", unet, block_out_channels=[8, 8])),
         )

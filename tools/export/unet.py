@@ -76,6 +76,11 @@ def check_supported(config):
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
         if config.get(key) is not None:
             raise Mistake(f'The UNet must take text alone, but its config.json has "{key}": {config[key]!r}.')
+    if config.get("time_cond_proj_dim") is not None:
+        raise Mistake(
+            'The UNet must leave guidance to the sampler, but its config.json has "time_cond_proj_dim": '
+            f"{config['time_cond_proj_dim']!r}: guidance was distilled into it, and its scale is a further input."
+        )
     if not isinstance(config.get("cross_attention_dim", 1280), int):
         raise Mistake(f'The UNet\'s "cross_attention_dim" must be one number, got {config["cross_attention_dim"]!r}.')
     if config.get("addition_embed_type") not in (None, "text_time"):
