@@ -409,8 +409,8 @@ class Pipelines(Case):
 
         notes = []
 
-        def described(scheduler):
-            return from_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config}, notes.append)
+        def described(scheduler, given=None):
+            return from_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config}, notes.append, given)
 
         self.assertEqual(
             described(EDMEulerScheduler(sigma_max=70.0)),
@@ -421,6 +421,47 @@ class Pipelines(Case):
         flow = described(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, num_train_timesteps=500))
         self.assertEqual(flow, {"prediction": "flow", "shift": 1.0, "timestep_multiplier": 500})
         self.assertEqual(len(notes), 1)
+        edm = described(EDMEulerScheduler(sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction"), "edm")
+        self.assertEqual(edm, {"prediction": "edm", "sigma_data": 1.0, "sigma_min": 0.002, "sigma_max": 120.0})
+        self.assertEqual(described(FlowMatchEulerDiscreteScheduler(shift=3.0), "flow")["shift"], 3.0)
+        self.assertEqual(len(notes), 1)
+        self.assertEqual(described(EDMEulerScheduler(), "eps"), {"prediction": "eps"})
+        self.assertIn("EDMEulerScheduler, tells no table", notes[-1])
+
+    def test_a_given_prediction_keeps_the_schedulers_constants(self):
+        scheduler = "scheduler/scheduler_config.json"
+        folder = self.edited("sd2", "given", scheduler, num_train_timesteps=500)
+        _, said = self.export(folder, "given-none", "--unet-only")
+        _, given = self.export(folder, "given-v", "--unet-only", "--name", said["name"], "--prediction", "v")
+        self.assertEqual(given, said)
+        self.assertEqual((given["timesteps"], given["zero_terminal_snr"]), (500, True))
+        _, eps = self.export(folder, "given-eps", "--unet-only", "--name", said["name"], "--prediction", "eps")
+        self.assertEqual(eps, {**said, "prediction": "eps"})
+        shifted = self.edited("flow", "given-shift", scheduler, shift=2.5)
+        _, flow = self.export(shifted, "given-flow", "--unet-only", "--prediction", "flow")
+        self.assertEqual(flow["shift"], 2.5)
+        cosine = self.edited("sd1", "given-cosine", scheduler, beta_schedule="squaredcos_cap_v2")
+        self.assertIn("squaredcos_cap_v2", self.mistake(cosine, "--prediction", "v"))
+
+    def test_keys_that_a_scheduler_lacks_are_its_class_own(self):
+        def table(kind):
+            found = from_scheduler({"_class_name": kind}, self.fail)
+            return found["beta_start"], found["beta_end"], found["beta_schedule"]
+
+        for kind in ("DDPMScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler"):
+            self.assertEqual(table(kind), (0.0001, 0.02, "linear"), kind)
+        for kind in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "DPMSolverSDEScheduler"):
+            self.assertEqual(table(kind), (0.00085, 0.012, "linear"), kind)
+        for kind in ("LCMScheduler", "TCDScheduler"):
+            self.assertEqual(table(kind), (0.00085, 0.012, "scaled_linear"), kind)
+
+    def test_networks_that_are_told_no_place_in_a_table_are_refused(self):
+        config = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
+        for given in (None, "v"):
+            with self.assertRaisesRegex(Mistake, '"timestep_type" must be discrete, got continuous'):
+                from_scheduler({**config, "prediction_type": "v_prediction"}, self.fail, given)
+        edm = from_scheduler({**config, "sigma_max": 700.0, "sigma_min": None}, self.fail, "edm")
+        self.assertEqual(edm, {"prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 700.0})
 
     def test_half_precision(self):
         for dtype in ("bf16", "fp16"):

@@ -113,7 +113,7 @@ def parse(arguments):
     add(
         "--prediction",
         choices=["eps", "v", "x0", "edm", "flow"],
-        help="what the UNet predicts [what the pipeline's scheduler says]",
+        help="what the UNet predicts [what the pipeline's scheduler says; its constants are kept]",
     )
     add(
         "--constant",

@@ -1,5 +1,6 @@
 """What model.json says of a model; examples/sample/model_directory.h documents it."""
 
+import inspect
 import json
 import math
 
@@ -41,50 +42,87 @@ CONSTANTS = {
 }
 
 
-def from_scheduler(config, note):
-    """The prediction and its constants from a scheduler_config.json. note(text) tells the user something."""
-    kind = config.get("_class_name")
-    if kind in FLOW or config.get("prediction_type") == "flow_prediction":
-        if config.get("use_dynamic_shifting"):
-            note(
-                "this scheduler shifts noise levels by the picture's size, but model.json holds one; sag-sample's "
-                "--shift sets another"
-            )
-        shift = config.get("shift", config.get("flow_shift", 1.0))
-        return {"prediction": "flow", "shift": shift, "timestep_multiplier": config.get("num_train_timesteps", 1000)}
-    if kind in EDM:
-        return from_edm(config)
-    if kind not in DISCRETE:
-        raise Mistake(
-            f"The pipeline's scheduler, {kind}, is not known; export the UNet's folder alone and give --prediction."
+def from_scheduler(config, note, given=None):
+    """The prediction and its constants from a scheduler_config.json. `given`: the prediction where the scheduler is not
+    to say it; constants that such a prediction has are the scheduler's all the same. note(text) tells the user
+    something."""
+    prediction = given or predicted(config)
+    if prediction == "flow":
+        constants = from_flow(config, note)
+    elif prediction == "edm":
+        constants = from_edm(config)
+    elif config.get("_class_name") in DISCRETE:
+        constants = from_table(config)
+    else:
+        constants = {}
+        note(
+            f"the scheduler, {config.get('_class_name')}, tells no table of noise levels that is known here, so Stable "
+            "Diffusion's is taken; --constant sets another"
         )
-    return from_table(config)
+    return {"prediction": prediction, **constants}
+
+
+def predicted(config):
+    """What the scheduler says that the network predicts."""
+    kind, predicted = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if kind in FLOW or predicted == "flow_prediction":
+        return "flow"
+    if kind in EDM:
+        if predicted != "epsilon":
+            raise Mistake(f'An EDM scheduler\'s "prediction_type" must be epsilon, got {predicted}.')
+        return "edm"
+    if kind not in DISCRETE:
+        raise Mistake(f"The pipeline's scheduler, {kind}, is not known; give --prediction and its --constant.")
+    if predicted not in PREDICTIONS:
+        raise Mistake(f'The scheduler\'s "prediction_type" must be one of {", ".join(PREDICTIONS)}, got {predicted}.')
+    return PREDICTIONS[predicted]
+
+
+def from_flow(config, note):
+    if config.get("use_dynamic_shifting"):
+        note(
+            "this scheduler shifts noise levels by the picture's size, but model.json holds one; sag-sample's "
+            "--shift sets another"
+        )
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return {"shift": shift, "timestep_multiplier": config.get("num_train_timesteps", 1000)}
 
 
 def from_edm(config):
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise Mistake(f'An EDM scheduler\'s "prediction_type" must be epsilon, got {config["prediction_type"]}.')
     defaults = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
-    return {"prediction": "edm", **{key: config.get(key, value) for key, value in defaults.items()}}
+    return {key: value if config.get(key) is None else config[key] for key, value in defaults.items()}
 
 
 def from_table(config):
-    predicted = config.get("prediction_type", "epsilon")
-    if predicted not in PREDICTIONS:
-        raise Mistake(f'The scheduler\'s "prediction_type" must be one of {", ".join(PREDICTIONS)}, got {predicted}.')
+    config = {**defaults_of(config["_class_name"]), **config}
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise Mistake(
+            f'The scheduler\'s "timestep_type" must be discrete, got {config["timestep_type"]}: such a network is told '
+            "the logarithm of the noise level, and not its place in a table."
+        )
     if config.get("trained_betas") is not None:
         raise Mistake('The scheduler must have betas by a rule, but it lists them ("trained_betas").')
-    schedule = config.get("beta_schedule", "linear")
-    if schedule not in ("linear", "scaled_linear"):
-        raise Mistake(f'The scheduler\'s "beta_schedule" must be linear or scaled_linear, got {schedule}.')
+    if config["beta_schedule"] not in ("linear", "scaled_linear"):
+        raise Mistake(
+            f'The scheduler\'s "beta_schedule" must be linear or scaled_linear, got {config["beta_schedule"]}.'
+        )
     return {
-        "prediction": PREDICTIONS[predicted],
-        "beta_start": config.get("beta_start", 0.0001),
-        "beta_end": config.get("beta_end", 0.02),
-        "beta_schedule": schedule,
-        "timesteps": config.get("num_train_timesteps", 1000),
+        **{key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")},
+        "timesteps": config["num_train_timesteps"],
         "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
     }
+
+
+def defaults_of(kind):
+    """What diffusers takes for keys that a configuration lacks: a scheduler's class has its own."""
+    import diffusers
+
+    # Where a library is missing that the scheduler needs, diffusers has a class without parameters in its place.
+    table = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+    if kind == "DPMSolverSDEScheduler":
+        table.update(beta_start=0.00085, beta_end=0.012)
+    parameters = inspect.signature(getattr(diffusers, kind, object).__init__).parameters
+    return {key: parameters[key].default if key in parameters else value for key, value in table.items()}
 
 
 def with_constants(prediction, constants):

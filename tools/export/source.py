@@ -73,10 +73,11 @@ def from_pipeline(folder, options):
     check_has_unet(folder, index)
     parts = {key: value[1] for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
     prediction = {"prediction": options.prediction}
-    if options.prediction is None:
-        if "scheduler" not in parts:
-            raise Mistake(f'"{folder}" has no scheduler that says what the network predicts; give --prediction.')
-        prediction = description.from_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), options.note)
+    if "scheduler" in parts:
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
+        prediction = description.from_scheduler(config, options.note, options.prediction)
+    elif options.prediction is None:
+        raise Mistake(f'"{folder}" has no scheduler that says what the network predicts; give --prediction.')
     source = Source(folder.resolve().name, None, prediction)
     if not options.unet_only:
         add_texts(source, folder, parts)
