@@ -356,20 +356,34 @@ class Pipelines(Case):
         self.assertEqual(model["name"], "mine")
         self.assertEqual(model["sample"]["shape"], [4, 24, 8])
 
-    def test_unets_without_text(self):
+    def plain_unet(self, name, sample_size, halvings=1):
+        """The folder of a UNet2DModel."""
         from diffusers import UNet2DModel
 
         torch.manual_seed(0)
         unet = UNet2DModel(
-            sample_size=16,
-            block_out_channels=(16, 32),
+            sample_size=sample_size,
+            block_out_channels=(16,) * halvings + (32,),
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D",) * halvings + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * halvings,
         )
-        unet.save_pretrained(self.folder / "plain")
+        unet.save_pretrained(self.folder / name)
+        return self.folder / name
+
+    def test_sizes_are_multiples_of_what_the_unet_takes(self):
+        for size, written in ((30, [3, 28, 28]), (2, [3, 4, 4]), ((9, 16), [3, 8, 16])):
+            folder = self.plain_unet(f"sides-{written[1]}", size, halvings=2)
+            _, model = self.export(folder, folder.name + "-out", "--prediction", "eps")
+            self.assertEqual(model["sample"], {"shape": written, "multiple": 4})
+        self.assertIn("multiples of 4 for", self.mistake(folder, "--prediction", "eps", "--sample", "3x33x33"))
+        _, model = self.export(folder, "sides-wide", "--prediction", "eps", "--sample", "3x32x36")
+        self.assertEqual(model["sample"]["shape"], [3, 32, 36])
+
+    def test_unets_without_text(self):
+        self.plain_unet("plain", 16)
         out, model = self.export(
             self.folder / "plain", "plain-out", "--prediction", "eps", "--constant", "beta_schedule=linear"
         )

@@ -217,3 +217,8 @@ def open_source(options):
 def check_sample(network, sample):
     if sample[0] != network.shape[0]:
         raise Mistake(f"--sample must have the network's {network.shape[0]} channels, got {sample[0]}.")
+    if any(side % network.multiple for side in sample[1:]):
+        raise Mistake(
+            f"--sample must have a height and width that are multiples of {network.multiple} for this network, got "
+            f"{sample[1]} x {sample[2]}."
+        )

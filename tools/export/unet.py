@@ -49,9 +49,10 @@ def wrap(unet, tokens=77):
     side = config.sample_size or 64
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     halvings = 2 ** (len(config.block_out_channels) - 1)
-    shape = (config.in_channels, height, width)
     if type(unet).__name__ == "UNet2DModel":
+        shape = (config.in_channels, *(max(side // halvings, 1) * halvings for side in (height, width)))
         return Network(PlainUNet(unet).eval(), shape, None, None, multiple=halvings, fastest_multiple=halvings)
+    shape = (config.in_channels, height, width)
     context = (tokens, config.cross_attention_dim)
     if config.addition_embed_type == "text_time":
         features = pooled_width(config) + TIME_IDS
