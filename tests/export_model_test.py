@@ -477,6 +477,14 @@ class Pipelines(Case):
         edm = from_scheduler({**config, "sigma_max": 700.0, "sigma_min": None}, self.fail, "edm")
         self.assertEqual(edm, {"prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 700.0})
 
+    def test_a_vae_by_its_older_name(self):
+        """As latent diffusion's first text-to-image pipelines have it."""
+        folder = self.edited("sd1", "older", "model_index.json", vae=None, vqvae=["diffusers", "AutoencoderKL"])
+        (folder / "vae").rename(folder / "vqvae")
+        out, model = self.export(folder, "older-out")
+        self.assertEqual(model["files"]["decoder"], "decoder.ts")
+        self.check_vae("sd1", out)
+
     def test_half_precision(self):
         for dtype in ("bf16", "fp16"):
             out, _ = self.export(self.pipeline("sd1"), dtype, "--dtype", dtype)

@@ -121,14 +121,14 @@ def add_texts(source, folder, parts):
 def add_vae(source, folder, parts):
     import diffusers
 
-    kind = parts.get("vae", parts.get("vqvae"))
-    if kind is None:
+    key = next((key for key in ("vae", "vqvae") if key in parts), None)
+    if key is None:
         return
-    if kind != "AutoencoderKL":
+    if parts[key] != "AutoencoderKL":
         raise Mistake(
-            f"Only an AutoencoderKL can be exported as decoder, but the pipeline has a {kind}; try --unet-only."
+            f"Only an AutoencoderKL can be exported as decoder, but the pipeline has a {parts[key]}; try --unet-only."
         )
-    vae = load(diffusers.AutoencoderKL, folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    vae = load(diffusers.AutoencoderKL, folder / key, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     source.vae = vae.eval().requires_grad_(False)
 
 
