@@ -26,6 +26,7 @@ import make_tiny_pipeline
 from export import archive, compiled, text
 from export.description import from_scheduler
 from export.mistake import Mistake
+from export.source import open_source
 from export.tokenizer import ClipTokenizer
 
 SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
@@ -484,6 +485,34 @@ class Pipelines(Case):
         out, model = self.export(folder, "older-out")
         self.assertEqual(model["files"]["decoder"], "decoder.ts")
         self.check_vae("sd1", out)
+
+    def with_tokens(self, name, read, given):
+        """A pipeline whose text model reads so many tokens, and whose tokenizer gives so many."""
+        from transformers import CLIPTextModel
+
+        config = "text_encoder/config.json"
+        folder = self.edited("sd1", name, config, max_position_embeddings=read)
+        for entry in (folder / "text_encoder").iterdir():
+            entry.unlink() if entry.is_symlink() else None
+        torch.manual_seed(0)
+        wanted = CLIPTextModel.config_class.from_pretrained(folder / "text_encoder")
+        CLIPTextModel(wanted).save_pretrained(folder / "text_encoder")
+        reference = CLIPTokenizerFast.from_pretrained(folder / "tokenizer", model_max_length=given)
+        (folder / "tokenizer").unlink()
+        reference.save_pretrained(folder / "tokenizer")
+        return folder
+
+    def test_text_encoders_of_another_length(self):
+        """600: the small vocabulary has a token for almost every letter, CLIP's for every word of Long CLIP's 248."""
+        for read, given, tokens in ((600, 600, 600), (248, 77, 77)):
+            folder = self.with_tokens(f"long-{given}", read, given)
+            options = export_model.parse([str(folder), "--out", "x"])
+            export_model.complete(options)
+            self.assertEqual(open_source(options).network.context, (tokens, 32))
+            out, _ = self.export(folder, f"long-{given}-out")
+            encoder = torch.jit.load(str(out / "text_encoder.ts"))
+            self.assertEqual(encoder.encode("a cat").shape, (1, tokens, 32))
+            self.assertEqual(encoder.cut("a " * (tokens - 1)), "a ")
 
     def test_half_precision(self):
         for dtype in ("bf16", "fp16"):

@@ -10,7 +10,7 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from export import description, unet
+from export import description, text, unet
 from export.mistake import Mistake
 from export.network import Network, first_line
 
@@ -82,7 +82,7 @@ def from_pipeline(folder, options):
     if not options.unet_only:
         add_texts(source, folder, parts)
         add_vae(source, folder, parts)
-    tokens = source.text_models[0].config.max_position_embeddings if source.text_models else 77
+    tokens = text.tokens_of(source.tokenizers[0], source.text_models[0]) if source.text_models else 77
     source.network = unet.wrap(load_unet(folder / "unet", options.torch_dtype, options.device), tokens)
     check_parts_fit(source)
     return source
