@@ -143,6 +143,28 @@ MODULES = """
             super().__init__()
             self.register_buffer("turns", torch.ones(3, dtype=torch.complex64))
 
+    class Multihead(Net):
+        WEIGHTS = False
+
+        def __init__(self):
+            super().__init__()
+            self.heads = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x, timesteps, context):
+            tokens = (self.into(x) + (timesteps / 1000)[:, None, None, None]).flatten(2).transpose(1, 2)
+            tokens = self.heads(tokens, tokens, tokens, need_weights=self.WEIGHTS)[0]
+            tokens = tokens + self.text(context).mean(1, keepdim=True)
+            return self.out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+    class Weighing(Multihead):
+        WEIGHTS = True
+
+    class Encoding(Net):
+        def __init__(self):
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.mid_block = torch.nn.TransformerEncoder(layer, 2)
+
     class Bare(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -656,6 +678,21 @@ class OwnModules(Case):
         self.assertEqual(model["site"], "#0")
         aoti = ("--site", "#0", "--format", "aoti", "--rows", "2", "--size", "8x8")
         self.assertIn("in a module with a name", self.mistake(f"{self.name}:Bare", *bare, *aoti))
+
+    def test_modules_of_pytorchs_own_keep_their_attention(self):
+        """In eval mode their fast path calls one op for everything."""
+        for made, site, count in (("Multihead", "heads", 1), ("Encoding", "mid_block.layers.0.self_attn", 2)):
+            out, model = self.export(f"{self.name}:{made}", made, *self.ARGUMENTS, "--site", site)
+            self.assertEqual(model["site"], site)
+            called = str(torch.jit.load(str(out / "unet.ts")).inlined_graph)
+            self.assertEqual(called.count("aten::scaled_dot_product_attention"), count)
+            self.assertNotIn("aten::_native_multi_head_attention", called)
+            self.assertNotIn("aten::_transformer_encoder_layer_fwd", called)
+            self.assertTrue(torch.backends.mha.get_fastpath_enabled())
+            if SAMPLE:
+                command = [SAMPLE, "--model", out, "--list-sites", "--device", "cpu"]
+                self.assertIn(site, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        self.assertIn("with need_weights=False", self.mistake(f"{self.name}:Weighing", *self.ARGUMENTS))
 
     def test_traces_that_differ_leave_nothing(self):
         self.assertIn("unet.ts differs from the network", self.mistake(f"{self.name}:Branching", *self.ARGUMENTS))

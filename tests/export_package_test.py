@@ -119,6 +119,27 @@ class Marked(unittest.TestCase):
         with marked(module, [""]):
             torch.testing.assert_close(module(t), expected)
 
+    def test_marks_pytorchs_own_attention(self):
+        """Which has a fast path that calls one op for everything."""
+
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.heads = nn.MultiheadAttention(8, 2, batch_first=True)
+
+            def forward(self, t):
+                return self.heads(t, t, t, need_weights=False)[0]
+
+        module, inputs = Own().eval(), {"t": torch.randn(2, 4, 8)}
+        with torch.no_grad():
+            expected = module(*inputs.values())
+        self.assertEqual(self_attentions(module, inputs.values()), [(0, "heads")])
+        sites, program = called_sites(module, inputs, ["heads"])
+        self.assertEqual(sites, ["heads"])
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(*inputs.values()), expected)
+        self.assertTrue(torch.backends.mha.get_fastpath_enabled())
+
     def test_is_undone(self):
         plain = F.scaled_dot_product_attention
         module = Raising()

@@ -97,6 +97,18 @@ def _is_self_attention(path, inputs, query, key):
 
 
 @contextlib.contextmanager
+def without_fast_path():
+    """While active, torch.nn.MultiheadAttention and what is built of it call scaled_dot_product_attention. In eval mode
+    they would call one op for everything, and what is traced then has no attention that could be hooked."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
 def _every_attention(module, replacement):
     """While active, F.scaled_dot_product_attention calls replacement(plain, ordinal, path, inputs, args, kwargs): the
     path and the inputs are those of the innermost module that runs, args begin with query, key and value."""
@@ -125,7 +137,8 @@ def _every_attention(module, replacement):
     # By its name in torch.nn.functional, where diffusers, ComfyUI and most others look it up when they call it.
     F.scaled_dot_product_attention = attention
     try:
-        yield
+        with without_fast_path():
+            yield
     finally:
         F.scaled_dot_product_attention = plain
         for hook in hooks:

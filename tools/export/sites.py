@@ -22,7 +22,8 @@ def choose(wanted, sites):
     "all"; without any, the middle block's. The first is the one to watch. `sites`: [(ordinal, path)]."""
     if not sites:
         raise Mistake(
-            "The network has no self-attention that could be hooked: it must call scaled_dot_product_attention."
+            "The network has no self-attention that could be hooked: it must call scaled_dot_product_attention, as "
+            "torch.nn.MultiheadAttention does with need_weights=False."
         )
     middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [
         p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)

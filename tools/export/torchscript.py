@@ -3,6 +3,7 @@
 import torch
 
 from export import archive, text, vae
+from export.attention import without_fast_path
 from export.check import check_calls, check_equal
 from export.mistake import Mistake
 from export.network import first_line
@@ -15,7 +16,9 @@ def write_unet(network, path):
     """Traces the network and checks the file with two batches of two other sizes."""
     traced_with, other = network.small_sizes()
     try:
-        traced = torch.jit.trace(network.module, tuple(network.example(2, *traced_with).values()), check_trace=False)
+        with without_fast_path():
+            example = tuple(network.example(2, *traced_with).values())
+            traced = torch.jit.trace(network.module, example, check_trace=False)
     except Exception as error:  # of a module that is not ours
         raise Mistake(f"The network cannot be traced: {first_line(error)}") from error
     archive.save(traced, path)
