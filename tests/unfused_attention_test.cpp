@@ -177,6 +177,16 @@ const std::vector<Way>& ways() {
         p = torch.to(p, v.dtype)
     return torch.bmm(p, v)
 )")},
+      // torch.nn.functional.softmax, scripted.
+      {"asks_for_its_dim", folded(R"(
+    given: Optional[int] = -1
+    scores = torch.bmm(q, torch.transpose(k, 1, 2)) * 0.5
+    if given is None:
+        dim = 0
+    else:
+        dim = given
+    return torch.bmm(torch.softmax(scores, dim), v)
+)")},
       {"upcast_and_mask", folded(R"(
     scores = torch.bmm(torch.to(q, 6), torch.transpose(torch.to(k, 6), 1, 2)) * 0.5
     scores = scores + torch.zeros([1, q.size(1), k.size(1)])

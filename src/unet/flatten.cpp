@@ -7,6 +7,7 @@
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/passes/constant_propagation.h>
 
 #include "attention_nodes.h"
 
@@ -103,6 +104,8 @@ FlatGraph flatten(const Module& module) {
   forward.ensure_defined();
   FlatGraph flat{forward.graph()->copy(), {}};
   flatten_block(flat.graph->block(), {{flat.graph->inputs()[0], ""}}, "");
+  // Scripted functions ask what they were given (softmax whether its dim is None): now it is known.
+  ConstantPropagationImmutableTypes(flat.graph);
   for (const auto& attention : attention_nodes(*flat.graph))
     flat.attention_paths.push_back(attention.node->s(kPath));
   for_each_node(*flat.graph, [](Node* node) {
