@@ -93,6 +93,50 @@ TEST(SamplePng, RoundTrips) {
   EXPECT_THROW(decode_png("no picture"), RunError);
 }
 
+// The bytes of a number, the greatest first.
+std::string big_endian(std::uint32_t value) {
+  std::string bytes;
+  for (int shift = 24; shift >= 0; shift -= 8) bytes += static_cast<char>(value >> shift);
+  return bytes;
+}
+
+std::string png_chunk(const std::string& content) {
+  std::uint32_t crc = 0xffffffff;
+  for (const unsigned char byte : content) {
+    crc ^= byte;
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ (crc % 2 == 1 ? 0xedb88320 : 0);
+  }
+  return big_endian(static_cast<std::uint32_t>(content.size() - 4)) + content + big_endian(~crc);
+}
+
+// A PNG of one pixel with 16 bits a channel and nothing that says how bright they are. The type
+// is PNG's: 0 grey, 2 RGB, 4 and 6 the same with alpha.
+std::string png_of_16_bits(char type, const std::vector<std::uint16_t>& channels) {
+  std::string row(1, '\0');
+  for (const auto value : channels) row += big_endian(value).substr(2);
+  std::uint32_t a = 1, b = 0;
+  for (const unsigned char byte : row) b += a += byte;
+  const auto length = static_cast<char>(row.size());
+  const std::string stored = {0x78, 0x01, 1, length, 0, static_cast<char>(~length), '\xff'};
+  const std::string header = big_endian(1) + big_endian(1) + std::string{16, type, 0, 0, 0};
+  return "\x89PNG\r\n\x1a\n" + png_chunk("IHDR" + header) +
+         png_chunk("IDAT" + stored + row + big_endian(b % 65521 * 65536 + a % 65521)) +
+         png_chunk("IEND");
+}
+
+TEST(SamplePng, SixteenBitsAreAsBrightAsEight) {
+  const auto pixel = [](char type, const std::vector<std::uint16_t>& channels) {
+    return decode_png(png_of_16_bits(type, channels)).pixels.at(0);
+  };
+  const Rgb grey = {128, 128, 128};
+  const std::uint16_t value = 128 * 257, opaque = 65535;
+  EXPECT_EQ(pixel(0, {value}), grey);
+  EXPECT_EQ(pixel(4, {value, opaque}), grey);
+  EXPECT_EQ(pixel(2, {7 * 257, value, 250 * 257}), (Rgb{7, 128, 250}));
+  EXPECT_EQ(pixel(6, {7 * 257, value, 250 * 257, opaque}), (Rgb{7, 128, 250}));
+  EXPECT_EQ(pixel(6, {7 * 257, value, 250 * 257, 0}), kWhite);
+}
+
 TEST(SamplePictures, TensorsBecomePixels) {
   auto tensor = torch::zeros({1, 3, 1, 3});
   tensor[0][0][0][0] = -1.0;

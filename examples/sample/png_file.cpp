@@ -53,6 +53,8 @@ Image decode_png(const std::string& bytes) {
   if (!png_image_begin_read_from_memory(&png.image, bytes.data(), bytes.size())) {
     png.fail("Reading");
   }
+  // Without it libpng takes 16 bits without a gAMA or sRGB chunk for linear light.
+  png.image.flags |= PNG_IMAGE_FLAG_16BIT_sRGB;
   // Before memory is taken: a few bytes may promise gigabytes.
   if (std::uint64_t{png.image.width} * png.image.height > kMostPixels) {
     throw RunError(fmt::format("Reading the PNG failed: {} x {} pixels are too many.",
