@@ -88,6 +88,12 @@ std::string model_with(const std::string& from, const std::string& to) {
   return json.replace(place, from.size(), to);
 }
 
+std::string repeated(const std::string& text, int count) {
+  std::string all;
+  for (int i = 0; i < count; ++i) all += text;
+  return all;
+}
+
 TEST_F(SampleFiles, ReadsAModelDirectory) {
   write("unet.ts", "x");
   write("model.json", kModel);
@@ -140,6 +146,33 @@ TEST_F(SampleFiles, FileNamesStayInsideTheDirectory) {
               HasSubstr("The model has no file"));
   EXPECT_THAT(mistake(model_with("\"unet.ts\"", R"("unet.ts", "encoder": "missing.ts")")),
               HasSubstr("names as \"encoder\""));
+}
+
+TEST_F(SampleFiles, DeeplyNestedModelDirectoriesAreRefused) {
+  constexpr int kDeep = 2000000;
+  const std::string arrays = repeated("[", kDeep), objects = repeated("{\"a\":", kDeep);
+  for (const auto& json :
+       {"{\"format\": " + arrays + repeated("]", kDeep) + "}", "{\"format\": " + arrays,
+        "{\"format\": " + objects + "1" + repeated("}", kDeep + 1), arrays, objects}) {
+    const auto file = path("model.json");
+    EXPECT_EQ(mistake(json), file + " has values nested deeper than 100.");
+  }
+}
+
+TEST_F(SampleFiles, MistakesInAModelDirectoryShowNoWholeArrays) {
+  EXPECT_THAT(
+      mistake(model_with("\"format\": 1", "\"format\": [[1], 2]")),
+      HasSubstr("\"format\" must be a whole number between 1 and 65536, got an array of 2."));
+  EXPECT_THAT(mistake(model_with("\"format\": 1", "\"format\": {\"a\": 1}")),
+              HasSubstr("got an object."));
+  EXPECT_THAT(mistake(model_with("[3, 64, 64]", "[3, 64]")), HasSubstr("got an array of 2."));
+  EXPECT_THAT(mistake(model_with("[3, 64, 64]", "[3, 0, 64]")), HasSubstr("got 0."));
+  EXPECT_THAT(mistake(model_with("[3, 64, 64]", "[3, 60, 64]")), HasSubstr("got 60 x 64."));
+}
+
+TEST_F(SampleFiles, NumbersBeyondDoublesAreTheUsersMistake) {
+  EXPECT_EQ(mistake(model_with("60.0", "1e999")),
+            path("model.json") + " holds a number that is too large.");
 }
 
 TEST_F(SampleFiles, MissingDirectoriesAndDescriptionsAreNamed) {

@@ -69,7 +69,7 @@ class Section {
                                     std::int64_t high) {
     if (!found.is_number_integer() || found.get<double>() < static_cast<double>(low) ||
         found.get<double>() > static_cast<double>(high)) {
-      fail(key, fmt::format("a whole number between {} and {}", low, high).c_str());
+      fail(key, fmt::format("a whole number between {} and {}", low, high), shown(found));
     }
     return found.get<std::int64_t>();
   }
@@ -96,15 +96,20 @@ class Section {
     }
   }
 
-  [[noreturn]] void fail(const std::string& key, const char* what) const {
-    throw UsageError(
-        fmt::format("{} must be {}, got {}.", name(key), what, shown(object_.at(key))));
+  [[noreturn]] void fail(const std::string& key, const std::string& what) const {
+    fail(key, what, shown(object_.at(key)));
+  }
+  [[noreturn]] void fail(const std::string& key, const std::string& what,
+                         const std::string& got) const {
+    throw UsageError(fmt::format("{} must be {}, got {}.", name(key), what, got));
   }
 
  private:
   std::string name(const std::string& key) const { return fmt::format("{}: \"{}\"", where_, key); }
 
   static std::string shown(const json& value) {
+    if (value.is_object()) return "an object";
+    if (value.is_array()) return fmt::format("an array of {}", value.size());
     const auto text = value.dump(-1, ' ', true, json::error_handler_t::replace);
     return text.size() <= 60 ? text : text.substr(0, 57) + "...";
   }
@@ -125,7 +130,7 @@ void read_prediction(Section& root, ModelDirectory& model) {
   constexpr std::string_view kKnown[] = {"eps", "v", "x0", "edm", "flow"};
   model.prediction = root.text("prediction");
   if (std::find(std::begin(kKnown), std::end(kKnown), model.prediction) == std::end(kKnown)) {
-    root.fail("prediction", fmt::format("one of {}", fmt::join(kKnown, ", ")).c_str());
+    root.fail("prediction", fmt::format("one of {}", fmt::join(kKnown, ", ")));
   }
   if (model.prediction == "edm") {
     root.read("sigma_data", model.sigma_data, kTiny, kPositive);
@@ -154,8 +159,8 @@ void read_sample(Section sample, ModelDirectory& model) {
   if (sample.has("multiple")) model.multiple = sample.whole_number("multiple", 1, kMost);
   sample.refuse_unknown_keys();
   if (model.shape[1] % model.multiple != 0 || model.shape[2] % model.multiple != 0) {
-    sample.fail("shape",
-                fmt::format("a height and width that are multiples of {}", model.multiple).c_str());
+    sample.fail("shape", fmt::format("a height and width that are multiples of {}", model.multiple),
+                fmt::format("{} x {}", model.shape[1], model.shape[2]));
   }
 }
 
@@ -209,6 +214,26 @@ void read_defaults(Section section, ModelDefaults& defaults) {
   section.refuse_unknown_keys();
 }
 
+// Arrays and objects are no deeper than this: copying and writing JSON goes into each.
+constexpr int kDeepest = 100;
+
+json parse_json(const std::string& file, const std::string& content) {
+  const auto check_depth = [&](int depth, json::parse_event_t, json&) {
+    if (depth > kDeepest) {
+      throw UsageError(fmt::format("{} has values nested deeper than {}.", file, kDeepest));
+    }
+    return true;
+  };
+  try {
+    return json::parse(content, check_depth);
+  } catch (const json::parse_error& parse) {
+    throw UsageError(fmt::format("{} is no JSON: the mistake is at byte {}.", file, parse.byte));
+  } catch (const json::exception&) {
+    // All that is left, in a text, is a number beyond doubles: 1e999.
+    throw UsageError(fmt::format("{} holds a number that is too large.", file));
+  }
+}
+
 json read_json(const std::string& path, const std::string& file) {
   std::error_code error;
   if (!fs::is_directory(path, error)) {
@@ -221,11 +246,7 @@ json read_json(const std::string& path, const std::string& file) {
     throw UsageError(
         fmt::format("--model: the directory \"{}\" has no model.json that can be read.", path));
   }
-  try {
-    return json::parse(content.str());
-  } catch (const json::parse_error& parse) {
-    throw UsageError(fmt::format("{} is no JSON: the mistake is at byte {}.", file, parse.byte));
-  }
+  return parse_json(file, content.str());
 }
 
 }  // namespace
