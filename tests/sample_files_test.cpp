@@ -3,6 +3,7 @@
 #include <fstream>
 #include <iterator>
 
+#include <caffe2/serialize/inline_container.h>
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -226,6 +227,82 @@ TEST_F(SampleFiles, TensorsThatReachBeyondTheirDataAreRefused) {
   // BININT1 3, BININT1 4, TUPLE: the sizes. 3 → 200.
   const auto bytes = edited(tensor_file_bytes(torch::ones({3, 4})), "K\x03K\x04t", "K\xc8K\x04t");
   EXPECT_THROW(read_tensor("--noise", write("beyond.pt", bytes)), UsageError);
+}
+
+// A file like torch.save's, whose pickle has these opcodes between PROTO and STOP.
+std::string file_with_pickle(const std::string& opcodes) {
+  std::string bytes;
+  caffe2::serialize::PyTorchStreamWriter writer([&](const void* data, std::size_t size) {
+    bytes.append(static_cast<const char*>(data), size);
+    return size;
+  });
+  const auto pickle = "\x80\x02" + opcodes + '.';
+  writer.writeRecord("data.pkl", pickle.data(), pickle.size());
+  writer.writeEndOfFile();
+  return bytes;
+}
+
+// The opcode that pushes a text.
+std::string pickled_text(const std::string& text) {
+  std::string opcode = "X";
+  for (int shift = 0; shift < 32; shift += 8) opcode += static_cast<char>(text.size() >> shift);
+  return opcode + text;
+}
+
+TEST_F(SampleFiles, DeeplyNestedTensorFilesAreRefused) {
+  constexpr int kDeep = 2000000;
+  const std::string type = repeated("List[", kDeep) + "int" + repeated("]", kDeep);
+  const std::string restore = "ctorch.jit._pickle\nrestore_type_tag\n";
+  // A list in the memo is put into the next one and only then given something to hold.
+  const std::string through_the_memo = "]q\1" + repeated("h\1(]q\1e\x81", kDeep);
+  const std::vector<std::pair<const char*, std::string>> pickles = {
+      {"tuples", ")" + repeated("\x85", kDeep)},
+      {"marked tuples", repeated("(", kDeep) + repeated("t", kDeep)},
+      {"lists", repeated("](", kDeep) + repeated("e", kDeep)},
+      {"dicts", repeated("}(K\1", kDeep) + "N" + repeated("u", kDeep)},
+      {"an unfinished pickle", ")" + repeated("\x85", kDeep) + "?"},
+      {"tuples in the memo", ")" + repeated("\x85q\1h\1\x86", kDeep)},
+      {"lists in the memo", through_the_memo},
+      {"lists in the memo, complete", "]q\1\x81" + repeated("](h\1eq\1\x81", kDeep) + "h\1"},
+      {"a type", restore + "](K\1e" + pickled_text(type) + "\x86R"},
+  };
+  for (const auto& [what, pickle] : pickles) {
+    const auto file = write("deep.pt", file_with_pickle(pickle));
+    try {
+      read_tensor("--cond", file);
+      ADD_FAILURE() << what;
+    } catch (const UsageError& error) {
+      EXPECT_THAT(error.what(), HasSubstr("holds something else than one tensor")) << what;
+    }
+  }
+}
+
+TEST_F(SampleFiles, DamagedPicklesAreRefused) {
+  for (const std::string pickle :
+       {"", "(u", "}(K\1u", "t", "(t(", "a", "h\x07", "r\xff\xff\xff\x7f", "Nr\xff\xff\xff\x7f",
+        "X\xff\xff\xff\xff", "cno_end"}) {
+    EXPECT_THROW(read_tensor("--cond", write("bad.pt", file_with_pickle(pickle))), UsageError);
+  }
+}
+
+TEST_F(SampleFiles, WhatLiesBesideTheTensorsMayNest) {
+  c10::List<c10::List<std::int64_t>> sizes({c10::List<std::int64_t>({3, 4})});
+  c10::impl::GenericDict values(c10::StringType::get(), c10::AnyType::get());
+  values.insert("sizes", sizes);
+  values.insert("noise", torch::ones({3, 4}));
+  values.insert("again", values.at("noise"));
+  const auto bytes = torch::pickle_save(values);
+  const auto file = write("dict.pt", {bytes.begin(), bytes.end()});
+  EXPECT_TRUE(torch::equal(read_tensor("--noise", file + ":noise"), torch::ones({3, 4})));
+  EXPECT_TRUE(torch::equal(read_tensor("--noise", file + ":again"), torch::ones({3, 4})));
+  try {
+    // {1: [2], 2: the same list}
+    read_tensor("--noise", write("same.pt", file_with_pickle("}(K\1]q\1(K\2eK\2h\1u")));
+    FAIL();
+  } catch (const UsageError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("must hold one tensor or a flat dict of tensors"))
+        << "read";
+  }
 }
 
 TEST_F(SampleFiles, OldFilesGetTheCommandThatSavesThemAnew) {

@@ -20,6 +20,7 @@
 #include <torch/csrc/jit/serialization/unpickler.h>
 
 #include "errors.h"
+#include "pickle_check.h"
 
 namespace sag_sample {
 namespace {
@@ -119,6 +120,7 @@ Archive unpickle(const std::string& bytes) {
   Archive archive;
   caffe2::serialize::PyTorchStreamReader reader(std::make_shared<Memory>(bytes));
   const auto [pickle, pickle_size] = reader.getRecord("data.pkl");
+  check_pickle({static_cast<const char*>(pickle.get()), pickle_size});
   std::size_t position = 0;
   const auto read = [&](char* buffer, std::size_t count) {
     const std::size_t given = std::min(count, pickle_size - position);
