@@ -530,6 +530,10 @@ TEST_F(SampleCommand, MistakesAreOneSentence) {
       run({"--model", model, "--prompt", "x", "--out", out, "--site", "middle.7.0"});
   EXPECT_EQ(no_site.code, 1);
   EXPECT_THAT(no_site.err, HasSubstr("middle.0.0")) << "what there is";
+  sentence(1,
+           {"--model", model, "--prompt", "x", "--out", out, "--site", std::string(100000, ' ')});
+  sentence(1, {"--model", model, "--prompt", "x", "--out", out, "--site",
+               "a:" + std::string(50000, '\n') + "b" + std::string(50000, '\n') + "c"});
 
   auto no_decoder = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
   no_decoder.insert(no_decoder.end(), {"--out", out});

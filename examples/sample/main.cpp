@@ -1,13 +1,14 @@
 // The command sag-sample: draws pictures with a diffusion model, steered by Self-Attention
 // Guidance.
 
+#include <algorithm>
 #include <cctype>
 #include <cstdio>
 #include <exception>
 #include <iostream>
 #include <new>
-#include <regex>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <c10/util/Exception.h>
@@ -27,10 +28,30 @@ int fail(int code, const std::string& sentence) {
   return code;
 }
 
+std::string_view trimmed(std::string_view text) {
+  constexpr const char* kSpace = " \t\n\v\f\r";
+  const auto begin = text.find_first_not_of(kSpace);
+  if (begin == std::string_view::npos) return {};
+  return text.substr(begin, text.find_last_not_of(kSpace) + 1 - begin);
+}
+
+// The lines as one; what follows a colon belongs to it. A std::regex would recurse once for each
+// character of what users gave.
+std::string in_one_line(std::string_view text) {
+  std::string joined;
+  while (!text.empty()) {
+    const auto length = std::min(text.find('\n'), text.size());
+    const auto line = trimmed(text.substr(0, length));
+    if (!joined.empty() && !line.empty()) joined += joined.ends_with(':') ? " " : "; ";
+    joined += line;
+    text.remove_prefix(std::min(length + 1, text.size()));
+  }
+  return joined;
+}
+
 // A message of the library in one line, without the name of the function.
 std::string sentence_of(const std::string& text) {
-  auto sentence = std::regex_replace(text, std::regex(":\\s*\n\\s*"), ": ");
-  sentence = std::regex_replace(sentence, std::regex("\\s*\n\\s*"), "; ");
+  auto sentence = in_one_line(text);
   const auto end = sentence.find("] ");
   if (!sentence.starts_with('[') || end == std::string::npos) return sentence;
   sentence.erase(0, end + 2);
