@@ -280,7 +280,7 @@ TEST_F(SampleFiles, DeeplyNestedTensorFilesAreRefused) {
 TEST_F(SampleFiles, DamagedPicklesAreRefused) {
   for (const std::string pickle :
        {"", "(u", "}(K\1u", "t", "(t(", "a", "h\x07", "r\xff\xff\xff\x7f", "Nr\xff\xff\xff\x7f",
-        "X\xff\xff\xff\xff", "cno_end"}) {
+        "X\xff\xff\xff\xff", "cno_end", "ctorch._tensor\n_rebuild_from_type_v2\n(NN)}tR"}) {
     EXPECT_THROW(read_tensor("--cond", write("bad.pt", file_with_pickle(pickle))), UsageError);
   }
 }

@@ -111,16 +111,14 @@ class PickleWalk {
   bool step_over_call(char opcode) {
     switch (opcode) {
       case 'c':  // GLOBAL: a module and a name
-        take(rest_.find('\n'), 1);
-        take(rest_.find('\n'), 1);
-        return push({});
+        return push_function();
       case '\x81':  // NEWOBJ: to the Unpickler, the end of an empty tuple
         pop(1);
         return true;
       case 'R':  // REDUCE
       case 'b':  // BUILD
         // A function gives at most back what it got.
-        return push({.depth = pop(2)});
+        return !lacks_function_ && push({.depth = pop(2)});
       case 'Q':  // BINPERSID: a storage, after its description
         pop(1);
         return push({});
@@ -159,6 +157,15 @@ class PickleWalk {
   bool push_text(std::size_t bytes) {
     const auto text = take(bytes);
     return std::count(text.begin(), text.end(), '[') <= kDeepest && push({});
+  }
+
+  // A tensor with attributes is rebuilt by the function that the next GLOBAL names, and the
+  // Unpickler calls that without looking whether there is one.
+  bool push_function() {
+    const auto module = take(rest_.find('\n'), 1), name = take(rest_.find('\n'), 1);
+    if (lacks_function_ && module != "torch._utils") return false;
+    lacks_function_ = name == "_rebuild_from_type_v2";
+    return push({});
   }
 
   // Takes values away and gives the depth of the deepest.
@@ -206,6 +213,7 @@ class PickleWalk {
   std::deque<Value> values_;
   std::vector<Value*> stack_, memo_;
   std::vector<std::size_t> marks_;
+  bool lacks_function_ = false;
 };
 
 }  // namespace
