@@ -94,6 +94,7 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma,
       const auto area =
           cond.area ? std::optional(clipped(*cond.area, height, width)) : std::nullopt;
       const auto weight = weight_of(cond, area, x);
+      const auto extra = crop_pictures(cond.extra, area, x);
       for (std::int64_t image = 0; image < images; image += rows_at_once) {
         const auto count = std::min(rows_at_once, images - image);
         const RowGroup rows{.count = count,
@@ -103,8 +104,7 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma,
                             .owner = request.owner,
                             .area = area,
                             .weight = images_of(weight, image, count)};
-        items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area),
-                         crop_pictures(cond.extra, area, x)});
+        items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area), extra});
       }
     }
   }

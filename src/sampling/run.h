@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 
@@ -58,6 +59,12 @@ class Run {
   const SamplerOptions& options_;
   NoiseSampler noise_sampler_;
 };
+
+/// Where a run to σ = 0 really ends with a sampler that cannot reach it: `SamplerInfo::end_sigma`,
+/// or half the last sigma before, if that is lower.
+inline double end_above_zero(double end_sigma, std::span<const double> sigmas) {
+  return std::min(end_sigma, sigmas[sigmas.size() - 2] / 2);
+}
 
 /// The derivative dx/dσ, which points from the prediction to x.
 inline torch::Tensor to_d(const torch::Tensor& x, double sigma, const torch::Tensor& denoised) {

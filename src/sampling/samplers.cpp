@@ -149,7 +149,7 @@ double end_of(Sampler sampler, std::span<const double> sigmas) {
   const auto* known = std::find_if(kSamplers.begin(), kSamplers.end(),
                                    [sampler](const auto& info) { return info.sample == sampler; });
   if (sigmas.back() != 0 || known == kSamplers.end()) return sigmas.back();
-  return std::min(known->end_sigma, sigmas[sigmas.size() - 2] / 2);
+  return end_above_zero(known->end_sigma, sigmas);
 }
 
 // Relative, as in the reference. ComfyUI: `Sampler.max_denoise`.

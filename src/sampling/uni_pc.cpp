@@ -136,7 +136,7 @@ torch::Tensor uni_pc(const char* caller, Variant variant, const DenoiseFunction&
 
   std::vector<double> ends(sigmas.begin(), sigmas.end());
   // λ is infinite at 0, where the reference goes to 0.001 instead.
-  if (ends.back() == 0) ends.back() = std::min(0.001, ends[steps - 1] / 2);
+  if (ends.back() == 0) ends.back() = end_above_zero(0.001, sigmas);
   const auto levels = levels_of(ends);
 
   const auto first = run.predict(x, sigmas[0]);

@@ -21,7 +21,8 @@ struct FlatGraph {
   std::vector<std::string> attention_paths;
 };
 
-/// Returns the flattened `forward`, without branches that are never taken. Neither the module nor its functions' caches are touched.
+/// Returns the flattened `forward`, without branches that are never taken. Neither the module nor
+/// its functions' caches are touched.
 FlatGraph flatten(const torch::jit::Module& module);
 
 /// Calls `visit` for every node, in order of execution, blocks and forked graphs included. The

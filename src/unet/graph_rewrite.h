@@ -16,8 +16,8 @@ void replace_node(torch::jit::Node* node, torch::jit::Node* replacement);
 /// and the last product of an unfused attention by `sag::attention_probabilities`.
 void hook_attention(const AttentionNode& attention, const std::string& site);
 
-/// Lets nn.MultiheadAttention and nn.TransformerEncoderLayer, scripted, leave out their fast path, one
-/// op in which no attention can be hooked: beside it lies the slow one, step by step.
+/// Lets nn.MultiheadAttention and nn.TransformerEncoderLayer, scripted, leave out their fast path,
+/// one op in which no attention can be hooked: beside it lies the slow one, step by step.
 void leave_fast_paths(torch::jit::Graph& graph);
 
 /// Replaces `_convolution`, in which tracing records cuDNN's switches, by convolutions that ask the

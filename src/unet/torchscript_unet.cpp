@@ -58,15 +58,9 @@ void check_constants(Graph& graph, const Origin& origin) {
   });
 }
 
-bool has_softmax(Graph& graph) {
+bool holds(Graph& graph, bool (*is_wanted)(const Node*)) {
   bool found = false;
-  for_each_node(graph, [&](Node* node) { found = found || is_softmax(node); });
-  return found;
-}
-
-bool has_fast_path(Graph& graph) {
-  bool found = false;
-  for_each_node(graph, [&](Node* node) { found = found || is_fast_path(node); });
+  for_each_node(graph, [&](Node* node) { found = found || is_wanted(node); });
   return found;
 }
 
@@ -76,12 +70,13 @@ void check_sites(const FlatGraph& flat, const std::vector<AttentionSiteInfo>& si
   const auto attentions = flat.attention_paths.size();
   const std::string found =
       attentions > 0 ? "only cross-attention (" + std::to_string(attentions) + " of them)"
-      : has_softmax(*flat.graph)
+      : holds(*flat.graph, is_softmax)
           ? "only softmax that is no part of an attention known here: export it with "
             "scaled_dot_product_attention"
-      : has_fast_path(*flat.graph) ? "only the fast path of nn.MultiheadAttention: trace it after "
-                                     "torch.backends.mha.set_fastpath_enabled(False)"
-                                   : "no attention at all";
+      : holds(*flat.graph, is_fast_path)
+          ? "only the fast path of nn.MultiheadAttention: trace it after "
+            "torch.backends.mha.set_fastpath_enabled(False)"
+          : "no attention at all";
   TORCH_CHECK_VALUE(false, "[", origin.caller, "] ", origin.model,
                     " must have a self-attention that can be hooked, but it has ", found);
 }
