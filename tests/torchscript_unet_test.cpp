@@ -213,6 +213,24 @@ TEST_P(GoldenUNet, RunsOnTheGpuThoughTracedOnTheCpu) {
   EXPECT_EQ(load({.device = torch::kCUDA})->dtype(), torch::kFloat);
 }
 
+TEST_P(GoldenUNet, TakesChannelsLastOnTheGpuInHalfPrecisionOnly) {
+  if (!torch::cuda::is_available())
+    GTEST_SKIP() << "this machine has no CUDA device, or LibTorch no CUDA";
+  for (const auto dtype : {torch::kFloat, torch::kHalf}) {
+    auto in = input("a");
+    in.timesteps = in.timesteps.to(torch::kCUDA);
+    for (auto* t : {&in.x, &in.context, &in.y})
+      *t = t->defined() ? t->to(torch::kCUDA, dtype) : *t;
+    const auto out = [&](std::optional<bool> channels_last) {
+      return load({.device = torch::kCUDA, .dtype = dtype, .channels_last = channels_last})
+          ->forward(in);
+    };
+    const bool half = dtype == torch::kHalf;
+    EXPECT_TRUE(torch::equal(out({}), out(half)));
+    EXPECT_FALSE(torch::equal(out({}), out(!half)));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Nets, GoldenUNet,
     ::testing::Values(Golden{"comfy_sd15_tiny", "middle.0.0",

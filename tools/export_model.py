@@ -162,7 +162,7 @@ def parse(arguments):
         "--channels-last",
         choices=["auto", "on", "off"],
         default="auto",
-        help="layout of the convolutions; auto: on CUDA in half precision if they hold 40 %% of the parameters [auto]",
+        help="layout of the convolutions; auto: on CUDA in half precision if they hold 5 %% of the parameters [auto]",
     )
     options = parser.parse_args(arguments)
     options.y, options.multiple = options.y and options.y[0], options.multiple[0]
@@ -218,7 +218,7 @@ def write_compiled(network, folder, options, sites):
         say("note: no package takes one row, which SAG asks for beside the two of CFG; --rows 1,2 would do for both")
     on = options.channels_last == "on"
     if options.channels_last == "auto":
-        on = options.device == "cuda" and options.dtype != "fp32" and network.convolution_share() >= 0.4
+        on = options.device == "cuda" and options.dtype != "fp32" and network.convolution_share() >= 0.05
     if on:
         network.module.to(memory_format=torch.channels_last)
     name = compiled.write_unet(network, folder, rows, sizes, sites, say)

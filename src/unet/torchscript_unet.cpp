@@ -179,7 +179,7 @@ struct TorchScriptUNet::State {
 
 bool TorchScriptUNet::State::likes_channels_last() const {
   const bool half = dtype == torch::kHalf || dtype == torch::kBFloat16;
-  return device.is_cuda() && half && convolution_share(module) >= 0.4;
+  return device.is_cuda() && half && convolution_share(module) >= 0.05;
 }
 
 std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
