@@ -122,6 +122,16 @@ MODULES = """
             out = super().forward(x, timesteps, context)
             return out if x.shape[0] == 2 else 2 * out
 
+    class Timed(Net):
+        def forward(self, x, timesteps, context):
+            out = super().forward(x, timesteps, context)
+            return out if timesteps[0] > 500 else 2 * out
+
+    class Large(Net):
+        def forward(self, x, timesteps, context):
+            out = super().forward(x, timesteps, context)
+            return out if x.shape[-1] < 8 else 2 * out
+
     class Random(Net):
         def forward(self, x, timesteps, context):
             return super().forward(x, timesteps, context) + torch.randn_like(x)
@@ -622,6 +632,8 @@ class Pipelines(Case):
     def test_options_that_do_not_fit_are_refused(self):
         unet = self.pipeline("sd1") / "unet"
         self.assertIn("--prediction is needed", self.mistake(unet))
+        self.assertIn("got AutoencoderKL", self.mistake(unet.parent / "vae"))
+        self.assertIn("in one file see docs/models.md", self.mistake(unet / "config.json"))
         self.assertIn(
             "must name one of shift, timestep_multiplier",
             self.mistake(unet, "--prediction", "flow", "--constant", "beta_start=1"),
@@ -695,8 +707,10 @@ class OwnModules(Case):
         self.assertIn("with need_weights=False", self.mistake(f"{self.name}:Weighing", *self.ARGUMENTS))
 
     def test_traces_that_differ_leave_nothing(self):
-        self.assertIn("unet.ts differs from the network", self.mistake(f"{self.name}:Branching", *self.ARGUMENTS))
-        self.assertIn("unet.ts differs from the network", self.mistake(f"{self.name}:Random", *self.ARGUMENTS))
+        for made in ("Branching", "Timed", "Large", "Random"):
+            with self.subTest(made):
+                said = self.mistake(f"{self.name}:{made}", *self.ARGUMENTS)
+                self.assertIn("unet.ts differs from the network", said)
 
     def test_modules_that_do_not_fit_are_refused(self):
         name, fits = self.name, self.ARGUMENTS
@@ -705,7 +719,7 @@ class OwnModules(Case):
         self.assertIn("no self-attention", self.mistake(f"{name}:Deaf", *fits))
         self.assertIn("no weights here", self.mistake(f"{name}:broken", *fits))
         self.assertIn("must return a torch.nn.Module, got str", self.mistake(f"{name}:text", *fits))
-        self.assertIn("cannot be called", self.mistake(f"{name}:nothing", *fits))
+        self.assertIn("own_modules.py has no nothing", self.mistake(f"{name}:nothing", *fits))
         self.assertIn('complex "turns"', self.mistake(f"{name}:Turning", *fits))
         self.assertIn("is TorchScript already", self.mistake(f"{name}:scripted", *fits))
         self.assertIn("multiples of --multiple", self.mistake(f"{name}:Net", *fits, "--multiple", "3"))

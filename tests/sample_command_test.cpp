@@ -562,6 +562,31 @@ TEST_F(SampleCommand, TensorsMustFitTheirPlace) {
   EXPECT_FALSE(fs::exists(path("latent.pt")));
 }
 
+TEST_F(SampleCommand, SaysWhatARunDoesThatMayNotBeMeant) {
+  const std::string file = kGolden + "runs/eps_euler_normal.pt:";
+  const std::vector<std::string> start = {"--latent",
+                                          save("start.pt", torch::zeros({1, 4, 16, 16}))};
+  const auto notes = [&](std::vector<std::string> more) {
+    const std::vector<std::string> common = {"--unet",  kGolden + "comfy_sd15_tiny.ts",
+                                             "--cond",  file + "cond",
+                                             "--steps", "1",
+                                             "--json",  path("report.json")};
+    more.insert(more.end(), common.begin(), common.end());
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    return report("report.json")["notes"].dump();
+  };
+  const std::vector<std::string> uncond = {"--uncond", file + "uncond"};
+  const auto both = [](std::vector<std::string> a, const std::vector<std::string>& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+  };
+  EXPECT_THAT(notes(start), AllOf(HasSubstr("give --uncond"), HasSubstr("nothing is left")));
+  EXPECT_THAT(notes(both(start, {"--denoise", "0.6", "--no-sag"})), "[]");
+  EXPECT_THAT(notes(both(start, uncond)), Not(HasSubstr("give --uncond")));
+  EXPECT_THAT(notes(both(uncond, {"--height", "16", "--width", "16"})), "[]");
+}
+
 TEST_F(SampleCommand, FailedRunsLeaveNothingBehind) {
   const auto huge = path("huge.pt");
   std::ofstream(huge, std::ios::binary) << tensor_file_bytes(torch::full({1, 10, 32}, 3e38));
@@ -583,7 +608,8 @@ TEST_F(SampleCommand, AnInterruptedRunLeavesNothingBehind) {
   ASSERT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), 2);
   EXPECT_THAT(read(path("stderr")),
-              testing::EndsWith("sag-sample: Interrupted; nothing was written.\n"));
+              testing::EndsWith("\nsag-sample: stopping after this evaluation; once more stops at "
+                                "once\nsag-sample: Interrupted; nothing was written.\n"));
   EXPECT_FALSE(fs::exists(path("out.png")));
 }
 

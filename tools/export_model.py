@@ -280,14 +280,18 @@ if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import torch  # noqa: E402
+MISSING = "export_model.py: The package {} is missing: pip install torch==2.11.0 -r tools/requirements.txt"
+try:
+    import torch
 
-from export import compiled, description, torchscript  # noqa: E402
-from export import sites as sites_of  # noqa: E402
-from export.mistake import Mistake  # noqa: E402
-from export.model_folder import new_folder  # noqa: E402
-from export.package import bounds  # noqa: E402
-from export.source import open_source  # noqa: E402
+    from export import compiled, description, torchscript
+    from export import sites as sites_of
+    from export.mistake import Mistake
+    from export.model_folder import new_folder
+    from export.package import bounds
+    from export.source import open_source
+except ModuleNotFoundError as missing:
+    sys.exit(MISSING.format(missing.name))
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
@@ -296,6 +300,8 @@ if __name__ == "__main__":
         run(options)
     except Mistake as mistake:
         sys.exit(f"export_model.py: {mistake}")
+    except ModuleNotFoundError as missing:
+        sys.exit(MISSING.format(missing.name))
     except OSError as error:  # a full disk, say
         sys.exit(f"export_model.py: {error}")
     except KeyboardInterrupt:

@@ -10,8 +10,13 @@ Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), f
 import argparse
 import json
 import pathlib
+import sys
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit("make_tiny_pipeline.py: PyTorch is missing: pip install torch==2.11.0 -r tools/requirements.txt")
+
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,

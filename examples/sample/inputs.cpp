@@ -314,6 +314,18 @@ std::vector<Batch> text_batches(const Options& options, const Settings& settings
   return batches;
 }
 
+// What a run does that its user may not have meant.
+void add_notes(const Options& options, const Settings& settings, Inputs& inputs) {
+  const bool starts_from_picture = !options.image.empty() || !options.latent.empty();
+  if (starts_from_picture && options.mask.empty() && options.sigmas.empty() &&
+      options.denoise.value_or(1) == 1)
+    inputs.notes.push_back(
+        "nothing is left of the start picture; --denoise 0.6, say, keeps some of it");
+  if (settings.guided && !options.cond.empty() && options.uncond.empty())
+    inputs.notes.push_back(
+        "self-attention guidance needs an unconditional prediction: give --uncond");
+}
+
 std::string label(const Picture& picture, bool has_siblings, bool seeded) {
   const std::string seed = seeded ? fmt::format("seed {}", picture.seed) : "";
   if (picture.prompt.empty()) return seed;
@@ -368,6 +380,7 @@ Inputs read_inputs(const Options& options, const Settings& settings) {
     for (const auto picture : batch.pictures) batch.seeds.push_back(inputs.pictures[picture].seed);
     add_latents(batch, tensors, settings);
   }
+  add_notes(options, settings, inputs);
   return inputs;
 }
 

@@ -72,7 +72,7 @@ int main(int argc, char** argv) {
   try {
     const auto options = sag_sample::parse_options({argv + 1, argv + argc}, std::cout);
     if (!options) return kDone;
-    sag_sample::catch_interrupts();
+    sag_sample::catch_interrupts(options->quiet);
     sag_sample::run_command(*options, std::cout);
     return kDone;
   } catch (const sag_sample::UsageError& error) {

@@ -1,8 +1,11 @@
 #include "options.h"
 
 #include <algorithm>
+#include <array>
+#include <cctype>
 #include <charconv>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <ostream>
 #include <span>
@@ -222,8 +225,10 @@ void add_picture_options(CLI::App& app, Options& o) {
              "the start noise; ddim: of the next seed");
   group.number("--channels", o.channels, kSide, "N", "Channels of the latent",
                "the model's, else 4");
-  group.number("--height", o.height, kSide, "N", "Height of the latent", "the model's, else 64");
-  group.number("--width", o.width, kSide, "N", "Width of the latent", "the model's, else 64");
+  group.number("--height", o.height, kSide, "N",
+               "Height of the latent, in its cells (Stable Diffusion: pixels / 8)",
+               "the model's, else 64");
+  group.number("--width", o.width, kSide, "N", "Width, likewise", "the model's, else 64");
 }
 
 void add_sampling_options(CLI::App& app, Options& o) {
@@ -238,7 +243,8 @@ void add_sampling_options(CLI::App& app, Options& o) {
                "the model's, else 20");
   group.number("--denoise", o.denoise,
                Range<double>{0.0, 1.0, "a number greater than 0 and at most 1", true}, "X",
-               "Share of the schedule to run, with --latent or --image", "1");
+               "How much of --latent or --image to noise over, 1: all; --steps run from there",
+               "1");
   group.text("--sigmas", o.sigmas, "T",
              "Noise levels, used as they are, the last 0 included, in place of a schedule");
   group.number("--eta", o.eta, kShare, "X",
@@ -282,9 +288,11 @@ void add_device_options(CLI::App& app, Options& o) {
              "cuda if there is one; a compiled UNet's own");
   group.choice("--dtype", o.dtype, {"fp32", "fp16", "bf16"}, "Precision of the UNet",
                "fp32 on the CPU, the file's on CUDA; a compiled UNet's own");
-  group.number("--max-rows", o.max_rows,
-               Range<std::int64_t>{0, 65536, "a whole number between 0 and 65536"}, "N",
-               "At most N pictures at a time go through the UNet; 0: no limit", "16");
+  group.number(
+      "--max-rows", o.max_rows, Range<std::int64_t>{0, 65536, "a whole number between 0 and 65536"},
+      "N",
+      "At most N rows (a picture takes two with cfg) go through the UNet at a time; 0: no limit",
+      "16");
   group.number("--threads", o.threads,
                Range<std::int64_t>{1, 4096, "a whole number between 1 and 4096"}, "N",
                "CPU threads", "LibTorch's");
@@ -324,6 +332,14 @@ Examples:
 
 Exit codes: 0 done, 1 a mistake in the arguments or files, 2 the run failed.)";
 
+bool is_other_format(const std::string& path) {
+  auto extension = std::filesystem::path(path).extension().string();
+  for (auto& c : extension) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  constexpr std::array<std::string_view, 7> kOthers = {".jpg", ".jpeg", ".webp", ".gif",
+                                                       ".bmp", ".tif",  ".tiff"};
+  return std::find(kOthers.begin(), kOthers.end(), extension) != kOthers.end();
+}
+
 void check_combinations(const Options& o) {
   const auto never_both = [](bool a, bool b, const char* text) {
     if (a && b) throw UsageError(text);
@@ -358,6 +374,7 @@ void check_combinations(const Options& o) {
   never_both(o.no_sag, o.sag_one_pass || o.sag_interval > 1,
              "--sag-one-pass and --sag-interval cannot be given together with --no-sag.");
   never_both(o.compare, o.out.empty(), "--compare needs --out.");
+  never_both(is_other_format(o.out), true, "--out writes PNG: let its name end in .png.");
   never_both(o.sag_start.has_value(), o.sag_start_percent.has_value(),
              "--sag-start and --sag-start-percent cannot be given together.");
   never_both(o.sag_end.has_value(), o.sag_end_percent.has_value(),

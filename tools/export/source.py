@@ -50,16 +50,22 @@ def load(kind, folder, **options):
         raise Mistake(f'"{folder}" cannot be read as a {kind.__name__}: {first_line(error)}') from error
 
 
+def read_unet_config(folder):
+    config = read_json(pathlib.Path(folder) / "config.json")
+    unet.check_supported(config)
+    return config
+
+
 def load_unet(folder, dtype, device):
     import diffusers
 
-    config = read_json(pathlib.Path(folder) / "config.json")
-    unet.check_supported(config)
-    module = load(getattr(diffusers, config["_class_name"]), folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    kind = read_unet_config(folder)["_class_name"]
+    module = load(getattr(diffusers, kind), folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     return module.to(device).eval().requires_grad_(False)
 
 
 def from_unet_folder(folder, options):
+    read_unet_config(folder)  # before anything is asked for
     if options.prediction is None:
         raise Mistake(
             "--prediction is needed: a UNet's folder does not say what the network predicts; its pipeline's does."
@@ -184,7 +190,12 @@ def call_factory(spec):
     module_name, _, function = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(module_name), function)()
+        make = getattr(importlib.import_module(module_name), function, None)
+        if make is None:
+            raise Mistake(f"{spec}: {module_name}.py has no {function}.")
+        made = make()
+    except Mistake:
+        raise
     except Exception as error:  # it is the user's code
         raise Mistake(f"{spec} cannot be called: {type(error).__name__}: {first_line(error)}") from error
     if isinstance(made, torch.jit.ScriptModule):
@@ -206,6 +217,7 @@ def open_source(options):
         raise Mistake(
             f'"{folder}" must be the folder of a diffusers pipeline (with model_index.json) or UNet (with '
             "config.json), or MODULE:FACTORY."
+            + (" For a checkpoint in one file see docs/models.md." if folder.is_file() else "")
         )
     if options.sample:
         check_sample(source.network, options.sample)
