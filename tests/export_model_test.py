@@ -472,8 +472,10 @@ class Pipelines(Case):
         self.assertEqual(edm, {"prediction": "edm", "sigma_data": 1.0, "sigma_min": 0.002, "sigma_max": 120.0})
         self.assertEqual(described(FlowMatchEulerDiscreteScheduler(shift=3.0), "flow")["shift"], 3.0)
         self.assertEqual(len(notes), 1)
-        self.assertEqual(described(EDMEulerScheduler(), "eps"), {"prediction": "eps"})
-        self.assertIn("EDMEulerScheduler, tells no table", notes[-1])
+        self.assertEqual(described(FlowMatchEulerDiscreteScheduler(), "eps"), {"prediction": "eps"})
+        self.assertIn("FlowMatchEulerDiscreteScheduler, tells no table", notes[-1])
+        with self.assertRaisesRegex(Mistake, "logarithm, which only edm gives"):
+            described(EDMEulerScheduler(), "v")
 
     def test_a_given_prediction_keeps_the_schedulers_constants(self):
         scheduler = "scheduler/scheduler_config.json"

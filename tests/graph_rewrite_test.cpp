@@ -66,6 +66,51 @@ TEST(ShortSiteName, IsComfyUIsForLdmAndForTheMiddleOfDiffusers) {
   for (const auto& [path, name] : cases) EXPECT_EQ(short_site_name(path), name) << path;
 }
 
+// Where PyTorch asks for a reason against its fast path; whatever else is asked is the module's.
+TEST(LeaveFastPaths, TakesNoOtherBranchForPyTorchs) {
+  const auto graph_with = [](const std::string& question) {
+    return parse(R"IR(
+  graph(%x : Tensor, %mask : Tensor, %reason : str, %skip : bool):
+    %zero : int = prim::Constant[value=0]()
+    %yes : bool = prim::Constant[value=1]()
+    %length : int = aten::len(%reason)
+    %has_text : bool = aten::gt(%length, %zero)
+    %go : bool = aten::__not__()IR" +
+                 question + R"IR()
+    %out : Tensor = prim::If(%go)
+      block0():
+        %nested : Tensor = aten::_nested_tensor_from_mask(%x, %mask, %yes)
+        -> (%nested)
+      block1():
+        -> (%x)
+    return (%out))IR");
+  };
+  const auto x = torch::ones({2, 3, 4});
+  const auto mask = torch::ones({2, 3}, torch::kBool);
+  for (const auto& [question, is_pytorchs] :
+       {std::pair{"%has_text", true}, std::pair{"%skip", false}}) {
+    const auto graph = graph_with(question);
+    EXPECT_TRUE(run(graph, {x, mask, "", false}).is_nested());
+    leave_fast_paths(*graph);
+    EXPECT_EQ(run(graph, {x, mask, "", false}).is_nested(), !is_pytorchs) << question;
+  }
+}
+
+TEST(LetViewsCopy, MergesChannelsAndPlacesOfAPictureWithChannelsLast) {
+  const auto graph = parse(R"IR(
+  graph(%x : Tensor, %sizes : int[], %like : Tensor):
+    %a : Tensor = aten::view(%x, %sizes)
+    %b : Tensor = aten::view_as(%x, %like)
+    %c : Tensor = aten::mul(%a, %b)
+    return (%c))IR");
+  const auto x = torch::rand({2, 4, 3, 5}), like = torch::empty({2, 60});
+  const auto last = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const c10::List<std::int64_t> sizes({2, -1});
+  EXPECT_ANY_THROW(run(graph, {last, sizes, like}));
+  let_views_copy(*graph);
+  EXPECT_TRUE(torch::equal(run(graph, {last, sizes, like}), x.flatten(1) * x.flatten(1)));
+}
+
 TEST(Flatten, FindsThePathOfEveryAttentionThoughTheyShareAClass) {
   const auto module = test::make_torchscript_unet();
   const auto flat = flatten(module);

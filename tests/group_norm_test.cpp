@@ -159,24 +159,6 @@ TEST(FuseGroupNorms, TakesTheSiluAlongUnlessTheNormIsUsedOtherwise) {
   EXPECT_TRUE(torch::equal(run(graph, input), run(before, input)));
 }
 
-TEST(FuseGroupNorms, LeavesOneThatIsViewed) {
-  auto graph = std::make_shared<Graph>();
-  torch::jit::parseIR(R"IR(
-  graph(%x : Tensor, %weight : Tensor, %bias : Tensor):
-    %groups : int = prim::Constant[value=4]()
-    %eps : float = prim::Constant[value=0.001]()
-    %yes : bool = prim::Constant[value=1]()
-    %sizes : int[] = prim::Constant[value=[4, 4, 15]]()
-    %a : Tensor = aten::group_norm(%x, %groups, %weight, %bias, %eps, %yes)
-    %b : Tensor = aten::silu(%a)
-    %c : Tensor = aten::view(%b, %sizes)
-    return (%c))IR",
-                      graph.get());
-  const auto before = graph->copy();
-  fuse_group_norms(*graph);
-  EXPECT_EQ(graph->toString(false), before->toString(false));
-}
-
 TEST_F(GroupNormCuda, RunsInAGraph) {
   auto graph = std::make_shared<Graph>();
   torch::jit::parseIR(kNorms, graph.get());

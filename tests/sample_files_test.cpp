@@ -291,6 +291,7 @@ TEST_F(SampleFiles, WhatLiesBesideTheTensorsMayNest) {
   values.insert("sizes", sizes);
   values.insert("noise", torch::ones({3, 4}));
   values.insert("again", values.at("noise"));
+  values.insert("workflow", repeated("[1, [2]], ", 500));
   const auto bytes = torch::pickle_save(values);
   const auto file = write("dict.pt", {bytes.begin(), bytes.end()});
   EXPECT_TRUE(torch::equal(read_tensor("--noise", file + ":noise"), torch::ones({3, 4})));

@@ -474,6 +474,23 @@ TEST(UniPc, TakesSigmasThatFp32CannotTellApart) {
   }
 }
 
+// The predictions around a corrector differ, however close their sigmas.
+TEST(UniPc, IsNotLedAstrayBySigmasThatLieClose) {
+  const GaussianData model{.mean = 0, .spread = 1};
+  const auto sigmas = get_sigmas_karras(20, 0.03, 14.6);
+  const auto x = scalar(1) * sigmas[0];
+  for (const auto sampler : {sample_uni_pc, sample_uni_pc_bh2}) {
+    const double expected = sampler(model, x, sigmas, {}).item<double>();
+    for (const double gap : {1e-3, 1e-4, 1e-6, 1e-9, 1e-12}) {
+      for (const int at : {1, 10, 18}) {
+        auto close = sigmas;
+        close.insert(close.begin() + at + 1, sigmas[static_cast<std::size_t>(at)] * (1 - gap));
+        EXPECT_NEAR(sampler(model, x, close, {}).item<double>(), expected, 5e-3 * expected) << gap;
+      }
+    }
+  }
+}
+
 TEST(SamplerParity, UniPcOfAFlowModelIsScaledForWhereItReallyEnds) {
   const auto constant = [](const torch::Tensor& x, double) { return torch::ones_like(x); };
   const auto samples = sample(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),

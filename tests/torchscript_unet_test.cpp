@@ -9,6 +9,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/jit/passes/freeze_module.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/script.h>
 #include <torch/torch.h>
 #include <torch/version.h>
@@ -219,8 +220,7 @@ TEST_P(GoldenUNet, TakesChannelsLastOnTheGpuInHalfPrecisionOnly) {
   for (const auto dtype : {torch::kFloat, torch::kHalf}) {
     auto in = input("a");
     in.timesteps = in.timesteps.to(torch::kCUDA);
-    for (auto* t : {&in.x, &in.context, &in.y})
-      *t = t->defined() ? t->to(torch::kCUDA, dtype) : *t;
+    for (auto* t : {&in.x, &in.context, &in.y}) *t = t->defined() ? t->to(torch::kCUDA, dtype) : *t;
     const auto out = [&](std::optional<bool> channels_last) {
       return load({.device = torch::kCUDA, .dtype = dtype, .channels_last = channels_last})
           ->forward(in);
@@ -445,6 +445,7 @@ TEST(TorchScriptUNet, RunsForkedTasksInOrderOnTheCallersThread) {
                                                                         const Pass& pass,
                                                                         const NextAttention& next) {
       EXPECT_EQ(std::this_thread::get_id(), caller);
+      EXPECT_FALSE(torch::jit::getGraphExecutorOptimize()) << "or it would be profiled and fused";
       for (const auto& rows : pass.groups) images.push_back(rows.image);
       return next(call);
     };
@@ -454,6 +455,7 @@ TEST(TorchScriptUNet, RunsForkedTasksInOrderOnTheCallersThread) {
     EXPECT_TRUE(torch::equal(unet->forward(in), run_module(module, in)));
     scope.finish();
     EXPECT_THAT(images, ::testing::ElementsAre(0, 1));
+    EXPECT_TRUE(torch::jit::getGraphExecutorOptimize());
   }
 }
 
@@ -706,6 +708,15 @@ TEST(TorchScriptUNetForward, KnowsTheContextByItsName) {
     in.extra["mask"] = torch::ones({2, 5});
     EXPECT_EQ(unet->forward(in).max().item<double>(), tokens + 1) << name;
   }
+}
+
+TEST(TorchScriptUNetForward, TakesAThirdThatMustBeGivenForTheContext) {
+  const auto unet = TorchScriptUNet::from_module(make_torchscript_unet(
+      {.arguments = "x: Tensor, timesteps: Tensor, cond: Tensor, context: Optional[Tensor] = None",
+       .body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n",
+       .result = "torch.zeros_like(out) + cond.size(1) + (0 if context is None else 100)"}));
+  const auto in = fixture_input();
+  EXPECT_EQ(unet->forward(in).max().item<double>(), static_cast<double>(in.context.size(1)));
 }
 
 TEST(TorchScriptUNetForward, NeedsNoContextWhereTheFileTakesNone) {

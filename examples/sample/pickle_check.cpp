@@ -1,6 +1,5 @@
 #include "pickle_check.h"
 
-#include <algorithm>
 #include <cstddef>
 #include <deque>
 #include <vector>
@@ -155,8 +154,12 @@ class PickleWalk {
 
   // A text may be the name of a type: "Dict[str, List[int]]".
   bool push_text(std::size_t bytes) {
-    const auto text = take(bytes);
-    return std::count(text.begin(), text.end(), '[') <= kDeepest && push({});
+    std::ptrdiff_t depth = 0;
+    for (const char c : take(bytes)) {
+      if (c == '[' && ++depth > kDeepest) return false;
+      if (c == ']' && depth > 0) --depth;
+    }
+    return push({});
   }
 
   // A tensor with attributes is rebuilt by the function that the next GLOBAL names, and the

@@ -45,7 +45,9 @@ struct CudaGraphReport {
 /// calls are eager.
 ///
 /// May be used from several threads; on streams of their own they do not wait for each other, but
-/// for captures. `forward` and the other functions are those of the wrapped UNet.
+/// for captures. Each CUDA stream that it was called on keeps its graphs as long as the object
+/// lives, and a stream for its captures as long as the process: call it on few, used again and
+/// again. `forward` and the other functions are those of the wrapped UNet.
 class SAG_API CudaGraphUNet final : public UNet {
  public:
   /// Throws ValueError when `unet` is null or an option is out of range.

@@ -22,7 +22,8 @@ class SAG_API RunContext {
  public:
   /// Keeps `value` for the guidance `owner`, made in step `step_index`. It replaces
   /// what that step kept, and three steps stay: samplers look up to two ahead. What was kept of
-  /// steps still further ahead goes, for then a new run has begun.
+  /// steps still further ahead goes, for then a new run has begun (of runs that begin later than
+  /// the one before ended, that cannot be told: one context, one run).
   void keep(const Owner& owner, std::int64_t step_index, torch::Tensor value);
   /// Returns the value of the latest step before `step_index`; undefined if there is none.
   torch::Tensor latest_before(const Owner& owner, std::int64_t step_index) const;

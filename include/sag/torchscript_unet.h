@@ -38,8 +38,9 @@ struct TorchScriptUNetOptions {
 ///
 /// The arguments of the file's `forward` are, in this order: x, timesteps, context (if it takes
 /// one), and further ones by name: "y", and those of `Conditioning::extra`, tensors, or dicts,
-/// lists and tuples of tensors; ones with a default may be missing. Its result is a tensor, or a
-/// tuple, list or dict that holds the tensor ("sample", "out", or the first).
+/// lists and tuples of tensors; ones with a default may be missing. Where the third may be missing,
+/// one that is called "context" or "encoder_hidden_states" is the context. The result is a tensor,
+/// or a tuple, list or dict that holds the tensor ("sample", "out", or the first).
 ///
 /// The archive's module is never edited. `forward` runs a private, flattened copy of its graph, in
 /// which the hooked attention, and nothing else, is replaced by an op that runs the hooks; a copy

@@ -55,25 +55,29 @@ struct History {
 };
 
 // A step to `to` of the given order: x there, before and after the new prediction is known.
+// Predictions that lie too close together tell nothing but noise of each other, blown up: of those
+// the newest counts, and the order falls.
 class Step {
  public:
-  Step(Variant variant, const History& history, const Level& to, std::size_t order,
+  Step(Variant variant, const History& history, const Level& to, std::size_t most,
        const torch::Tensor& x)
-      : order_(order), newest_(history.denoised.back()) {
+      : newest_(history.denoised.back()) {
     const auto& from = history.levels.back();
     const double h = to.lambda - from.lambda;
     const double e_1 = std::expm1(-h);
     scale_ = variant == Variant::bh1 ? -h : e_1;
     base_ = x * (to.ratio / from.ratio) - newest_ * e_1;
-    for (std::size_t k = 1; k < order; ++k) {
+    for (std::size_t k = 1; k < most; ++k) {
       const auto past = history.levels.size() - 1 - k;
       const double r = (history.levels[past].lambda - from.lambda) / h;
+      if ((places_.empty() ? 0 : places_.back()) - r < kClosest) continue;
       places_.push_back(r);
       differences_.push_back((history.denoised[past] - newest_) / r);
     }
     places_.push_back(1.0);
+    order_ = places_.size();
     double h_phi = e_1 / -h - 1, factorial = 1;
-    for (std::size_t i = 1; i <= order; ++i) {
+    for (std::size_t i = 1; i <= order_; ++i) {
       targets_.push_back(h_phi * factorial / scale_);
       factorial *= static_cast<double>(i + 1);
       h_phi = h_phi / -h - 1 / factorial;
@@ -89,6 +93,8 @@ class Step {
   }
 
  private:
+  static constexpr double kClosest = 1e-2;  // in steps
+
   // Solves Σ_j places[j]^i·weights[j] = targets[i] for the first n of them.
   std::vector<double> weights(std::size_t n) const {
     const auto size = static_cast<std::int64_t>(n);
@@ -110,7 +116,7 @@ class Step {
     return newest.defined() ? x - newest * (scale_ * weights.back()) : x;
   }
 
-  std::size_t order_;
+  std::size_t order_ = 1;
   torch::Tensor newest_, base_;
   double scale_ = 0;  // B(h)
   std::vector<double> places_, targets_;

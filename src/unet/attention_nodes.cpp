@@ -177,7 +177,8 @@ bool is_softmax(const Node* node) {
 
 bool is_fast_path(const Node* node) {
   return is_any_of(node,
-                   {"aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd"});
+                   {"aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd",
+                    "aten::_nested_tensor_from_mask"});
 }
 
 bool may_be_attention(const Node* node) {

@@ -33,7 +33,8 @@ bool may_be_attention(const torch::jit::Node* node);
 /// Whether the node is a softmax, of attention or not.
 bool is_softmax(const torch::jit::Node* node);
 
-/// Whether the node is a whole attention layer in one op, as nn.MultiheadAttention has it.
+/// Whether the node is a whole attention layer in one op, as nn.MultiheadAttention has it, or makes
+/// the nested tensor that only such an op takes.
 bool is_fast_path(const torch::jit::Node* node);
 
 }  // namespace sag

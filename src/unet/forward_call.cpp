@@ -179,13 +179,17 @@ void ForwardCall::place_extra(const std::map<std::string, torch::Tensor>& extra,
     values[i] = container(given_type(arguments_[i]), entries, arguments_[i].name());
 }
 
-// An argument of a usual name, else the third under whatever name, unless it is known as something
-// else.
+// The third if it must be given, else an argument of a usual name, else the third under whatever
+// name; none that is known as something else.
 std::string ForwardCall::context_name(const UNetInput& input) const {
   const auto may_be = [&](std::size_t i) {
     return i > kTimesteps && i < arguments_.size() && takes_tensor(arguments_[i]) &&
            arguments_[i].name() != "y" && !input.extra.contains(arguments_[i].name());
   };
+  const auto must_be_given = [&](const c10::Argument& argument) {
+    return !argument.default_value() && !may_be_none(argument);
+  };
+  if (may_be(kContext) && must_be_given(arguments_[kContext])) return arguments_[kContext].name();
   for (const char* name : {"context", "encoder_hidden_states"})
     if (may_be(index_of(name))) return name;
   return may_be(kContext) ? arguments_[kContext].name() : "context";

@@ -138,6 +138,17 @@ void follow_weights_of(Node* node, const WeightedOp& op) {
   for (const auto input : op.statistics) cast_input(node, input, like);
 }
 
+// "not why_not_fast_path", as PyTorch asks: that text is its reason. Other questions are not ours.
+bool is_without_text(const Value* condition) {
+  const Node* negation = condition->node();
+  if (negation->kind() != aten::__not__) return false;
+  const Node* has_text = negation->input(0)->node();
+  if (has_text->kind() != aten::gt) return false;
+  const Node* length = has_text->input(0)->node();
+  return length->kind() == aten::len &&
+         length->input(0)->type()->kind() == c10::TypeKind::StringType;
+}
+
 std::optional<std::size_t> list_length(const Value* list) {
   if (list->node()->kind() == prim::ListConstruct) return list->node()->inputs().size();
   const auto value = toIValue(list);
@@ -206,11 +217,11 @@ void use_plain_convolutions(Graph& graph) {
 void leave_fast_paths(Graph& graph) {
   for_each_node(graph, [](Node* node) {
     if (!is_fast_path(node)) return;
-    // "if not why_not_fast_path:", whose value also says whether forward returned there.
+    // The branch's value also says whether forward returned there.
     for (Block* inside = node->owningBlock(); inside->owningNode();
          inside = inside->owningNode()->owningBlock()) {
       Node* branch = inside->owningNode();
-      if (branch->kind() != prim::If || branch->input(0)->node()->kind() != aten::__not__) continue;
+      if (branch->kind() != prim::If || !is_without_text(branch->input(0))) continue;
       WithInsertPoint before(branch->input(0)->node());
       const bool other = inside != branch->blocks()[0];
       branch->input(0)->replaceAllUsesWith(branch->owningGraph()->insertConstant(other));
@@ -230,6 +241,20 @@ void move_constants(Graph& graph, torch::Device device) {
       node->ival_(attr::value, moved(node->ival(attr::value), device));
     }
   });
+}
+
+void let_views_copy(Graph& graph) {
+  std::vector<Node*> views;
+  for_each_node(graph, [&](Node* node) {
+    const bool to_sizes =
+        node->kind() == aten::view && node->input(1)->type()->kind() == c10::TypeKind::ListType;
+    if (to_sizes || node->kind() == aten::view_as) views.push_back(node);
+  });
+  for (Node* view : views) {
+    WithInsertPoint before(view);
+    const auto kind = view->kind() == aten::view ? aten::reshape : aten::reshape_as;
+    replace_node(view, view->owningGraph()->create(kind, view->inputs()));
+  }
 }
 
 void constants_to_channels_last(Graph& graph) {

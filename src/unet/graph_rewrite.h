@@ -32,6 +32,10 @@ void move_constants(torch::jit::Graph& graph, torch::Device device);
 /// Lays the constants that serve as convolutions' weights out with channels last.
 void constants_to_channels_last(torch::jit::Graph& graph);
 
+/// Lets views become reshapes: of a picture with channels last there is no view that merges
+/// channels and places.
+void let_views_copy(torch::jit::Graph& graph);
+
 /// Converts floating constants that serve as weights, as frozen files have them, to `dtype`. Other
 /// constants are only ever widened: half precision is too coarse for the frequencies of an
 /// embedding.

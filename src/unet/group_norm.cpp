@@ -1,6 +1,5 @@
 #include "group_norm.h"
 
-#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -106,17 +105,10 @@ Node* only_silu_of(const torch::jit::Value* value) {
   return user->kind() == kSilu || user->kind() == kSiluInPlace ? user : nullptr;
 }
 
-// Where a contiguous picture can be viewed, one with channels last may not.
-bool is_viewed(const torch::jit::Value* value) {
-  return std::any_of(value->uses().begin(), value->uses().end(),
-                     [](const auto& use) { return use.user->kind() == c10::aten::view; });
-}
-
 void fuse_group_norm(Node* norm, c10::Symbol own) {
   torch::jit::WithInsertPoint before(norm);
   Graph& graph = *norm->owningGraph();
   Node* silu = only_silu_of(norm->output());
-  if (is_viewed((silu ? silu : norm)->output())) return;
   // Inputs of group_norm: x, groups, weight, bias, eps, and cuDNN's switch.
   Node* fused = graph.create(own, norm->inputs().slice(0, 5));
   fused->addInput(graph.insertConstant(silu != nullptr));

@@ -19,8 +19,7 @@ torch::Tensor fused_group_norm(const torch::Tensor& x, std::int64_t groups,
                                const std::optional<torch::Tensor>& weight,
                                const std::optional<torch::Tensor>& bias, double eps, bool silu);
 
-/// Lets every `group_norm` of a private graph, and a SiLU behind it, call the function above,
-/// unless what comes out goes into a view.
+/// Lets every `group_norm` of a private graph, and a SiLU behind it, call the function above.
 void fuse_group_norms(torch::jit::Graph& graph);
 
 }  // namespace sag

@@ -9,6 +9,7 @@
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 
 #include "archive.h"
 #include "attention_nodes.h"
@@ -153,6 +154,7 @@ struct TorchScriptUNet::State {
       channels_last = true;
       use_channels_last(module);
       constants_to_channels_last(*flat.graph);
+      let_views_copy(*flat.graph);
       fuse_group_norms(*flat.graph);
     }
   }
@@ -220,6 +222,8 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
   const auto forward = function(hooked);
   c10::IValue result;
   try {
+    // A forked task would be run by an executor that profiles and fuses.
+    const torch::jit::GraphOptimizerEnabledGuard as_it_is(false);
     const auto future = forward->runAsync(stack, run_in_place);
     future->waitAndThrow();
     result = future->value();

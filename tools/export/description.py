@@ -47,6 +47,11 @@ def from_scheduler(config, note, given=None):
     to say it; constants that such a prediction has are the scheduler's all the same. note(text) tells the user
     something."""
     prediction = given or predicted(config)
+    if config.get("_class_name") in EDM and prediction != "edm":
+        raise Mistake(
+            "Networks of an EDM scheduler are told the noise level's logarithm, which only edm gives them. For another "
+            "prediction give the UNet's own folder."
+        )
     if prediction == "flow":
         constants = from_flow(config, note)
     elif prediction == "edm":

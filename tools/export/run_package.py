@@ -3,6 +3,7 @@
 WEIGHTS is weights.pt, or empty; CALLS a list of calls, each a tuple of tensors; RESULTS gets a tensor for each.
 """
 
+import contextlib
 import ctypes
 import pathlib
 import sys
@@ -10,7 +11,8 @@ import sys
 if sys.platform == "linux":
     # A compiler that links libstdc++ into what it makes leaves a package with two of them, its own and PyTorch's, which
     # Python keeps from it: it died in its first regex. Made global, PyTorch's serves both, as in a C++ program.
-    ctypes.CDLL("libstdc++.so.6", ctypes.RTLD_GLOBAL)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libstdc++.so.6", ctypes.RTLD_GLOBAL)
 
 import torch  # noqa: E402
 
