@@ -535,6 +535,9 @@ TEST_F(SampleCommand, MistakesAreOneSentence) {
   sentence(1, {"--model", model, "--prompt", "x", "--out", out, "--site",
                "a:" + std::string(50000, '\n') + "b" + std::string(50000, '\n') + "c"});
 
+  EXPECT_THAT(sentence(1, {"--model", model, "--prompt", "x", "--out", path("out.JPG")}),
+              HasSubstr("--out writes PNG"));
+
   auto no_decoder = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
   no_decoder.insert(no_decoder.end(), {"--out", out});
   EXPECT_THAT(sentence(1, no_decoder), HasSubstr("decoder"));

@@ -374,7 +374,9 @@ void check_combinations(const Options& o) {
   never_both(o.no_sag, o.sag_one_pass || o.sag_interval > 1,
              "--sag-one-pass and --sag-interval cannot be given together with --no-sag.");
   never_both(o.compare, o.out.empty(), "--compare needs --out.");
-  never_both(is_other_format(o.out), true, "--out writes PNG: let its name end in .png.");
+  if (is_other_format(o.out)) {
+    throw UsageError(fmt::format("--out writes PNG: let its name end in .png, got \"{}\".", o.out));
+  }
   never_both(o.sag_start.has_value(), o.sag_start_percent.has_value(),
              "--sag-start and --sag-start-percent cannot be given together.");
   never_both(o.sag_end.has_value(), o.sag_end_percent.has_value(),
