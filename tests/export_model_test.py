@@ -714,6 +714,19 @@ class OwnModules(Case):
                 said = self.mistake(f"{self.name}:{made}", *self.ARGUMENTS)
                 self.assertIn("unet.ts differs from the network", said)
 
+    def test_missing_packages_are_named_in_one_sentence(self):
+        tools = pathlib.Path(export_model.__file__).parent
+        for name, *arguments in (
+            ("export_model.py", "nowhere", "--out", "x"),
+            ("make_tiny_pipeline.py", "sd1", "x"),
+            ("make_benchmark_unet.py", "--shape", "sd15", "--out", "x"),
+        ):
+            with self.subTest(name):  # -S and -E: without installed packages
+                command = [sys.executable, "-S", "-E", tools / name, *arguments]
+                run = subprocess.run(command, capture_output=True, text=True)
+                self.assertEqual(run.returncode, 1)
+                self.assertRegex(run.stderr, rf"\A{name}: The package torch is missing: pip install .+\n\Z")
+
     def test_modules_that_do_not_fit_are_refused(self):
         name, fits = self.name, self.ARGUMENTS
         self.assertIn("finite", self.mistake(f"{name}:Overflowing", *fits))

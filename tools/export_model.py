@@ -280,8 +280,9 @@ if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-MISSING = "export_model.py: The package {} is missing: pip install torch==2.11.0 -r tools/requirements.txt"
-try:
+from export.needs import needed_packages  # noqa: E402
+
+with needed_packages("export_model.py"):
     import torch
 
     from export import compiled, description, torchscript
@@ -290,18 +291,15 @@ try:
     from export.model_folder import new_folder
     from export.package import bounds
     from export.source import open_source
-except ModuleNotFoundError as missing:
-    sys.exit(MISSING.format(missing.name))
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        run(options)
+        with needed_packages("export_model.py"):
+            run(options)
     except Mistake as mistake:
         sys.exit(f"export_model.py: {mistake}")
-    except ModuleNotFoundError as missing:
-        sys.exit(MISSING.format(missing.name))
     except OSError as error:  # a full disk, say
         sys.exit(f"export_model.py: {error}")
     except KeyboardInterrupt:

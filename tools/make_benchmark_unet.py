@@ -18,10 +18,13 @@ import time
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import torch
-from diffusers import UNet2DConditionModel
+from export.needs import needed_packages  # noqa: E402
 
-from export import unet as unets
+with needed_packages("make_benchmark_unet.py"):
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from export import unet as unets
 
 SD15 = dict(
     sample_size=64,

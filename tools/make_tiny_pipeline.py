@@ -10,23 +10,21 @@ Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), f
 import argparse
 import json
 import pathlib
-import sys
 
-try:
+from export.needs import needed_packages
+
+with needed_packages("make_tiny_pipeline.py"):
     import torch
-except ModuleNotFoundError:
-    sys.exit("make_tiny_pipeline.py: PyTorch is missing: pip install torch==2.11.0 -r tools/requirements.txt")
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
-
-from export.tokenizer import byte_characters
+    from export.tokenizer import byte_characters
 
 KINDS = ("sd1", "sd2", "sdxl", "flow")
 WIDTH = 32

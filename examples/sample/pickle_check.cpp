@@ -1,5 +1,6 @@
 #include "pickle_check.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <deque>
 #include <vector>

@@ -244,17 +244,13 @@ void move_constants(Graph& graph, torch::Device device) {
 }
 
 void let_views_copy(Graph& graph) {
-  std::vector<Node*> views;
-  for_each_node(graph, [&](Node* node) {
+  for_each_node(graph, [](Node* node) {
     const bool to_sizes =
         node->kind() == aten::view && node->input(1)->type()->kind() == c10::TypeKind::ListType;
-    if (to_sizes || node->kind() == aten::view_as) views.push_back(node);
+    if (!to_sizes && node->kind() != aten::view_as) return;
+    const auto kind = to_sizes ? aten::reshape : aten::reshape_as;
+    replace_node(node, node->owningGraph()->create(kind, node->inputs()));
   });
-  for (Node* view : views) {
-    WithInsertPoint before(view);
-    const auto kind = view->kind() == aten::view ? aten::reshape : aten::reshape_as;
-    replace_node(view, view->owningGraph()->create(kind, view->inputs()));
-  }
 }
 
 void constants_to_channels_last(Graph& graph) {

@@ -191,13 +191,11 @@ def call_factory(spec):
     sys.path.insert(0, os.getcwd())
     try:
         make = getattr(importlib.import_module(module_name), function, None)
-        if make is None:
-            raise Mistake(f"{spec}: {module_name}.py has no {function}.")
-        made = make()
-    except Mistake:
-        raise
+        made = None if make is None else make()
     except Exception as error:  # it is the user's code
         raise Mistake(f"{spec} cannot be called: {type(error).__name__}: {first_line(error)}") from error
+    if make is None:
+        raise Mistake(f"{spec}: {module_name}.py has no {function}.")
     if isinstance(made, torch.jit.ScriptModule):
         raise Mistake(f"{spec} is TorchScript already: put its file beside a model.json (docs/models.md).")
     if not isinstance(made, torch.nn.Module):
