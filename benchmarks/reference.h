@@ -13,8 +13,8 @@
 #include <torch/serialize.h>
 #include <torch/torch.h>
 
-#include "sag/attention.h"
 #include "sag/attention_map.h"
+#include "sag/attention_scope.h"
 #include "sag/step_context.h"
 #include "sag/unet.h"
 
@@ -81,13 +81,12 @@ inline Differences compare_with_reference(const UNet& unet, const ReferenceFile&
                   .width = width,
                   .groups = {{.count = input.x.size(0), .branch = Branch::uncond}},
                   .step = &step};
-  const AttentionScope scope({{.site = resolve_attention_site(unet, AttentionSite("middle", 0)),
-                               .hook = record,
-                               .options = {.capturable = true},
-                               .identity = std::make_shared<int>()}},
-                             pass);
-  const auto output = unet.forward(input).to(torch::kFloat);
-  scope.finish();
+  const auto output = run_hooked({{.site = resolve_attention_site(unet, {"middle", 0}),
+                                   .hook = record,
+                                   .options = {.capturable = true},
+                                   .identity = std::make_shared<int>()}},
+                                 pass, [&] { return unet.forward(input); })
+                          .to(torch::kFloat);
   const auto records = step.records(maps);
   TORCH_CHECK(records.size() == 1, "the middle block's self-attention did not run once");
   const auto far = [](const torch::Tensor& a, const torch::Tensor& b) {

@@ -181,7 +181,8 @@ void measure_step(benchmark::State& state, Model& model, const std::shared_ptr<c
   const double cfg = std::stod(model.settings().text("cfg"));
   double rows = 0;
   measure_run(state, unet->device(), steps, [&] {
-    CfgGuider guider(patched, {positive}, {negative}, {.cond_scale = cfg, .sigmas = sigmas});
+    CfgGuider guider(patched, {positive}, {negative}, {.cond_scale = cfg});
+    guider.begin_run(sigmas);
     sample_euler(std::ref(guider), x, sigmas);
     rows = static_cast<double>(guider.report().unet_rows());
   });

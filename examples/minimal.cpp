@@ -16,11 +16,9 @@ int main(int argc, char** argv) try {
   const sag::Conditioning prompt{.context = torch::randn({1, 77, 32})};
   const sag::Conditioning negative{.context = torch::zeros({1, 77, 32})};
 
-  const auto sigmas = sag::get_sigmas("karras", model.model_sampling(), 20);
-  sag::CfgGuider guider(guided, {prompt}, {negative}, {.cond_scale = 7.0, .sigmas = sigmas});
-  const auto noise = torch::randn({1, 4, 16, 16});
-  const auto latent =
-      sag::sample(sag::sample_euler, std::ref(guider), model.model_sampling(), noise, sigmas);
+  sag::CfgGuider guider(guided, {prompt}, {negative}, {.cond_scale = 7.0});
+  const auto latent = sag::sample(guider, torch::randn({1, 4, 16, 16}),
+                                  {.sampler = "euler", .schedule = "karras", .steps = 20});
 
   std::cout << latent.sizes() << ", " << guider.report().guided() << " of "
             << guider.report().evaluations.size() << " evaluations guided\n";

@@ -19,8 +19,8 @@ struct TinyUNetImpl : torch::nn::Module {
   }
 
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& context) {
-    const auto h =
-        down(x) + text(context.mean(1)).unsqueeze(-1).unsqueeze(-1);  // [B, 32, H/4, W/4]
+    // [B, 32, H/4, W/4]
+    const auto h = down(x) + text(context.mean(1)).unsqueeze(-1).unsqueeze(-1);
     const auto parts =
         qkv(h.flatten(2).transpose(1, 2)).unflatten(-1, {3, 4, 8}).permute({2, 0, 3, 1, 4});
     const auto out = sag::attention(parts[0], parts[1], parts[2], {.site = "middle.0.0"});
@@ -45,6 +45,7 @@ class MyUNet final : public sag::UNet {
   torch::ScalarType dtype() const override { return torch::kFloat; }
 
  private:
+  // UNet::forward is const, for one UNet may serve several threads; a torch::nn module's is not.
   mutable TinyUNet net_;
 };
 
@@ -55,7 +56,7 @@ int main() {
   const sag::ModelPatcher model(std::make_shared<MyUNet>(), sag::ModelSampling::discrete());
   auto patched = sag::apply_self_attention_guidance(model, {.scale = 0.75});
 
-  // A hook of our own, on the same attention: it counts the rows of each kind that go by.
+  // A hook of our own, on the same attention: it counts the rows of each kind that pass.
   std::int64_t cond = 0, uncond = 0, extra = 0;
   patched.set_attn1_replace(
       [&](const sag::AttentionCall& call, const sag::Pass& pass, const sag::NextAttention& next) {
@@ -67,14 +68,12 @@ int main() {
         }
         return next(call);
       },
-      {"middle", 0, 0});
+      "middle.0.0");
 
-  const auto sigmas = sag::get_sigmas("normal", model.model_sampling(), 10);
   sag::CfgGuider guider(patched, {{.context = torch::randn({1, 8, 16})}},
-                        {{.context = torch::zeros({1, 8, 16})}},
-                        {.cond_scale = 4.0, .sigmas = sigmas});
-  const auto latent = sag::sample(sag::sample_heun, std::ref(guider), model.model_sampling(),
-                                  torch::randn({2, 4, 32, 32}), sigmas);
+                        {{.context = torch::zeros({1, 8, 16})}}, {.cond_scale = 4.0});
+  const auto latent =
+      sag::sample(guider, torch::randn({2, 4, 32, 32}), {.sampler = "heun", .steps = 10});
   std::cout << latent.sizes() << ": rows cond " << cond << ", uncond " << uncond
             << ", of SAG's own pass " << extra << "\n";
 }

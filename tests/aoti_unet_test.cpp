@@ -19,6 +19,7 @@
 #include <torch/torch.h>
 
 #include "sag/attention_map.h"
+#include "sag/attention_scope.h"
 #include "sag/cfg_guider.h"
 #include "sag/cuda_graph_unet.h"
 #include "sag/model_patcher.h"
@@ -73,10 +74,7 @@ torch::Tensor with_hooks(const UNet& unet, const UNetInput& input,
   std::vector<InstalledHook> hooks;
   for (const auto& site : sites)
     hooks.push_back({resolve_attention_site(unet, AttentionSite(site)), hook, {}});
-  const AttentionScope scope(hooks, pass);
-  const auto out = unet.forward(input);
-  scope.finish();
-  return out;
+  return run_hooked(hooks, pass, [&] { return unet.forward(input); });
 }
 
 // What a hook at the middle block sees.
@@ -114,7 +112,8 @@ Run sample(const std::shared_ptr<const UNet>& unet, const SelfAttentionGuidanceO
   };
   const auto model = apply_self_attention_guidance({unet, ModelSampling::discrete()}, options);
   const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};
-  CfgGuider guider(model, {prompt(0.1)}, {prompt(0.8)}, {.cond_scale = 3.0, .sigmas = sigmas});
+  CfgGuider guider(model, {prompt(0.1)}, {prompt(0.8)}, {.cond_scale = 3.0});
+  guider.begin_run(sigmas);
   const auto x = fill({1, 4, height, width}, 0.7, 0.3, 15.0).to(device);
   const auto latent = sample_euler(std::ref(guider), x, sigmas);
   return {latent, guider.report().guided()};

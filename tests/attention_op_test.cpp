@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "sag/attention.h"
+#include "sag/attention_scope.h"
 #include "sag/step_context.h"
 #include "support/reference.h"
 
@@ -42,9 +43,8 @@ TEST(AttentionOp, ReturnsMemoryOfItsOwn) {
   for (const auto& returned :
        {AttentionHook([](const auto&call, const auto&, const auto&) { return call.v; }),
         AttentionHook([](const auto&call, const auto&, const auto&) { return call.q.detach(); })}) {
-    const AttentionScope scope({{"a", returned, {}}}, {.groups = {{.count = 2}}, .step = &step});
-    const auto out = call_op(q, "a");
-    scope.finish();
+    const auto out = run_hooked({{"a", returned, {}}}, {.groups = {{.count = 2}}, .step = &step},
+                                [&] { return call_op(q, "a"); });
     EXPECT_FALSE(out.is_alias_of(q));
     EXPECT_TRUE(torch::equal(out, q));
   }
@@ -56,10 +56,8 @@ TEST(AttentionOp, LeavesAHooksMemoryToIt) {
   StepContext step(1, 0, 8, 8);
   torch::Tensor kept;
   const auto call_with = [&](const AttentionHook& hook) {
-    const AttentionScope scope({{"a", hook, {}}}, {.groups = {{.count = 2}}, .step = &step});
-    const auto out = call_op(q, "a");
-    scope.finish();
-    return out;
+    return run_hooked({{"a", hook, {}}}, {.groups = {{.count = 2}}, .step = &step},
+                      [&] { return call_op(q, "a"); });
   };
   EXPECT_FALSE(
       call_with([&](const auto&, const auto&, const auto&) { return held; }).is_alias_of(held));
@@ -87,9 +85,11 @@ TEST(AttentionOp, RefusesAnotherDtypeOrDevice) {
     const AttentionHook hook = [options](const auto& call, const auto&, const auto& next) {
       return next(call).to(options);
     };
-    const AttentionScope scope({{"a", hook, {}}}, {.groups = {{.count = 2}}, .step = &step});
-    EXPECT_TRUE(torch::equal(call_op(q, "a"), at::scaled_dot_product_attention(q, q, q)));
-    scope.finish();
+    run_hooked({{"a", hook, {}}}, {.groups = {{.count = 2}}, .step = &step}, [&] {
+      auto out = call_op(q, "a");
+      EXPECT_TRUE(torch::equal(out, at::scaled_dot_product_attention(q, q, q)));
+      return out;
+    });
   };
   EXPECT_THROW(changed_to(torch::kHalf), c10::TypeError);
   EXPECT_THROW(changed_to(torch::kDouble), c10::TypeError);
@@ -140,12 +140,13 @@ TEST(AttentionProbabilitiesOp, TakesWhatHooksReturnInTheProductsShape) {
   const AttentionHook replace = [&](const AttentionCall&, const Pass&, const NextAttention&) {
     return replacement;
   };
-  const AttentionScope scope({{"a", replace, {}}}, {.groups = {{.count = 2}}, .step = &step});
-  EXPECT_TRUE(torch::equal(call_probabilities_op(p, v, "bts,bcs->bct"), v));
-  EXPECT_NO_THROW(scope.finish());
+  const auto run = [&] {
+    return run_hooked({{"a", replace, {}}}, {.groups = {{.count = 2}}, .step = &step},
+                      [&] { return call_probabilities_op(p, v, "bts,bcs->bct"); });
+  };
+  EXPECT_TRUE(torch::equal(run(), v));
   replacement = v.transpose(1, 2);
-  call_probabilities_op(p, v, "bts,bcs->bct");
-  EXPECT_THROW(scope.finish(), c10::ValueError);
+  EXPECT_THROW(run(), c10::ValueError);
 }
 
 TEST(AttentionProbabilitiesOp, HasAMetaKernelOfTheSameShapeAndLayout) {
@@ -163,17 +164,24 @@ TEST(AttentionOp, KeepsAHooksExceptionForTheScopesOwner) {
   const auto plain = at::scaled_dot_product_attention(q, q, q);
   StepContext step(1, 0, 8, 8);
   int calls = 0;
-  const AttentionScope scope({{"a",
-                               [&](const auto&, const auto&, const auto&) -> torch::Tensor {
-                                 ++calls;
-                                 throw HookFailure("on purpose");
-                               },
-                               {}}},
-                             {.groups = {{.count = 2}}, .step = &step});
-  EXPECT_TRUE(torch::equal(call_op(q, "a"), plain));
-  EXPECT_TRUE(torch::equal(call_op(q, "a"), plain));
+  const AttentionHook fail = [&](const auto&, const auto&, const auto&) -> torch::Tensor {
+    ++calls;
+    throw HookFailure("on purpose");
+  };
+  const auto run = [&] {
+    EXPECT_TRUE(torch::equal(call_op(q, "a"), plain));
+    EXPECT_TRUE(torch::equal(call_op(q, "a"), plain));
+    return plain;
+  };
+  const Pass pass{.groups = {{.count = 2}}, .step = &step};
+  EXPECT_THROW(run_hooked({{"a", fail, {}}}, pass, run), HookFailure);
   EXPECT_EQ(calls, 1) << "after a failure the rest of the pass runs plain attention";
-  EXPECT_THROW(scope.finish(), HookFailure);
+  // Also where the interpreter fails afterwards.
+  const auto run_and_throw = [&]() -> torch::Tensor {
+    run();
+    throw std::runtime_error("the consequence");
+  };
+  EXPECT_THROW(run_hooked({{"a", fail, {}}}, pass, run_and_throw), HookFailure);
 }
 
 TEST(AttentionOp, HasAMetaKernelOfTheSameShapeAndLayout) {

@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "sag/attention_scope.h"
 #include "sag/step_context.h"
 #include "support/reference.h"
 
@@ -165,21 +166,21 @@ struct Calls {
         pass.step->record(owner, group, pass.select(group, call.q).mean({1, 3}));
       return next(call);
     };
-    const AttentionScope scope(
-        {{"a", record, {}}},
-        {.groups = {{.count = 2, .branch = Branch::uncond}, {.begin = 2, .count = 2}},
-         .step = &step});
     const auto q =
         torch::arange(16).to(torch::kFloat).view({16, 1, 1, 1}).expand({-1, heads, -1, -1});
-    std::int64_t begin = 0;
-    for (const auto count : rows) {
-      const auto part = q.narrow(0, begin, count);
-      attention(part, part, part, {.site = "a"});
-      begin += count;
-    }
-    EXPECT_TRUE(step.records(owner).empty()) << "before the pass has ended";
-    scope.finish();
-    scope.finish();
+    run_hooked({{"a", record, {}}},
+               {.groups = {{.count = 2, .branch = Branch::uncond}, {.begin = 2, .count = 2}},
+                .step = &step},
+               [&] {
+                 std::int64_t begin = 0;
+                 for (const auto count : rows) {
+                   const auto part = q.narrow(0, begin, count);
+                   attention(part, part, part, {.site = "a"});
+                   begin += count;
+                 }
+                 EXPECT_TRUE(step.records(owner).empty()) << "before the pass has ended";
+                 return q;
+               });
   }
 
   Owner owner{"recorder"};

@@ -100,7 +100,8 @@ TEST(CfgGuider, LetsAPostCfgFunctionPredictAgain) {
 
 TEST(CfgGuider, CountsStepsBySigma) {
   const Toy toy;
-  CfgGuider guider(toy.model, {toy_prompt(1)}, {toy_prompt(-1)}, {.sigmas = {10, 4, 1.5, 0.5, 0}});
+  CfgGuider guider(toy.model, {toy_prompt(1)}, {toy_prompt(-1)});
+  guider.begin_run({10, 4, 1.5, 0.5, 0});
   for (const double sigma : {10.0, 4.0, 7.0, 1.5, 0.2, 11.0}) guider(toy.x, sigma);
   std::vector<std::int64_t> steps;
   for (const auto& evaluation : guider.report().evaluations) steps.push_back(evaluation.step_index);
@@ -138,7 +139,8 @@ TEST(CfgGuider, ChecksItsArguments) {
   const Toy toy;
   EXPECT_THROW(CfgGuider(toy.model, {}, {}), c10::ValueError);
   EXPECT_THROW(toy.guider(toy.model, NAN), c10::ValueError);
-  EXPECT_THROW(CfgGuider(toy.model, {toy_prompt(1)}, {}, {.sigmas = {1, 2}}), c10::ValueError);
+  EXPECT_THROW(toy.guider(toy.model).begin_run({1, 2}), c10::ValueError);
+  EXPECT_THROW(toy.guider(toy.model).begin_run({1, NAN}), c10::ValueError);
   EXPECT_THROW(CfgGuider(toy.model, {toy_prompt(1)}, {}, {.max_rows = -1}), c10::ValueError);
   auto guider = toy.guider(toy.model);
   EXPECT_THROW(guider(torch::zeros({4, 16, 24}), 4), c10::ValueError);

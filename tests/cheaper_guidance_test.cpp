@@ -55,8 +55,8 @@ Run run(const std::vector<SelfAttentionGuidanceOptions>& guidances, double cond_
                      flow ? ModelSampling::flow({}) : ModelSampling::discrete(prediction));
   for (const auto& options : guidances) model = apply_self_attention_guidance(model, options);
   const auto sigmas = flow ? std::vector<double>{1, .75, .5, .25, 0} : kSigmas;
-  CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)},
-                   {.cond_scale = cond_scale, .sigmas = sigmas});
+  CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = cond_scale});
+  guider.begin_run(sigmas);
   const auto x = fill({2, 4, 16, 24}, .7, .3, 1.5) * sigmas.front();
   const auto& info = sampler_info(sampler);
   const auto denoise = test::denoise_with(guider, info);
@@ -143,8 +143,8 @@ ModelPatcher one_pass_model() {
 
 TEST(SagOnePass, BeginsAnewWithASecondRun) {
   const std::vector<double> sigmas = {10, 8, 6, 5, 4, 3, 2, 1, 0};
-  CfgGuider guider(one_pass_model(), {toy_prompt(1)}, {toy_prompt(-1)},
-                   {.cond_scale = 7, .sigmas = sigmas});
+  CfgGuider guider(one_pass_model(), {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
+  guider.begin_run(sigmas);
   const auto x = fill({1, 4, 16, 24}, .7, .3, 15);
   const auto first = sample_euler(std::ref(guider), x, sigmas);
   EXPECT_TRUE(sample_euler(std::ref(guider), x, sigmas).equal(first));
@@ -152,8 +152,8 @@ TEST(SagOnePass, BeginsAnewWithASecondRun) {
 
 TEST(SagOnePass, TakesStepsInAnyOrder) {
   const std::vector<double> sigmas = {10, 8, 6, 4, 2, 0};
-  CfgGuider guider(one_pass_model(), {toy_prompt(1)}, {toy_prompt(-1)},
-                   {.cond_scale = 7, .sigmas = sigmas});
+  CfgGuider guider(one_pass_model(), {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
+  guider.begin_run(sigmas);
   const auto x = fill({1, 4, 16, 24}, .7, .3, 15);
   for (const double sigma : {10, 6, 4, 8})
     EXPECT_TRUE(guider(x, sigma).isfinite().all().item<bool>()) << sigma;

@@ -1,4 +1,4 @@
-#include "sag/conditioning.h"
+#include "model/conditioning_checks.h"
 
 #include <string>
 

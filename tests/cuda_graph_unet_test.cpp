@@ -79,7 +79,8 @@ class CudaGraph : public ::testing::Test {
   static torch::Tensor run(const ModelPatcher& model, std::int64_t width = 24) {
     const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};
     CfgGuider guider(model, {toy_prompt(1, device())}, {toy_prompt(-1, device())},
-                     {.cond_scale = 7.0, .sigmas = sigmas});
+                     {.cond_scale = 7.0});
+    guider.begin_run(sigmas);
     const auto x = fill({1, 4, 16, width}, 0.7, 0.3, 15.0).to(device());
     return sample_euler(std::ref(guider), x, sigmas);
   }
@@ -433,7 +434,7 @@ TEST_F(CudaGraph, NoStepWaitsForTheDevice) {
         const auto run = [&](CfgGuider& guider) {
           return get_sampler(name)(std::ref(guider), x, sigmas, {});
         };
-        const CfgGuiderOptions options{.cond_scale = 5.0, .sigmas = sigmas};
+        const CfgGuiderOptions options{.cond_scale = 5.0};
         CfgGuider first(model, {prompt(0.1)}, {prompt(0.7)}, options);
         run(first);  // captures wait
         CfgGuider guider(model, {prompt(0.1)}, {prompt(0.7)}, options);

@@ -8,6 +8,7 @@
 
 #include "sag/cfg_guider.h"
 #include "sag/noise.h"
+#include "sag/sample.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "sag/self_attention_guidance.h"
@@ -53,10 +54,10 @@ TEST(DemoModel, DrawsAWordAndSagChangesIt) {
   const auto sigmas = get_sigmas("karras", model.model_sampling(), 4);
   const auto draw = [&](const ModelPatcher& patched, const std::string& prompt) {
     CfgGuider guider(patched, {{.context = encode(prompt)}}, {{.context = encode("")}},
-                     {.cond_scale = 2, .sigmas = sigmas});
+                     {.cond_scale = 2});
     const std::vector<std::uint64_t> seeds = {7};
     const auto noise = SeededNoise(seeds).draw({3, 64, 64}, torch::kCPU);
-    return sample(sample_euler, std::ref(guider), model.model_sampling(), noise, sigmas);
+    return sample(guider, noise, {.sigmas = sigmas});
   };
   const auto plain = draw(model, "red heart");
   EXPECT_TRUE(plain.isfinite().all().item<bool>());

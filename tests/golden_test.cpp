@@ -4,6 +4,8 @@
 #include <filesystem>
 
 #include "sag/cfg_guider.h"
+#include "sag/run_sampler.h"
+#include "sag/sample.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "support/denoise.h"
@@ -59,14 +61,13 @@ struct Repeated {
 };
 
 // Samples as the run says, with our sampler of the same name.
-torch::Tensor sample_as(const json& run, CfgGuider& guider, const ModelSampling& sampling,
-                        const test::Golden& golden) {
+torch::Tensor sample_as(const json& run, CfgGuider& guider, const test::Golden& golden) {
   const double factor = run["latent_scale_factor"];
-  const auto& sampler = sampler_info(run["sampler"].get<std::string>());
   const auto latent = golden.get("latent");
-  return sample(sampler.sample, test::denoise_with(guider, sampler), sampling, golden.get("noise"),
-                golden.numbers("sigmas"),
-                {.latent = latent.defined() ? latent * factor : latent,
+  return sample(guider, golden.get("noise"),
+                {.sampler = run["sampler"],
+                 .sigmas = golden.numbers("sigmas"),
+                 .latent = latent.defined() ? latent * factor : latent,
                  .denoise_mask = golden.get("denoise_mask"),
                  .inpaint_noise = golden.get("inpaint_noise")}) /
          factor;
@@ -86,8 +87,8 @@ Repeated repeat(const json& run, const test::Golden& golden, torch::Device devic
   }
   CfgGuider guider(model, {{.context = golden.get("cond"), .y = golden.get("y_cond")}},
                    {{.context = golden.get("uncond"), .y = golden.get("y_uncond")}},
-                   {.cond_scale = run["cfg"], .sigmas = golden.numbers("sigmas")});
-  result.samples = sample_as(run, guider, model.model_sampling(), golden);
+                   {.cond_scale = run["cfg"]});
+  result.samples = sample_as(run, guider, golden);
   result.report = guider.report();
   return result;
 }
@@ -247,8 +248,8 @@ TEST_P(DiffusersFault, RunsHere) {
   const auto sample_with = [&](const ModelPatcher& with) {
     auto guider = diffusers_guider(with, run, golden);
     const auto sampler = get_sampler(run["scheduler"] == "LMSDiscrete" ? "lms" : "euler");
-    auto samples =
-        sample(sampler, std::ref(guider), with.model_sampling(), golden.get("latents"), sigmas);
+    auto samples = run_sampler(sampler, std::ref(guider), with.model_sampling(),
+                               golden.get("latents"), sigmas);
     return Repeated{samples, guider.report(), {}};
   };
   const auto guided = sample_with(model);

@@ -46,7 +46,7 @@ class InpaintModel : public ::testing::TestWithParam<Prediction> {
 
 INSTANTIATE_TEST_SUITE_P(Predictions, InpaintModel,
                          testing::Values(Prediction::eps, Prediction::flow),
-                         [](const auto& info) { return to_string(info.param); });
+                         [](const auto& info) { return std::string(to_string(info.param)); });
 
 TEST_P(InpaintModel, SeesTheKnownPartNoisedToSigma) {
   const double sigma = 0.5;

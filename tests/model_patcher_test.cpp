@@ -1,5 +1,12 @@
 #include "sag/model_patcher.h"
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "sag/calc_cond_batch.h"
+#include "sag/cfg_guider.h"
+#include "sag/self_attention_guidance.h"
 #include "support/toy_unet.h"
 
 namespace sag {
@@ -60,6 +67,47 @@ TEST(RunContext, ReturnsTheLatestEarlierStepsValue) {
   EXPECT_EQ(at(1), 0.5);
   run.keep(a, 1, torch::tensor(1.25));
   EXPECT_EQ(at(9), 1.25);
+}
+
+TEST(DecideSites, ProbesWhereNamesDoNotTell) {
+  // Over 8 x 8, 4 x 4 and 8 x 8 cells: "a" and "c" have as few tokens as each other, "b" has more.
+  const auto only = std::make_shared<test::ManySitesUNet>(std::vector<std::string>{"a", "b"});
+  auto model = apply_self_attention_guidance({only, ModelSampling::discrete()});
+  ASSERT_EQ(model.site_choices().size(), 1u);
+  EXPECT_EQ(model.site_choices().front().site, "") << "open until a latent is known";
+  const auto x = test::fill({2, 4, 16, 24}, .7, .3, 1);
+  StepContext step(1, 0, 16, 24);
+  const std::vector<CondRequest> requests = {{.x = x, .conds = {test::toy_prompt(1)}}};
+  EXPECT_THROW(calc_cond_batch(model, requests, 1, step), c10::ValueError)
+      << "or its hook would never run";
+
+  CfgGuider guider(model, {test::toy_prompt(1)}, {test::toy_prompt(-1)}, {.cond_scale = 3});
+  guider(x, 4);
+  guider(x, 2);
+  const auto& report = guider.report();
+  ASSERT_EQ(report.sites.size(), 1u);
+  EXPECT_EQ(report.sites.front().site, "a");
+  EXPECT_THAT(report.sites.front().reason, testing::HasSubstr("fewest tokens, 6,"));
+  EXPECT_EQ(report.guided(), 2);
+  EXPECT_EQ(report.evaluations[0].unet_rows, 7) << "the probe is one row";
+  EXPECT_EQ(report.evaluations[1].unet_rows, 6);
+
+  // The same as with the site named.
+  CfgGuider named(apply_self_attention_guidance({only, ModelSampling::discrete()}, {.site = "a"}),
+                  {test::toy_prompt(1)}, {test::toy_prompt(-1)}, {.cond_scale = 3});
+  EXPECT_TRUE(named(x, 4).equal(guider(x, 4)));
+  EXPECT_EQ(named.report().sites.front().reason, "it was named");
+}
+
+TEST(DecideSites, RefusesToGuess) {
+  const auto equal = std::make_shared<test::ManySitesUNet>(std::vector<std::string>{"a", "b", "c"});
+  CfgGuider guider(apply_self_attention_guidance({equal, ModelSampling::discrete()}),
+                   {test::toy_prompt(1)}, {test::toy_prompt(-1)}, {.cond_scale = 3});
+  EXPECT_THAT(
+      [&] {
+        guider(test::fill({1, 4, 16, 24}, .7, .3, 1), 4);
+      },
+      testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("a  6 tokens")));
 }
 
 }  // namespace

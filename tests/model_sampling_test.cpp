@@ -62,7 +62,7 @@ double max_difference(const torch::Tensor& a, const torch::Tensor& b) {
 
 TEST(Prediction, RoundTripsEveryName) {
   for (const auto* name : {"eps", "v", "x0", "edm", "flow"}) {
-    EXPECT_STREQ(to_string(parse_prediction(name)), name);
+    EXPECT_EQ(to_string(parse_prediction(name)), name);
   }
 }
 
@@ -249,8 +249,8 @@ TEST(ModelSampling, RefusesConstantsOutOfRange) {
   EXPECT_THROW(ModelSampling::discrete(Prediction::eps, {.beta_start = 0.0}), c10::ValueError);
   EXPECT_THROW(ModelSampling::discrete(Prediction::eps, {.beta_end = 1.0}), c10::ValueError);
   EXPECT_THROW(ModelSampling::discrete(Prediction::eps, {.timesteps = 0}), c10::ValueError);
-  EXPECT_THROW(ModelSampling::discrete(Prediction::eps, {.beta_schedule = "cosine"}),
-               c10::ValueError);
+  EXPECT_THAT([] { parse_beta_schedule("cosine"); },
+              ThrowsMessage<c10::ValueError>(HasSubstr("scaled_linear, linear, got \"cosine\"")));
   EXPECT_THROW(ModelSampling::edm({.sigma_data = 0.0}), c10::ValueError);
   EXPECT_THROW(ModelSampling::edm({.sigma_min = 90.0}), c10::ValueError);
   EXPECT_THROW(ModelSampling::flow({.shift = -1.0}), c10::ValueError);
@@ -278,7 +278,7 @@ TEST(ModelSampling, RefusesSigmasThatAreNone) {
 TEST(ModelSampling, LinearBetasAreLinear) {
   const auto sampling = ModelSampling::discrete(
       Prediction::eps,
-      {.beta_start = 0.1, .beta_end = 0.3, .timesteps = 3, .beta_schedule = "linear"});
+      {.beta_start = 0.1, .beta_end = 0.3, .timesteps = 3, .beta_schedule = BetaSchedule::linear});
   const double alpha_cumprod = 0.9 * 0.8 * 0.7;
   EXPECT_NEAR(sampling.sigma_max(), std::sqrt((1 - alpha_cumprod) / alpha_cumprod), 1e-7);
 }
@@ -292,13 +292,14 @@ TEST(ModelSampling, FlowTablesEndAtOneWhateverTheShift) {
 }
 
 TEST(ModelSampling, EveryTableCanEndInPureNoise) {
-  for (const char* schedule : {"scaled_linear", "linear"}) {
+  for (const auto schedule : beta_schedule_names()) {
     for (const std::int64_t timesteps : {2, 1000, 4000}) {
-      const auto sampling = ModelSampling::discrete(Prediction::v, {.beta_start = 1e-4,
-                                                                    .beta_end = 0.02,
-                                                                    .timesteps = timesteps,
-                                                                    .beta_schedule = schedule,
-                                                                    .zero_terminal_snr = true});
+      const auto sampling =
+          ModelSampling::discrete(Prediction::v, {.beta_start = 1e-4,
+                                                  .beta_end = 0.02,
+                                                  .timesteps = timesteps,
+                                                  .beta_schedule = parse_beta_schedule(schedule),
+                                                  .zero_terminal_snr = true});
       EXPECT_GT(sampling.sigma_max(), 4000) << schedule << timesteps;
     }
   }

@@ -4,12 +4,13 @@
 
 cmake_minimum_required(VERSION 3.25)
 
-set(rooms attention model guidance sampling unet)
+set(rooms attention model guidance sampling run unet)
 set(attention_may_use attention)
 set(model_may_use attention model)
 set(guidance_may_use attention model guidance)
 set(sampling_may_use sampling)
-set(sampling_may_include model_sampling)
+set(sampling_may_include model_sampling model/latent)
+set(run_may_use attention model guidance sampling run)
 set(unet_may_use attention model unet)
 
 set(faults "")
@@ -17,7 +18,10 @@ macro(fault text)
   list(APPEND faults "${file}: ${text}")
 endmacro()
 
-# A public header belongs to the room that has the .cpp file of its name; those without one are free to all.
+# A public header belongs to the room that has the .cpp file of its name, or to the one that is named here; the others
+# include none of ours and are free to all.
+set(room_of_cfg_functions model)
+set(room_of_conditioning model)
 foreach(room IN LISTS rooms)
   file(GLOB sources RELATIVE "${SOURCE}/src/${room}" "${SOURCE}/src/${room}/*.cpp" "${SOURCE}/src/${room}/*.cu")
   foreach(source IN LISTS sources)
@@ -68,8 +72,11 @@ foreach(file IN LISTS files)
         fault("${room} may not use ${room_of_${header}} (${path})")
       endif()
     elseif(path MATCHES "^([^/]+)/[^/]+\\.(h|cuh)$" AND CMAKE_MATCH_1 IN_LIST rooms)
-      if(NOT CMAKE_MATCH_1 STREQUAL room)
-        fault("${path} is private to its room")
+      cmake_path(REMOVE_EXTENSION path OUTPUT_VARIABLE header)
+      if(is_public)
+        fault("a public header includes no private one (${path})")
+      elseif(NOT CMAKE_MATCH_1 IN_LIST ${room}_may_use AND NOT header IN_LIST ${room}_may_include)
+        fault("${room} may not use ${CMAKE_MATCH_1} (${path})")
       endif()
     elseif(path MATCHES "\\.\\.")
       fault("includes ${path}: a header of another room is named from src/ or include/")

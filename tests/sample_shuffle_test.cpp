@@ -35,8 +35,8 @@ TEST(Shuffle, DrawsANewOrderForEveryStepAndImage) {
       },
       site);
   const std::vector<double> sigmas = {4, 2, 1, 0};
-  sag::CfgGuider guider(shuffled, {sag::test::toy_prompt(1)}, {},
-                        {.cond_scale = 1.0, .sigmas = sigmas});
+  sag::CfgGuider guider(shuffled, {sag::test::toy_prompt(1)}, {}, {.cond_scale = 1.0});
+  guider.begin_run(sigmas);
   torch::manual_seed(0);
   const auto x = torch::randn({2, 4, 32, 32});
   for (int step = 0; step < 3; ++step) guider(x, sigmas[static_cast<std::size_t>(step)]);

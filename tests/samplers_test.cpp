@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "sag/run_sampler.h"
 #include "sag/schedules.h"
 #include "support/toy.h"
 
@@ -441,8 +442,8 @@ TEST(SamplerParity, SdeSamplersOfFlowModelsStartBelowOne) {
       if (first == 0) first = sigma;
       return 0.3 * x;
     };
-    sample(sample_dpmpp_2m_sde, model, ModelSampling::flow({.shift = shift}), scalar(1),
-           std::vector<double>{1, 0.5, 0});
+    run_sampler(sample_dpmpp_2m_sde, model, ModelSampling::flow({.shift = shift}), scalar(1),
+                std::vector<double>{1, 0.5, 0});
     EXPECT_DOUBLE_EQ(first, ModelSampling::flow({.shift = shift}).percent_to_sigma(1e-4));
   }
 }
@@ -450,8 +451,8 @@ TEST(SamplerParity, SdeSamplersOfFlowModelsStartBelowOne) {
 TEST(SamplerParity, UniPcOfAFlowModelIsScaledForWhereItEnds) {
   // The reference writes 0.001 into the schedule, and so undoes the scaling of 0.001.
   const auto constant = [](const torch::Tensor& x, double) { return torch::ones_like(x); };
-  const auto samples = sample(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),
-                              std::vector<double>{1, .75, .5, .25, 0});
+  const auto samples = run_sampler(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),
+                                   std::vector<double>{1, .75, .5, .25, 0});
   const double ended = 0.999 * 1 + 0.001 * 2;  // (1 − σ)·x0 + σ·n, as the prediction never changes
   EXPECT_NEAR(samples.item<double>(), ended / 0.999, 5e-5);  // λ is fp32, as there; without: 1e-3
 }
@@ -493,8 +494,8 @@ TEST(UniPc, IsNotLedAstrayBySigmasThatLieClose) {
 
 TEST(SamplerParity, UniPcOfAFlowModelIsScaledForWhereItReallyEnds) {
   const auto constant = [](const torch::Tensor& x, double) { return torch::ones_like(x); };
-  const auto samples = sample(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),
-                              std::vector<double>{1, .5, .001, 0});
+  const auto samples = run_sampler(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),
+                                   std::vector<double>{1, .5, .001, 0});
   const double end = 0.0005, ended = (1 - end) * 1 + end * 2;
   EXPECT_NEAR(samples.item<double>(), ended / (1 - end), 5e-5);
 }
@@ -534,7 +535,7 @@ TEST(GetSampler, ListsTheKnownNamesForAnUnknownOne) {
               ThrowsMessage<c10::ValueError>(HasSubstr(", uni_pc, uni_pc_bh2, got \"plms\".")));
 }
 
-class Sample : public ::testing::Test {
+class RunSampler : public ::testing::Test {
  protected:
   const std::vector<std::int64_t> shape = {2, 4, 6, 8};
   const torch::Tensor noise = random(shape, 1).to(torch::kFloat32);
@@ -549,25 +550,25 @@ class Sample : public ::testing::Test {
   };
 
   torch::Tensor run(const ModelSampling& sampling, std::vector<double> sigmas,
-                    const SampleOptions& options = {}) {
+                    const RunSamplerOptions& options = {}) {
     first_x.reset();
-    return sample(sample_euler, model, sampling, noise, sigmas, options);
+    return run_sampler(sample_euler, model, sampling, noise, sigmas, options);
   }
 };
 
-TEST_F(Sample, StartsFromTheNoisedLatent) {
+TEST_F(RunSampler, StartsFromTheNoisedLatent) {
   run(eps, {10, 1, 0}, {.latent = latent});
   EXPECT_TRUE(first_x.allclose(10 * noise + latent));
   run(flow, {0.75, 0.5, 0}, {.latent = latent});
   EXPECT_TRUE(first_x.allclose(0.75 * noise + 0.25 * latent));
 }
 
-TEST_F(Sample, StartsFromZerosWithoutALatent) {
+TEST_F(RunSampler, StartsFromZerosWithoutALatent) {
   run(eps, {10, 1, 0});
   EXPECT_TRUE(first_x.allclose(10 * noise));
 }
 
-TEST_F(Sample, StartsWithTheWholeVarianceAtTheHighestSigma) {
+TEST_F(RunSampler, StartsWithTheWholeVarianceAtTheHighestSigma) {
   const double sigma_max = eps.sigma_max();
   for (const auto& [sigma, whole] :
        {std::pair{sigma_max, true}, std::pair{sigma_max * (1 - 0.9e-5), true},
@@ -579,32 +580,33 @@ TEST_F(Sample, StartsWithTheWholeVarianceAtTheHighestSigma) {
   }
 }
 
-TEST_F(Sample, UndoesTheScalingOfAFlowRunThatStopsEarly) {
+TEST_F(RunSampler, UndoesTheScalingOfAFlowRunThatStopsEarly) {
   const auto samples = run(flow, {0.75, 0.5}, {.latent = latent});
   const auto x = 0.75 * noise + 0.25 * latent;
   const auto stopped = x + (x - 0.5) / 0.75 * (0.5 - 0.75);
   EXPECT_TRUE(samples.allclose(stopped / 0.5, 1e-5, 1e-6));
 }
 
-TEST_F(Sample, ReturnsThePredictionUnscaledWhenTheCallbackEndsTheRun) {
+TEST_F(RunSampler, ReturnsThePredictionUnscaledWhenTheCallbackEndsTheRun) {
   const auto stop = [](const SamplerProgress&) { return false; };
   const auto samples = run(flow, {0.75, 0.5}, {.sampler = {.callback = stop}});
   EXPECT_TRUE(samples.equal(torch::full_like(noise, 0.5)));
 }
 
-TEST_F(Sample, TellsTheSamplerWhetherTheModelIsFlow) {
+TEST_F(RunSampler, TellsTheSamplerWhetherTheModelIsFlow) {
   const Sampler sampler = [](const DenoiseFunction&, torch::Tensor x, std::span<const double>,
                              const SamplerOptions& options) {
     return torch::full_like(x, options.flow ? 1.0 : 0.0);
   };
   const std::vector<double> sigmas = {0.75, 0};
-  EXPECT_EQ(sample(sampler, model, flow, noise, sigmas).mean().item<double>(), 1.0);
-  EXPECT_EQ(
-      sample(sampler, model, eps, noise, sigmas, {.sampler = {.flow = true}}).mean().item<double>(),
-      0.0);
+  EXPECT_EQ(run_sampler(sampler, model, flow, noise, sigmas).mean().item<double>(), 1.0);
+  EXPECT_EQ(run_sampler(sampler, model, eps, noise, sigmas, {.sampler = {.flow = true}})
+                .mean()
+                .item<double>(),
+            0.0);
 }
 
-TEST_F(Sample, RepaintsOnlyWhereTheMaskIsOne) {
+TEST_F(RunSampler, RepaintsOnlyWhereTheMaskIsOne) {
   auto mask = torch::zeros({6, 8});
   mask.slice(1, 4).fill_(1.0);
   for (const auto& given :
@@ -612,8 +614,8 @@ TEST_F(Sample, RepaintsOnlyWhereTheMaskIsOne) {
     for (const auto name : sampler_names()) {
       const double tolerance = name.starts_with("uni_pc") ? 5e-3 : 2e-5;  // uni_pc ends at 0.001
       const auto samples =
-          sample(get_sampler(name), unguided(model), eps, noise, get_sigmas("karras", eps, 5),
-                 {.latent = latent, .denoise_mask = given});
+          run_sampler(get_sampler(name), unguided(model), eps, noise, get_sigmas("karras", eps, 5),
+                      {.latent = latent, .denoise_mask = given});
       EXPECT_TRUE(samples.slice(3, 0, 4).allclose(latent.slice(3, 0, 4), tolerance, tolerance))
           << name;
       EXPECT_NEAR(samples.slice(3, 4).mean().item<double>(), 0.5, tolerance) << name;
@@ -621,58 +623,59 @@ TEST_F(Sample, RepaintsOnlyWhereTheMaskIsOne) {
   }
 }
 
-TEST_F(Sample, RefusesTensorsOfTheWrongSize) {
-  const auto with = [this](SampleOptions options) {
+TEST_F(RunSampler, RefusesTensorsOfTheWrongSize) {
+  const auto with = [this](RunSamplerOptions options) {
     return [=, this] { run(eps, {1, 0}, options); };
   };
   EXPECT_THAT(with({.latent = latent.slice(3, 1)}),
               ThrowsMessage<c10::ValueError>(HasSubstr(
-                  "[sample] latent must be [2, 4, 6, 8] as noise is, got [2, 4, 6, 7].")));
+                  "[run_sampler] latent must be [2, 4, 6, 8] as noise is, got [2, 4, 6, 7].")));
   for (const auto& mask_shape : std::vector<std::vector<std::int64_t>>{
            {8, 6}, {6}, {1, 6, 8}, {3, 1, 6, 8}, {2, 4, 6, 8}, {1, 1, 3, 4}}) {
     EXPECT_THAT(with({.denoise_mask = torch::ones(mask_shape)}),
-                ThrowsMessage<c10::ValueError>(
-                    HasSubstr("[sample] denoise_mask must be [6, 8] or [2 or 1, 1, 6, 8], got")));
+                ThrowsMessage<c10::ValueError>(HasSubstr(
+                    "[run_sampler] denoise_mask must be [6, 8] or [2 or 1, 1, 6, 8], got")));
   }
-  EXPECT_THROW(sample(sample_euler, model, eps, noise[0], std::vector<double>{1, 0}),
+  EXPECT_THROW(run_sampler(sample_euler, model, eps, noise[0], std::vector<double>{1, 0}),
                c10::ValueError);
 }
 
-TEST_F(Sample, RefusesNanAndInfinity) {
+TEST_F(RunSampler, RefusesNanAndInfinity) {
   for (const double bad : {kNan, kInfinity}) {
     auto broken = latent.clone();
     broken[1][2][3][4] = bad;
     auto mask = torch::ones({6, 8});
     mask[0][0] = bad;
     const std::vector<double> sigmas = {1, 0};
-    EXPECT_THAT([&] { sample(sample_euler, model, eps, broken, sigmas); },
-                ThrowsMessage<c10::ValueError>(HasSubstr("[sample] noise must be finite")));
+    EXPECT_THAT([&] { run_sampler(sample_euler, model, eps, broken, sigmas); },
+                ThrowsMessage<c10::ValueError>(HasSubstr("[run_sampler] noise must be finite")));
     EXPECT_THAT([&] { run(eps, sigmas, {.latent = broken}); },
-                ThrowsMessage<c10::ValueError>(HasSubstr("[sample] latent must be finite")));
-    EXPECT_THAT([&] { run(eps, sigmas, {.denoise_mask = mask}); },
-                ThrowsMessage<c10::ValueError>(HasSubstr("[sample] denoise_mask must be finite")));
+                ThrowsMessage<c10::ValueError>(HasSubstr("[run_sampler] latent must be finite")));
+    EXPECT_THAT(
+        [&] { run(eps, sigmas, {.denoise_mask = mask}); },
+        ThrowsMessage<c10::ValueError>(HasSubstr("[run_sampler] denoise_mask must be finite")));
   }
 }
 
-TEST_F(Sample, RefusesToReturnNanAndInfinity) {
+TEST_F(RunSampler, RefusesToReturnNanAndInfinity) {
   for (const double bad : {kNan, kInfinity}) {
     const auto failing = [bad](const torch::Tensor& x, double) { return torch::full_like(x, bad); };
     EXPECT_THAT(
         [&] {
-          sample(sample_euler, failing, eps, noise, std::vector<double>{1, 0});
+          run_sampler(sample_euler, failing, eps, noise, std::vector<double>{1, 0});
         },
-        ThrowsMessage<c10::Error>(HasSubstr("[sample] the final latent must be finite")));
+        ThrowsMessage<c10::Error>(HasSubstr("[run_sampler] the final latent must be finite")));
   }
 }
 
-TEST_F(Sample, NoisesTheKeptPartAsItIsTold) {
+TEST_F(RunSampler, NoisesTheKeptPartAsItIsTold) {
   const auto other = random(shape, 3).to(torch::kFloat32);
   const auto mask = torch::zeros({6, 8});
   run(eps, {2, 1, 0}, {.latent = latent, .denoise_mask = mask, .inpaint_noise = other});
   EXPECT_TRUE(first_x.allclose(2 * other + latent));
 }
 
-TEST_F(Sample, RefusesMasksOutOfRangeAndIntegers) {
+TEST_F(RunSampler, RefusesMasksOutOfRangeAndIntegers) {
   EXPECT_THAT(
       [&] {
         run(eps, {1, 0}, {.denoise_mask = torch::full({6, 8}, 255.0)});
@@ -681,9 +684,9 @@ TEST_F(Sample, RefusesMasksOutOfRangeAndIntegers) {
   const auto integers = torch::ones({6, 8}, torch::kInt64);
   EXPECT_THROW(run(eps, {1, 0}, {.denoise_mask = integers}), c10::TypeError);
   EXPECT_THROW(run(eps, {1, 0}, {.latent = torch::ones(shape, torch::kInt64)}), c10::TypeError);
-  EXPECT_THROW(sample(nullptr, model, eps, noise, std::vector<double>{1, 0}), c10::ValueError);
-  EXPECT_THAT([&] { run(eps, {}); },
-              ThrowsMessage<c10::ValueError>(HasSubstr("[sample] sigmas must be at least two")));
+  EXPECT_THROW(run_sampler(nullptr, model, eps, noise, std::vector<double>{1, 0}), c10::ValueError);
+  EXPECT_THAT([&] { run(eps, {}); }, ThrowsMessage<c10::ValueError>(
+                                         HasSubstr("[run_sampler] sigmas must be at least two")));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <torch/torch.h>
 
 #include "sag/samplers.h"
+#include "sampling/run.h"
 #include "support/toy.h"
 
 namespace sag {

@@ -4,9 +4,12 @@
 #include <stdexcept>
 #include <thread>
 
+#include "sag/attention.h"
 #include "sag/attention_map.h"
+#include "sag/attention_scope.h"
 #include "sag/blur.h"
 #include "sag/cfg_guider.h"
+#include "sag/run_sampler.h"
 #include "sag/samplers.h"
 #include "support/denoise.h"
 #include "support/device.h"
@@ -48,7 +51,8 @@ ToyResult run(const ToyRun& toy, torch::Device device = torch::kCPU) {
   std::vector<Conditioning> negatives;
   for (const auto value : toy.negatives) negatives.push_back(toy_prompt(value, device));
   CfgGuider guider(model, {toy_prompt(1, device)}, negatives,
-                   {.cond_scale = toy.cond_scale, .sigmas = toy.sigmas, .max_rows = toy.max_rows});
+                   {.cond_scale = toy.cond_scale, .max_rows = toy.max_rows});
+  guider.begin_run(toy.sigmas);
   const auto noise = fill({toy.images, 4, toy.height, toy.width}, .7, .3, 1.5).to(device);
   const auto& sampler = sampler_info(toy.sampler);
   const auto samples = sampler.sample(test::denoise_with(guider, sampler),
@@ -186,9 +190,10 @@ TEST(Sag, PaintsWithinAMask) {
   CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)}, {.cond_scale = 7});
   auto mask = torch::ones({16, 24});
   mask.narrow(1, 0, 8).zero_();
-  const auto samples = sample(sample_euler, std::ref(guider), model.model_sampling(),
-                              fill({1, 4, 16, 24}, .7, .3, 1.5), std::vector{10., 4., 1.5, .5, 0.},
-                              {.latent = fill({1, 4, 16, 24}, .31, .1, .8), .denoise_mask = mask});
+  const auto samples =
+      run_sampler(sample_euler, std::ref(guider), model.model_sampling(),
+                  fill({1, 4, 16, 24}, .7, .3, 1.5), std::vector{10., 4., 1.5, .5, 0.},
+                  {.latent = fill({1, 4, 16, 24}, .31, .1, .8), .denoise_mask = mask});
   const auto at = samples.flatten().index_select(0, torch::tensor({0, 100, 777, 1535}));
   const auto entries = test::toy_entries("T24");
   const auto value = entries.at(0).at("value").get<std::vector<double>>();

@@ -3,6 +3,7 @@
 
 #include <random>
 
+#include "model/conditioning_checks.h"
 #include "sag/blur.h"
 #include "sag/calc_cond_batch.h"
 #include "sag/cfg_guider.h"

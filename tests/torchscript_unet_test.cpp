@@ -14,7 +14,7 @@
 #include <torch/torch.h>
 #include <torch/version.h>
 
-#include "sag/attention.h"
+#include "sag/attention_scope.h"
 #include "sag/calc_cond_batch.h"
 #include "sag/step_context.h"
 #include "support/error.h"
@@ -96,9 +96,7 @@ struct Hooked {
     };
     std::vector<InstalledHook> hooks;
     for (const auto& site : sites) hooks.push_back({site, hook, {}});
-    const AttentionScope scope(hooks, pass);
-    out = unet.forward(input);
-    scope.finish();
+    out = run_hooked(hooks, pass, [&] { return unet.forward(input); });
   }
 };
 
@@ -450,10 +448,10 @@ TEST(TorchScriptUNet, RunsForkedTasksInOrderOnTheCallersThread) {
       return next(call);
     };
     StepContext step(1.0, 0, in.x.size(2), in.x.size(3));
-    const AttentionScope scope({{"middle.0.0", hook, {}}},
-                               {.groups = {{.count = in.x.size(0)}}, .step = &step});
-    EXPECT_TRUE(torch::equal(unet->forward(in), run_module(module, in)));
-    scope.finish();
+    const auto out =
+        run_hooked({{"middle.0.0", hook, {}}}, {.groups = {{.count = in.x.size(0)}}, .step = &step},
+                   [&] { return unet->forward(in); });
+    EXPECT_TRUE(torch::equal(out, run_module(module, in)));
     EXPECT_THAT(images, ::testing::ElementsAre(0, 1));
     EXPECT_TRUE(torch::jit::getGraphExecutorOptimize());
   }

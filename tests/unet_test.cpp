@@ -2,6 +2,10 @@
 
 #include <string>
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "support/reference.h"
 #include "support/toy_unet.h"
 
@@ -54,6 +58,73 @@ TEST(ResolveAttentionSite, ListsTheSitesWhenThereIsNoneOrMoreThanOne) {
   EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("fits 2"));
   EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("control.middle_block.1"));
   EXPECT_THROW(resolve_attention_site(ListedUNet({}), {"middle", 0, 0}), c10::ValueError);
+}
+
+SiteChoice middle_of(const std::vector<AttentionSiteInfo>& sites) {
+  return find_middle_attention(ListedUNet(sites)).value_or(SiteChoice{});
+}
+
+TEST(FindMiddleAttention, KnowsTheNamesOfLdmAndDiffusers) {
+  const auto choice = middle_of({{"input.4.0", "a.attn1", 0}, {"middle.0.0", "b.attn1", 1}});
+  EXPECT_EQ(choice.site, "middle.0.0");
+  EXPECT_EQ(choice.asked, "middle");
+  EXPECT_EQ(choice.reason, "its name is middle.0.0");
+}
+
+TEST(FindMiddleAttention, TakesTheOneWhosePathSaysMiddle) {
+  for (const char* part :
+       {"mid", "middle", "middle_block", "mid_block", "mid_attn", "bottleneck"}) {
+    const auto path = std::string("model.") + part + ".1";
+    const auto choice = middle_of({{"model.down.4.1", "model.down.4.1", 0},
+                                   {path, path, 1},
+                                   {"model.up.3.1", "model.up.3.1", 2}});
+    EXPECT_EQ(choice.site, path);
+    EXPECT_EQ(choice.reason, part + std::string(" is a part of its path"));
+  }
+  // UNets in C++ have names alone.
+  EXPECT_EQ(middle_of({{"down"}, {"mid_attn"}, {"up"}}).site, "mid_attn");
+}
+
+TEST(FindMiddleAttention, TakesTheOnlyOne) {
+  const auto choice = middle_of({{"attention"}});
+  EXPECT_EQ(choice.site, "attention");
+  EXPECT_EQ(choice.reason, "it is the only self-attention");
+}
+
+TEST(FindMiddleAttention, GuessesNothing) {
+  EXPECT_FALSE(find_middle_attention(ListedUNet({{"down"}, {"up"}})));
+  EXPECT_FALSE(find_middle_attention(ListedUNet({{"pyramid.0"}, {"amid.1"}, {"middleman"}})));
+  const auto several = [] { middle_of({{"mid.0"}, {"mid.1"}, {"up"}}); };
+  EXPECT_THAT(several,
+              testing::ThrowsMessage<c10::ValueError>(testing::AllOf(
+                  testing::HasSubstr("2 self-attentions"), testing::HasSubstr("\n  mid.0\n  mid.1"),
+                  testing::Not(testing::HasSubstr("up")))));
+  EXPECT_THROW(middle_of({}), c10::ValueError);
+  EXPECT_THROW(find_middle_attention(kUNet), c10::ValueError) << "two are called middle.0.0";
+}
+
+TEST(FindMiddleAttention, TakesTheFewestTokensOfAProbe) {
+  const std::vector<AttentionSiteShape> shapes = {
+      {{"a"}, 2, 64, 8}, {{"b"}, 2, 16, 8}, {{"never"}, 0, 0, 0}, {{"c"}, 2, 64, 8}};
+  const auto choice = find_middle_attention(shapes);
+  EXPECT_EQ(choice.site, "b");
+  EXPECT_EQ(choice.reason, "it has the fewest tokens, 16, of 4 self-attentions");
+  const std::vector<AttentionSiteShape> equal = {{{"a"}, 2, 64, 8}, {{"b"}, 2, 64, 8}};
+  EXPECT_THAT([&] { find_middle_attention(equal); },
+              testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("a  64 tokens")));
+  const std::vector<AttentionSiteShape> none = {{{"a"}, 0, 0, 0}};
+  EXPECT_THROW(find_middle_attention(none), c10::ValueError);
+}
+
+TEST(ResolveAttentionSite, FindsTheMiddleByNames) {
+  const ListedUNet unet({{"down"}, {"mid_attn"}, {"up"}});
+  EXPECT_EQ(resolve_attention_site(unet, "middle"), "mid_attn");
+  EXPECT_EQ(resolve_attention_site(ListedUNet({{"a"}, {"middle"}}), "middle"), "middle");
+  EXPECT_THAT(
+      [] {
+        resolve_attention_site(ListedUNet({{"a"}, {"b"}}), "middle");
+      },
+      testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("site must be named")));
 }
 
 TEST(ProbeAttentionSites, ReturnsWhatEachWorksOn) {

@@ -7,7 +7,9 @@
 #include <torch/torch.h>
 
 #include "sag/attention_map.h"
+#include "sag/attention_scope.h"
 #include "sag/cfg_guider.h"
+#include "sag/sample.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "sag/self_attention_guidance.h"
@@ -48,9 +50,8 @@ Run run_sag(const std::shared_ptr<const UNet>& unet, const RunOptions& options =
   const Conditioning prompt{.context = torch::randn({1, 5, options.context_width})},
       negative{.context = torch::randn({1, 5, options.context_width})};
   const auto sigmas = get_sigmas("karras", model.model_sampling(), 4);
-  CfgGuider guider(guided, {prompt}, {negative},
-                   {.cond_scale = 3.0, .sigmas = sigmas, .max_rows = options.max_rows});
-  auto samples = sample(sample_euler, std::ref(guider), model.model_sampling(), noise, sigmas);
+  CfgGuider guider(guided, {prompt}, {negative}, {.cond_scale = 3.0, .max_rows = options.max_rows});
+  auto samples = sample(guider, noise, {.sigmas = sigmas});
   return {samples, guider.report()};
 }
 
@@ -105,11 +106,10 @@ Seen look(const UNet& unet, const UNetInput& in, const AttentionHook& replace = 
     return replace ? replace(call, pass, next) : next(call);
   };
   StepContext step(1.0, 0, in.x.size(2), in.x.size(3));
-  const AttentionScope scope(
-      {{site, hook, {}}},
-      {.height = 6, .width = 5, .groups = {{.count = in.x.size(0)}}, .step = &step});
-  seen.out = unet.forward(in);
-  scope.finish();
+  seen.out =
+      run_hooked({{site, hook, {}}},
+                 {.height = 6, .width = 5, .groups = {{.count = in.x.size(0)}}, .step = &step},
+                 [&] { return unet.forward(in); });
   seen.maps = step.records(owner);
   return seen;
 }

@@ -14,6 +14,7 @@
 #include "interrupt.h"
 #include "sag/cfg_guider.h"
 #include "sag/noise.h"
+#include "sag/run_sampler.h"
 #include "sag/samplers.h"
 
 namespace sag_sample {
@@ -118,16 +119,16 @@ Sampled sample_batch(const sag::ModelPatcher& model, bool guided, const Settings
                      const Options& options, const Inputs& inputs, const Batch& batch,
                      Progress& progress) {
   const auto start = Clock::now();
-  sag::CfgGuider guider(
-      model, batch.positive, batch.negative,
-      {.cond_scale = batch.cfg, .sigmas = inputs.sigmas, .max_rows = options.max_rows});
+  sag::CfgGuider guider(model, batch.positive, batch.negative,
+                        {.cond_scale = batch.cfg, .max_rows = options.max_rows});
+  guider.begin_run(inputs.sigmas);
   const auto& sampler = sag::sampler_info(settings.sampler);
   TimedModel timed(guider, sampler.needs_uncond, settings.device);
-  sag::SampleOptions sample_options = {.denoise_mask = batch.mask,
-                                       .inpaint_noise = inpaint_noise(batch, inputs, settings),
-                                       .sampler = {.seeds = batch.seeds,
-                                                   .eta = options.eta.value_or(1.0),
-                                                   .s_noise = options.s_noise.value_or(1.0)}};
+  sag::RunSamplerOptions sample_options = {.denoise_mask = batch.mask,
+                                           .inpaint_noise = inpaint_noise(batch, inputs, settings),
+                                           .sampler = {.seeds = batch.seeds,
+                                                       .eta = options.eta.value_or(1.0),
+                                                       .s_noise = options.s_noise.value_or(1.0)}};
   if (batch.latent.defined()) sample_options.latent = batch.latent * options.latent_scale;
   std::int64_t calls = 0;
   const auto steps = static_cast<double>(inputs.sigmas.size() - 1);
@@ -140,8 +141,8 @@ Sampled sample_batch(const sag::ModelPatcher& model, bool guided, const Settings
   };
   const auto noise =
       batch.noise.defined() ? batch.noise : start_noise(batch.seeds, inputs, settings.device);
-  const auto latents = sag::sample(sampler.sample, std::ref(timed), settings.sampling, noise,
-                                   inputs.sigmas, sample_options);
+  const auto latents = sag::run_sampler(sampler.sample, std::ref(timed), settings.sampling, noise,
+                                        inputs.sigmas, sample_options);
   Sampled sampled = {.latents = (latents / options.latent_scale).to(torch::kCPU, torch::kFloat),
                      .heat = mean_mask(guider.report())};
   sampled.report = {.guided = guided,

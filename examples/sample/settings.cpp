@@ -63,13 +63,12 @@ sag::ModelSampling make_sampling(const Options& options, const ModelDirectory& m
         {.shift = first_of(options.shift, model.shift, 1.0),
          .multiplier = first_of(options.timestep_multiplier, model.timestep_multiplier, 1000.0)});
   }
-  const std::string schedule = model.beta_schedule.value_or("scaled_linear");
   return sag::ModelSampling::discrete(
       sag::parse_prediction(prediction),
       {.beta_start = model.beta_start.value_or(0.00085),
        .beta_end = model.beta_end.value_or(0.012),
        .timesteps = model.timesteps.value_or(1000),
-       .beta_schedule = schedule,
+       .beta_schedule = sag::parse_beta_schedule(model.beta_schedule.value_or("scaled_linear")),
        .zero_terminal_snr = options.zero_terminal_snr || model.zero_terminal_snr});
 }
 
@@ -87,7 +86,7 @@ sag::SelfAttentionGuidanceOptions make_guidance(const Options& options,
   guidance.one_pass = options.sag_one_pass;
   guidance.start_percent = options.sag_start_percent;
   guidance.end_percent = options.sag_end_percent;
-  guidance.site = sag::AttentionSite(first_of(options.site, model.site, std::string("middle.0.0")));
+  guidance.site = sag::AttentionSite(first_of(options.site, model.site, std::string("middle")));
   if (guidance.sigma_start < guidance.sigma_end) {
     throw UsageError(fmt::format("--sag-start must be at least --sag-end ({}), got {}.",
                                  guidance.sigma_end, guidance.sigma_start));

@@ -18,7 +18,8 @@ namespace sag {
 struct CondRequest {
   Branch branch = Branch::cond;
   Owner owner = {};
-  torch::Tensor x = {};  ///< [images, channels, height, width]
+  /// [images, channels, height, width]
+  torch::Tensor x = {};
   std::vector<Conditioning> conds = {};
 };
 
@@ -42,8 +43,8 @@ struct CondBatch {
 /// area with a feathered edge of up to 8 cells. Rows keep the order of requests, conditionings and
 /// images.
 ///
-/// Throws ValueError or TypeError when a conditioning does not fit x; rethrows what a hook threw.
-/// ComfyUI: `calc_cond_batch`, `get_area_and_mult`.
+/// Throws ValueError or TypeError when a conditioning does not fit x, and when the site of a hook
+/// is not decided; rethrows what a hook threw. ComfyUI: `calc_cond_batch`, `get_area_and_mult`.
 SAG_API CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests,
                                   double sigma, StepContext& step,
                                   const CalcCondBatchOptions& options = {});

@@ -11,7 +11,9 @@
 #include "sag/denoised.h"
 #include "sag/export.h"
 #include "sag/model_patcher.h"
+#include "sag/run_context.h"
 #include "sag/step_context.h"
+#include "sag/unet.h"
 
 namespace sag {
 
@@ -20,12 +22,15 @@ struct EvaluationReport {
   double sigma = 0;
   std::int64_t step_index = 0;
   std::int64_t unet_calls = 0, unet_rows = 0;
-  std::vector<GuidanceNote> guidances = {};  ///< one per guidance, in their order
+  /// One per guidance, in their order.
+  std::vector<GuidanceNote> guidances = {};
 };
 
-/// What a guider did so far.
+/// What a guider did in its run so far.
 struct SAG_API GuiderReport {
-  std::vector<EvaluationReport> evaluations;
+  std::vector<EvaluationReport> evaluations = {};
+  /// Which self-attention each hook of the model was given, and why.
+  std::vector<SiteChoice> sites = {};
 
   std::int64_t unet_calls() const;
   std::int64_t unet_rows() const;
@@ -38,38 +43,41 @@ struct SAG_API GuiderReport {
 struct CfgGuiderOptions {
   /// 1: the conditional prediction alone, and no unconditional rows unless a guidance needs them.
   double cond_scale = 1.0;
-  /// The run's sigmas, as the sampler gets them: an evaluation at σ belongs to step i, the largest
-  /// i with sigmas[i] >= σ, so that Heun's corrector counts as the next step. Empty: every
-  /// evaluation is step 0, which guidances that depend on the step refuse.
-  std::vector<double> sigmas = {};
   /// At most so many rows in one UNet call; 0: no limit. See `CalcCondBatchOptions`.
   std::int64_t max_rows = 0;
 };
 
 /// Classifier-free guidance and all that is patched onto the model: the function `denoised =
-/// guider(x, σ)` that samplers call. One guider is one run: it holds the report and what guidances
-/// keep from step to step. The patched model may be shared with other guiders on other threads.
+/// guider(x, σ)` that samplers call. A guider makes one run at a time: it holds the report and what
+/// guidances keep from step to step. The patched model may be shared with other guiders on other
+/// threads.
 /// ComfyUI: `CFGGuider`, `sampling_function`, `cfg_function`.
 class SAG_API CfgGuider {
  public:
   /// Several positives or negatives are averaged (see `calc_cond_batch`). Without positives the
   /// result is the unconditional prediction, guided: this is how an unconditional picture is drawn.
-  /// Throws ValueError when both are empty, on a scale that is not finite, on sigmas that do not
-  /// fall, on conditionings with NaN or infinity (this is where they are looked for, not in every
-  /// evaluation) or a mask outside 0 … 1, and on contexts or y of different widths.
+  /// Throws ValueError when both are empty, on a scale that is not finite, on conditionings with
+  /// NaN or infinity (this is where they are looked for, not in every evaluation) or a mask outside
+  /// 0 … 1, and on contexts or y of different widths.
   CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
-            std::vector<Conditioning> negative, const CfgGuiderOptions& options);
-  CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
-            std::vector<Conditioning> negative);
+            std::vector<Conditioning> negative, const CfgGuiderOptions& options = {});
 
-  /// One guider, one run: samplers take it by reference, std::ref(guider).
+  /// Samplers take it by reference, std::ref(guider).
   CfgGuider(const CfgGuider&) = delete;
   CfgGuider& operator=(const CfgGuider&) = delete;
 
+  /// Begins a run over these sigmas, the ones that the sampler gets; `sample` calls it, and a
+  /// sampling loop of your own calls it before its first step. An evaluation at σ belongs to step
+  /// i, the largest i with sigmas[i] >= σ, so that Heun's corrector counts as the next step. Drops
+  /// the report, and what guidances kept, of the run before. Without it every evaluation is step 0,
+  /// which guidances that depend on the step refuse. Throws ValueError on sigmas that do not fall.
+  void begin_run(std::vector<double> sigmas);
+
   /// Returns the denoised latent, the shape of x, fp32 (fp64 for fp64 x).
   /// x: [images, channels, height, width], floating. Runs without gradients.
-  /// Throws ValueError or TypeError on other x or sigma <= 0, and rethrows what hooks and functions
-  /// threw; the guider and the model work afterwards.
+  /// Throws ValueError or TypeError on other x or sigma <= 0, and when a guidance depends on the
+  /// step and `begin_run` was not called; rethrows what hooks and functions threw. The guider and
+  /// the model work afterwards.
   torch::Tensor operator()(const torch::Tensor& x, double sigma);
 
   /// Like operator(), with the unconditional prediction, as it was before any post-CFG function and
@@ -77,15 +85,16 @@ class SAG_API CfgGuider {
   /// active.
   Denoised predict_both(const torch::Tensor& x, double sigma);
 
+  const ModelPatcher& model() const { return model_; }
   const GuiderReport& report() const { return report_; }
 
  private:
-  const std::vector<Conditioning>& conds_of(Branch branch) const;
   Denoised evaluate(const torch::Tensor& x, double sigma, bool keep_uncond);
 
   ModelPatcher model_;
   std::vector<Conditioning> positive_, negative_;
   CfgGuiderOptions options_;
+  std::vector<double> sigmas_;
   GuiderReport report_;
   RunContext run_;
 };

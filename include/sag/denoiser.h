@@ -25,6 +25,9 @@ class SAG_API Denoiser {
   /// or not finite.
   torch::Tensor operator()(const torch::Tensor& x, double sigma, const Conditioning& cond) const;
 
+  /// Returns what the UNet is called with for these arguments. Throws as operator().
+  UNetInput unet_input(const torch::Tensor& x, double sigma, const Conditioning& cond) const;
+
   const UNet& unet() const { return *unet_; }
   const ModelSampling& model_sampling() const { return sampling_; }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -21,18 +22,28 @@ namespace sag {
 /// | flow | (1 − σ)·x0 + σ·n | x | x − σ·out |
 enum class Prediction { eps, v, x0, edm, flow };
 
-/// Returns the prediction called "eps", "v", "x0", "edm" or "flow"; throws ValueError on other
-/// names.
+/// Returns the names of all predictions: "eps", "v", "x0", "edm", "flow".
+SAG_API std::span<const std::string_view> prediction_names();
+/// Returns the prediction of that name. Throws ValueError on other names, listing the known ones.
 SAG_API Prediction parse_prediction(std::string_view name);
 /// Returns the prediction's name.
-SAG_API const char* to_string(Prediction prediction);
+SAG_API std::string_view to_string(Prediction prediction);
+
+/// How the betas of a discrete model rise: linearly in √beta, or linearly.
+enum class BetaSchedule { scaled_linear, linear };
+
+/// Returns the names of all beta schedules: "scaled_linear", "linear".
+SAG_API std::span<const std::string_view> beta_schedule_names();
+/// Returns the schedule of that name. Throws ValueError on other names, listing the known ones.
+SAG_API BetaSchedule parse_beta_schedule(std::string_view name);
+/// Returns the schedule's name.
+SAG_API std::string_view to_string(BetaSchedule schedule);
 
 /// The noise schedule of a discrete model, by default Stable Diffusion's.
 struct DiscreteSamplingOptions {
   double beta_start = 0.00085, beta_end = 0.012;
   std::int64_t timesteps = 1000;
-  /// "scaled_linear" (linear in √beta) or "linear".
-  std::string_view beta_schedule = "scaled_linear";
+  BetaSchedule beta_schedule = BetaSchedule::scaled_linear;
   /// Rescales the table so that its last entry is all but pure noise (Lin et al. 2023, algorithm
   /// 1). ComfyUI: `rescale_zero_terminal_snr_sigmas`.
   bool zero_terminal_snr = false;
@@ -49,19 +60,21 @@ struct FlowSamplingOptions {
   double shift = 1.0, multiplier = 1000.0;
 };
 
-/// How a model's σ, timesteps, inputs and outputs hang together. ComfyUI: `ModelSampling` and its
+/// How a model's σ, timesteps, inputs and outputs belong together. ComfyUI: `ModelSampling` and its
 /// prediction classes, formula for formula. σ is a host number; tensors keep their dtype, in which
 /// the arithmetic is done (fp32 is meant).
 class SAG_API ModelSampling {
  public:
   /// A model with a table of noise levels; `prediction` is eps, v or x0.
-  static ModelSampling discrete(Prediction prediction, const DiscreteSamplingOptions& options);
-  static ModelSampling discrete(Prediction prediction = Prediction::eps);
+  static ModelSampling discrete(Prediction prediction = Prediction::eps,
+                                const DiscreteSamplingOptions& options = {});
   /// A model whose table is given: ᾱ of every timestep, falling, each in (0, 1).
   static ModelSampling from_alphas_cumprod(Prediction prediction,
                                            const std::vector<double>& alphas_cumprod);
-  static ModelSampling edm(const EdmSamplingOptions& options);
-  static ModelSampling flow(const FlowSamplingOptions& options);
+  /// A model of Karras et al. 2022, with 1000 noise levels, even in ln σ.
+  static ModelSampling edm(const EdmSamplingOptions& options = {});
+  /// A rectified-flow model, with 1000 noise levels.
+  static ModelSampling flow(const FlowSamplingOptions& options = {});
 
   Prediction prediction() const { return prediction_; }
   /// The table of noise levels, rising: one per timestep (eps, v, x0), 1000 for the others.
@@ -101,7 +114,8 @@ class SAG_API ModelSampling {
 
   Prediction prediction_;
   std::vector<double> sigmas_;
-  std::vector<float> log_sigmas_;  // of the sigmas before they were rounded to fp32
+  // Of the sigmas before they were rounded to fp32.
+  std::vector<float> log_sigmas_;
   double sigma_data_ = 1.0;
   FlowSamplingOptions flow_;
 };

@@ -10,7 +10,10 @@
 
 // Patches: for callers with a UNet and a sampler loop.
 #include "sag/attention.h"
+#include "sag/attention_hook.h"
+#include "sag/attention_scope.h"
 #include "sag/calc_cond_batch.h"
+#include "sag/cfg_functions.h"
 #include "sag/cfg_guider.h"
 #include "sag/conditioning.h"
 #include "sag/cuda_graph_unet.h"
@@ -19,6 +22,7 @@
 #include "sag/model_patcher.h"
 #include "sag/model_sampling.h"
 #include "sag/pass.h"
+#include "sag/run_context.h"
 #include "sag/step_context.h"
 #include "sag/unet.h"
 
@@ -26,6 +30,8 @@
 #include "sag/aoti_unet.h"
 #include "sag/inpaint.h"
 #include "sag/noise.h"
+#include "sag/run_sampler.h"
+#include "sag/sample.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "sag/torchscript_unet.h"

@@ -16,17 +16,14 @@
 
 namespace sag {
 
-/// Predicts the clean latent: denoised = model(x, sigma). A `CfgGuider`, or any function that
-/// returns a tensor; for CFG++ samplers one that returns both predictions, as
-/// `CfgGuider::predict_both`.
-using DenoiseFunction = std::function<Denoised(const torch::Tensor& x, double sigma)>;
-
 /// Where a run stands, after the model was evaluated at sigmas[step] and before x moves on.
 struct SamplerProgress {
   std::int64_t step = 0, steps = 0;
   double sigma = 0;
-  const torch::Tensor& x;         ///< the noisy latent at sigma
-  const torch::Tensor& denoised;  ///< the prediction
+  /// The noisy latent at sigma.
+  const torch::Tensor& x;
+  /// The prediction.
+  const torch::Tensor& denoised;
 };
 
 struct SamplerOptions {
@@ -44,9 +41,9 @@ struct SamplerOptions {
   /// Factor on fresh noise.
   double s_noise = 1.0;
   /// True for flow models (x = (1 − σ)·x0 + σ·n), which some samplers step through differently.
-  /// `sample` sets it, and the shift, from the model.
+  /// `sample` and `run_sampler` set it, and the shift, from the model.
   bool flow = false;
-  /// Shift of a flow model: where samplers start that cannot start at σ = 1.
+  /// Shift of a flow model. Samplers that cannot start at σ = 1 start just below, by the shift.
   double flow_shift = 1.0;
 };
 
@@ -57,8 +54,8 @@ struct SamplerOptions {
 using Sampler = torch::Tensor (*)(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas, const SamplerOptions& options);
 
-/// Each is k-diffusion's function of the same name unless said otherwise. One evaluation a step
-/// unless said otherwise; two- and three-evaluation samplers save some at the end of a run.
+// Each is k-diffusion's function of the same name unless said otherwise. One evaluation a step
+// unless said otherwise; two- and three-evaluation samplers save some at the end of a run.
 
 /// Euler's method on dx/dσ = (x − denoised) / σ.
 SAG_API torch::Tensor sample_euler(const DenoiseFunction& model, torch::Tensor x,
@@ -192,7 +189,7 @@ SAG_API torch::Tensor sample_gradient_estimation_cfg_pp(const DenoiseFunction& m
                                                         std::span<const double> sigmas,
                                                         const SamplerOptions& options = {});
 
-/// A sampler and what a run with it has to heed.
+/// A sampler, and what a run with it needs. `sample` sees to all of it.
 struct SamplerInfo {
   std::string_view name;
   Sampler sample;
@@ -202,6 +199,8 @@ struct SamplerInfo {
   bool discards_penultimate_sigma = false;
   /// Where a run to σ = 0 really ends: UniPC at 0.001, as in the reference.
   double end_sigma = 0.0;
+  /// Inpainting noises what it keeps with noise of its own, from the next seeds, as ComfyUI does.
+  bool keeps_with_noise_of_its_own = false;
 };
 
 /// Returns the names of all samplers: "euler", "euler_cfg_pp", …
@@ -210,31 +209,5 @@ SAG_API std::span<const std::string_view> sampler_names();
 SAG_API const SamplerInfo& sampler_info(std::string_view name);
 /// Returns a sampler by name, as `sampler_info` does.
 SAG_API Sampler get_sampler(std::string_view name);
-
-/// Throws ValueError unless the sigmas are finite, fall strictly, are positive but for a last 0,
-/// and are at least two.
-SAG_API void check_sigmas(std::span<const double> sigmas, const char* caller);
-
-struct SampleOptions {
-  /// Clean start image, the shape of `noise`. Undefined: zeros.
-  torch::Tensor latent = {};
-  /// Where to repaint `latent`, [height, width] or [images or 1, 1, height, width], 1 = repaint, 0
-  /// = keep.
-  torch::Tensor denoise_mask = {};
-  /// Noise of the kept part, the shape of `noise`. Undefined: `noise` itself. (ComfyUI's `ddim`
-  /// draws it afresh, from seed + 1.)
-  torch::Tensor inpaint_noise = {};
-  SamplerOptions sampler = {};
-};
-
-/// Runs a whole sampling: noises the start image to sigmas[0], samples, and undoes the model's
-/// scaling at the end. noise: unit Gaussian [images, channels, height, width] on the model's
-/// device. At the model's highest σ, within 1e-5 of it or above, the start has the whole variance
-/// (`noise_scaling` with max_denoise). Throws ValueError or TypeError on other arguments, and when
-/// a given tensor holds NaN or infinity; Error when the final latent does. ComfyUI:
-/// `KSAMPLER.sample`.
-SAG_API torch::Tensor sample(Sampler sampler, const DenoiseFunction& model,
-                             const ModelSampling& sampling, const torch::Tensor& noise,
-                             std::span<const double> sigmas, const SampleOptions& options = {});
 
 }  // namespace sag

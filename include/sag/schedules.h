@@ -11,9 +11,9 @@
 
 namespace sag {
 
-/// Noise levels of a run, falling, the last one 0: n steps have n + 1 sigmas (beta: at most).
-/// Computed in fp32, as the reference does. All throw ValueError unless n >= 1 and the sigmas'
-/// bounds make sense.
+// Noise levels of a run, falling, the last one 0: n steps have n + 1 sigmas (beta: at most).
+// Computed in fp32, as the reference does. All throw ValueError unless n >= 1 and the sigmas'
+// bounds make sense.
 
 /// Karras et al. 2022, equation 5. k-diffusion: `get_sigmas_karras`.
 SAG_API std::vector<double> get_sigmas_karras(std::int64_t n, double sigma_min, double sigma_max,
@@ -23,14 +23,14 @@ SAG_API std::vector<double> get_sigmas_exponential(std::int64_t n, double sigma_
                                                    double sigma_max);
 /// Even in timesteps. ComfyUI: `normal_scheduler`.
 SAG_API std::vector<double> get_sigmas_normal(const ModelSampling& sampling, std::int64_t n);
-/// Every so-manyth entry of the model's table. ComfyUI: `simple_scheduler`.
+/// Entries of the model's table, evenly spaced. ComfyUI: `simple_scheduler`.
 SAG_API std::vector<double> get_sigmas_simple(const ModelSampling& sampling, std::int64_t n);
 
 /// Even in timesteps, the last of n + 1 left out. ComfyUI: `sgm_uniform`.
 SAG_API std::vector<double> get_sigmas_sgm_uniform(const ModelSampling& sampling, std::int64_t n);
-/// Entries 1 + ⌊k·entries/n⌋ of the model's table: DDIM's, which starts
-/// below the model's highest σ. Where n does not divide the table well ComfyUI's
-/// `ddim_scheduler` gives up to four steps more than were asked for; elsewhere this is the same.
+/// Entries 1 + ⌊k·entries/n⌋ of the model's table: DDIM's, which starts below the model's highest
+/// σ. Where n does not divide the table well, ComfyUI's `ddim_scheduler` gives up to four steps
+/// more than were asked for; elsewhere this is the same.
 SAG_API std::vector<double> get_sigmas_ddim_uniform(const ModelSampling& sampling, std::int64_t n);
 /// Entries of the model's table at the quantiles of a beta distribution. Equal neighbours are
 /// dropped, so a run of many steps can have fewer than n. Lee et al. 2024; ComfyUI:
@@ -38,8 +38,7 @@ SAG_API std::vector<double> get_sigmas_ddim_uniform(const ModelSampling& samplin
 SAG_API std::vector<double> get_sigmas_beta(const ModelSampling& sampling, std::int64_t n,
                                             double alpha = 0.6, double beta = 0.6);
 /// Falls linearly by a share `threshold_noise` of σ_max in the first half of the steps, then
-/// quadratically. ComfyUI:
-/// `linear_quadratic_schedule`.
+/// quadratically. ComfyUI: `linear_quadratic_schedule`.
 SAG_API std::vector<double> get_sigmas_linear_quadratic(std::int64_t n, double sigma_max,
                                                         double threshold_noise = 0.025);
 /// Even in atan σ. Sabour et al. 2024, equation 7; ComfyUI: `kl_optimal_scheduler`, which gives NaN

@@ -7,7 +7,7 @@
 
 #include <torch/types.h>
 
-#include "sag/attention.h"
+#include "sag/attention_hook.h"
 #include "sag/export.h"
 #include "sag/model_patcher.h"
 
@@ -62,8 +62,8 @@ struct SelfAttentionGuidanceOptions {
   /// `ModelSampling::percent_to_sigma`. Where given, it replaces sigma_start or sigma_end.
   std::optional<double> start_percent = {}, end_percent = {};
   /// Guides every interval-th step of the run, from the first; the steps between cost nothing.
-  /// A step is the interval of `CfgGuiderOptions::sigmas` that an evaluation falls into (Heun's
-  /// corrector counts as the next); without them the guider throws.
+  /// A step is the interval of the run's sigmas that an evaluation falls into (Heun's corrector
+  /// counts as the next); without `CfgGuider::begin_run` the guider throws.
   std::int64_t interval = 1;
   /// Perturbs with what was blurred in the step before, so that guidance's own rows go through the
   /// UNet together with the main ones: with δ = degraded − uncond_denoised of the latest earlier
@@ -71,11 +71,11 @@ struct SelfAttentionGuidanceOptions {
   ///
   ///     result = denoised + scale · (uncond_denoised + δ − predict_uncond(x + renoise_scale · δ))
   ///
-  /// The first guided step has no δ and runs as without it. The guider needs the run's sigmas here,
-  /// too.
+  /// The first guided step has no δ and runs as without it. This needs `CfgGuider::begin_run` too.
   bool one_pass = false;
-  /// The self-attention to watch.
-  AttentionSite site = {"middle", 0, 0};
+  /// The self-attention to watch: {"middle", 0, 0}, "model.mid.1", "#6"; "middle" finds the middle
+  /// block's in UNets of any naming, and the guider's report says which one and why.
+  AttentionSite site = "middle";
 };
 
 /// Returns a clone of `model` that guides itself: a hook records the attention map of the
@@ -89,7 +89,8 @@ struct SelfAttentionGuidanceOptions {
 /// latent cell with the weights of the prediction, before the comparison. Applied twice, each works
 /// as if alone, in order.
 ///
-/// Throws ValueError when an option is out of its range, or the UNet has no such site.
+/// Throws ValueError when an option is out of its range, or the UNet has no such site. Where only a
+/// probe can find the middle block, the guider's first evaluation decides, or throws ValueError.
 SAG_API ModelPatcher apply_self_attention_guidance(
     const ModelPatcher& model, const SelfAttentionGuidanceOptions& options = {});
 

@@ -2,23 +2,28 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include <torch/types.h>
 
-#include "sag/attention.h"
+#include "sag/attention_hook.h"
 #include "sag/export.h"
 
 namespace sag {
 
 /// The arguments of one UNet call, rows first.
 struct UNetInput {
-  torch::Tensor x =
-      {};  ///< [rows, channels, height, width], scaled for the network, the UNet's dtype
-  torch::Tensor timesteps = {};  ///< [rows] fp32
-  torch::Tensor context = {};    ///< [rows, tokens, width], or undefined
-  torch::Tensor y = {};          ///< [rows, features], or undefined
+  /// [rows, channels, height, width], scaled for the network, in the UNet's dtype.
+  torch::Tensor x = {};
+  /// [rows] fp32.
+  torch::Tensor timesteps = {};
+  /// [rows, tokens, width], or undefined.
+  torch::Tensor context = {};
+  /// [rows, features], or undefined.
+  torch::Tensor y = {};
   /// By argument name, each [rows, …]; "argument.key" and "argument.0" for entries of a dict or
   /// list.
   std::map<std::string, torch::Tensor> extra = {};
@@ -34,7 +39,9 @@ struct AttentionSiteInfo {
   std::int64_t ordinal = -1;
 };
 
-/// A noise-predicting network. One object may be used from several threads.
+/// A noise-predicting network. One object may be used from several threads, which is why `forward`
+/// is const. A torch::nn module's is not: keep the module as a `mutable` member
+/// (examples/patches.cpp shows it), and let its forward write to no member.
 class SAG_API UNet {
  public:
   virtual ~UNet();
@@ -56,7 +63,8 @@ class SAG_API UNet {
 
 /// Returns the UNet's own name of a site, which may be given by name, path or "#ordinal": what
 /// `InstalledHook::site` holds. It is the name, or the path where several sites share the name.
-/// Throws ValueError, with the list of sites, when there is no such site or more than one.
+/// Throws ValueError, with the list of sites, when there is no such site or more than one, and for
+/// "middle" where only a probe can find it.
 SAG_API std::string resolve_attention_site(const UNet& unet, const AttentionSite& site);
 
 /// What a self-attention works on; all 0 where it did not run.
@@ -66,9 +74,29 @@ struct AttentionSiteShape {
 };
 
 /// Runs the UNet once, with hooks on all its self-attentions, and returns what each worked on, in
-/// the order of `UNet::attention_sites`: a way to know the sites of files without names. The middle
-/// block's have the fewest tokens.
+/// the order of `UNet::attention_sites`: a way to know the sites of files without names.
 SAG_API std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet,
                                                               const UNetInput& input);
+
+/// The self-attention that a hook was given, and why this one.
+struct SiteChoice {
+  /// What was asked for, "middle" or a name.
+  std::string asked = {};
+  /// The UNet's own name of what was chosen; empty: not decided yet.
+  std::string site = {};
+  /// "it was named", "mid is in its path", "it has the fewest tokens, 64", …
+  std::string reason = {};
+};
+
+/// Finds the self-attention of the middle block by names: the one called "middle.0.0", as LDM's and
+/// diffusers' are; else the only one with mid, middle, middle_block, mid_block, mid_attn or
+/// bottleneck as a part of its path; else the only one that there is. Returns nothing when names do
+/// not tell. Throws ValueError, with the list of sites, when there is none, or several with such a
+/// part.
+SAG_API std::optional<SiteChoice> find_middle_attention(const UNet& unet);
+
+/// Finds it by a probe: the only self-attention with the fewest tokens. Throws ValueError, with the
+/// list of sites and tokens, when several have as few or none ran.
+SAG_API SiteChoice find_middle_attention(std::span<const AttentionSiteShape> probed);
 
 }  // namespace sag

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "attention_scope_state.h"
+#include "sag/attention.h"
 
 namespace sag {
 namespace {

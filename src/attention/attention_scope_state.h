@@ -11,7 +11,7 @@
 
 #include <c10/util/ThreadLocalDebugInfo.h>
 
-#include "sag/attention.h"
+#include "sag/attention_hook.h"
 #include "sag/step_context.h"
 
 namespace sag {

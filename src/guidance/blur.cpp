@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 
+#include "model/latent.h"
 #include "sag/token_grid.h"
 
 #ifdef SAG_WITH_CUDA
@@ -17,13 +18,6 @@
 
 namespace sag {
 namespace {
-
-void check_latent(const torch::Tensor& t, const char* what, const char* caller) {
-  TORCH_CHECK_VALUE(t.dim() == 4 && t.numel() > 0, "[", caller, "] ", what,
-                    " must have shape [B, C, H, W], none of them 0, got ", t.sizes(), ".");
-  TORCH_CHECK_TYPE(t.is_floating_point(), "[", caller, "] ", what, " must be floating, got ",
-                   t.scalar_type(), ".");
-}
 
 // Weights of the taps at 0, 1, … radius; together with their mirror images they add up to 1.
 std::vector<double> gaussian_weights(std::int64_t radius, double sigma) {
@@ -62,7 +56,8 @@ torch::Tensor blur_axis_cuda(const torch::Tensor& given, std::int64_t dim,
 torch::Tensor blur_axis(const torch::Tensor& x, std::int64_t dim, std::int64_t radius,
                         double sigma) {
   const auto side = x.size(dim);
-  const auto reach = std::min(radius, side - 1);  // reflection needs a neighbour for every tap
+  // Reflection needs a neighbour for every tap.
+  const auto reach = std::min(radius, side - 1);
   const auto weights = gaussian_weights(reach, sigma);
 #ifdef SAG_WITH_CUDA
   const bool differentiable = x.requires_grad() && at::GradMode::is_enabled();
@@ -90,11 +85,12 @@ torch::Tensor gaussian_blur_2d(const torch::Tensor& x, std::int64_t kernel_size,
   TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma >= 0,
                     "[gaussian_blur_2d] sigma must be finite and at least 0, got ", sigma, ".");
   if (sigma == 0) return x;
-  const auto longest = std::max(x.size(2), x.size(3));  // a radius beyond it is clamped anyway
+  // A radius beyond it would be clamped.
+  const auto longest = std::max(x.size(2), x.size(3));
   const auto radius =
       kernel_size > 0 ? kernel_size / 2
                       : static_cast<std::int64_t>(std::min<double>(std::ceil(3 * sigma), longest));
-  const auto wide = x.to(at::promote_types(x.scalar_type(), torch::kFloat));
+  const auto wide = at_least_fp32(x);
   return blur_axis(blur_axis(wide, 2, radius, sigma), 3, radius, sigma).to(x.scalar_type());
 }
 

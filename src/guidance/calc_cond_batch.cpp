@@ -9,7 +9,9 @@
 
 #include <ATen/ATen.h>
 
-#include "sag/attention.h"
+#include "model/conditioning_checks.h"
+#include "model/latent.h"
+#include "sag/attention_scope.h"
 
 namespace sag {
 namespace {
@@ -204,15 +206,9 @@ torch::Tensor evaluate(const ModelPatcher& model, const std::vector<Item>& batch
                        double sigma) {
   std::vector<torch::Tensor> x;
   for (const auto& item : batch) x.push_back(item.x);
-  const AttentionScope scope(active_hooks(model.attention_hooks(), *pass.step), pass);
-  try {
-    const auto denoised = model.denoiser()(at::cat(x), sigma, joined_conditioning(batch));
-    scope.finish();
-    return denoised;
-  } catch (...) {
-    scope.finish();  // what a hook threw is the cause of what the UNet threw
-    throw;
-  }
+  return run_hooked(active_hooks(model.attention_hooks(), *pass.step), pass, [&] {
+    return model.denoiser()(at::cat(x), sigma, joined_conditioning(batch));
+  });
 }
 
 /// A request's prediction in the making: the weighted sum of its parts, and what they weigh
@@ -254,13 +250,16 @@ torch::Tensor average(const Sum& sum) {
 void check_requests(std::span<const CondRequest> requests, const CalcCondBatchOptions& options) {
   TORCH_CHECK_VALUE(options.max_rows >= 0, "[calc_cond_batch] max_rows must be at least 0, got ",
                     options.max_rows, ".");
-  for (const auto& request : requests) {
-    TORCH_CHECK_VALUE(
-        request.x.defined() && request.x.dim() == 4 && request.x.numel() > 0,
-        "[calc_cond_batch] x must have shape [images, channels, height, width], none of them 0, "
-        "got ",
-        request.x.defined() ? c10::str(request.x.sizes()) : "an undefined tensor", ".");
-  }
+  for (const auto& request : requests) check_latent(request.x, "x", "calc_cond_batch");
+}
+
+// A hook without a site would never run, and nobody would know.
+void check_sites(const ModelPatcher& model) {
+  for (const auto& choice : model.site_choices())
+    TORCH_CHECK_VALUE(!choice.site.empty(),
+                      "[calc_cond_batch] the sites of all hooks must be decided "
+                      "(ModelPatcher::decide_sites, or name them), got an open \"",
+                      choice.asked, "\".");
 }
 
 }  // namespace
@@ -268,6 +267,7 @@ void check_requests(std::span<const CondRequest> requests, const CalcCondBatchOp
 CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests,
                           double sigma, StepContext& step, const CalcCondBatchOptions& options) {
   check_requests(requests, options);
+  check_sites(model);
   const torch::NoGradGuard no_grad;
   CondBatch result;
   std::vector<Sum> sums(requests.size());

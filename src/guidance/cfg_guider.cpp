@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 #include <utility>
 
+#include "model/conditioning_checks.h"
+#include "model/latent.h"
 #include "sag/calc_cond_batch.h"
 
 namespace sag {
@@ -14,18 +17,20 @@ void check_options(const CfgGuiderOptions& options) {
                     "[CfgGuider] cond_scale must be finite, got ", options.cond_scale, ".");
   TORCH_CHECK_VALUE(options.max_rows >= 0, "[CfgGuider] max_rows must be at least 0, got ",
                     options.max_rows, ".");
-  for (std::size_t i = 0; i < options.sigmas.size(); ++i) {
-    const double sigma = options.sigmas[i];
-    TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma >= 0,
-                      "[CfgGuider] sigmas must be finite and at least 0, got ", sigma, " at ", i,
-                      ".");
-    TORCH_CHECK_VALUE(i == 0 || sigma < options.sigmas[i - 1],
-                      "[CfgGuider] sigmas must fall strictly, got ", sigma, " at ", i, " after ",
-                      options.sigmas[i - 1], ".");
+}
+
+void check_sigmas(const std::vector<double>& sigmas) {
+  for (std::size_t i = 0; i < sigmas.size(); ++i) {
+    TORCH_CHECK_VALUE(std::isfinite(sigmas[i]) && sigmas[i] >= 0,
+                      "[CfgGuider::begin_run] sigmas must be finite and at least 0, got ",
+                      sigmas[i], " at ", i, ".");
+    TORCH_CHECK_VALUE(i == 0 || sigmas[i] < sigmas[i - 1],
+                      "[CfgGuider::begin_run] sigmas must fall strictly, got ", sigmas[i], " at ",
+                      i, " after ", sigmas[i - 1], ".");
   }
 }
 
-// The largest i with sigmas[i] >= sigma; 0 before the first. Samplers compute sigmas anew, and may
+// The largest i with sigmas[i] >= sigma; 0 before the first. Samplers compute sigmas again, and may
 // miss one of the schedule by its last bit.
 std::int64_t step_of(const std::vector<double>& sigmas, double sigma) {
   const auto reaches = [sigma](double s) { return s >= sigma * (1 - kSigmaTolerance); };
@@ -73,12 +78,16 @@ void check_given(const std::vector<Conditioning>& positive,
 }
 
 void check_evaluation(const torch::Tensor& x, double sigma) {
-  TORCH_CHECK_VALUE(
-      x.defined() && x.dim() == 4 && x.numel() > 0,
-      "[CfgGuider] x must have shape [images, channels, height, width], none of them 0, got ",
-      x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
+  check_latent(x, "x", "CfgGuider");
   TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma > 0,
                     "[CfgGuider] sigma must be finite and > 0, got ", sigma, ".");
+}
+
+void check_steps_are_known(const ModelPatcher& model, const std::vector<double>& sigmas) {
+  for (const auto& installed : model.post_cfg_functions())
+    TORCH_CHECK_VALUE(!installed.options.needs_steps || !sigmas.empty(),
+                      "[CfgGuider] sigmas must be the run's, as a guidance of this model depends "
+                      "on the step (interval, one_pass), got none: call begin_run, or sample.");
 }
 
 // Once a run, so that no step copies from the host.
@@ -103,16 +112,144 @@ torch::Tensor cfg(const ModelPatcher& model, const CfgArgs& args) {
 void check_rows(const torch::Tensor& rows, const Owner& owner, const torch::Tensor& x) {
   TORCH_CHECK_VALUE(rows.defined() && rows.sizes() == x.sizes(),
                     "[CfgGuider] the x of a guidance's rows must have the shape of x, ", x.sizes(),
-                    ", got ", rows.defined() ? c10::str(rows.sizes()) : "an undefined tensor", ".");
+                    ", got ", shape_text(rows), ".");
   TORCH_CHECK_VALUE(owner != Owner::main,
                     "[CfgGuider] the owner of a guidance's rows must be a named Owner, got the "
                     "main pass.");
 }
 
-void check_shape(const torch::Tensor& t, const torch::Tensor& x, const char* what) {
-  TORCH_CHECK_VALUE(t.defined() && t.sizes() == x.sizes(), "[CfgGuider] a ", what,
-                    " must return the shape of x, ", x.sizes(), ", got ",
-                    t.defined() ? c10::str(t.sizes()) : "an undefined tensor", ".");
+struct Prompts {
+  const std::vector<Conditioning>&positive, &negative;
+
+  const std::vector<Conditioning>& of(Branch branch) const {
+    return branch == Branch::cond ? positive : negative;
+  }
+};
+
+/// One evaluation, from the rows of the main call to the last post-CFG function.
+class Evaluation {
+ public:
+  Evaluation(const ModelPatcher& model, const Prompts& prompts, const CfgGuiderOptions& options,
+             RunContext& run, StepContext& step, EvaluationReport& report, const torch::Tensor& x)
+      : model_(model),
+        prompts_(prompts),
+        options_(options),
+        run_(run),
+        step_(step),
+        report_(report),
+        x_(x),
+        early_(model.post_cfg_functions().size()) {}
+
+  Denoised run(bool keep_uncond) {
+    auto predictions = main_call(keep_uncond);
+    predictions = apply_pre_cfg(std::move(predictions));
+    auto denoised = cfg(model_, args(predictions));
+    check_returns_shape(denoised, x_, "a CFG function", "CfgGuider");
+    denoised = apply_post_cfg(std::move(denoised), predictions);
+    return {denoised, predictions.uncond_denoised};
+  }
+
+ private:
+  double sigma() const { return step_.sigma(); }
+
+  std::vector<torch::Tensor> evaluate(std::span<const CondRequest> requests) {
+    auto batch = calc_cond_batch(model_, requests, sigma(), step_, {.max_rows = options_.max_rows});
+    report_.unet_calls += batch.unet_calls;
+    report_.unet_rows += batch.unet_rows;
+    return batch.denoised;
+  }
+
+  bool needs_uncond() const {
+    return !is_one(options_.cond_scale) || !any_active(prompts_.positive, sigma()) ||
+           post_cfg_needs_uncond(model_, step_);
+  }
+
+  // Both predictions, and in the same call the rows that post-CFG functions ask for early.
+  CfgPredictions main_call(bool keep_uncond) {
+    std::vector<CondRequest> requests = {{.branch = Branch::uncond, .x = x_},
+                                         {.branch = Branch::cond, .x = x_}};
+    if (keep_uncond || needs_uncond()) requests[0].conds = prompts_.negative;
+    requests[1].conds = prompts_.positive;
+    const auto& functions = model_.post_cfg_functions();
+    std::vector<std::size_t> asked;
+    for (std::size_t i = 0; i < functions.size(); ++i) {
+      if (!functions[i].options.early) continue;
+      const auto rows =
+          functions[i].options.early({x_, sigma(), model_.model_sampling(), step_, run_});
+      if (!rows) continue;
+      check_rows(rows->x, rows->owner, x_);
+      requests.push_back({rows->branch, rows->owner, rows->x, prompts_.of(rows->branch)});
+      asked.push_back(i);
+    }
+    const auto denoised = evaluate(requests);
+    for (std::size_t i = 0; i < asked.size(); ++i) early_[asked[i]] = denoised[i + 2];
+    return {.cond_denoised = denoised[1], .uncond_denoised = denoised[0]};
+  }
+
+  CfgArgs args(const CfgPredictions& predictions) {
+    return {predictions.cond_denoised,
+            predictions.uncond_denoised,
+            options_.cond_scale,
+            x_,
+            sigma(),
+            step_};
+  }
+
+  CfgPredictions apply_pre_cfg(CfgPredictions predictions) {
+    for (const auto& function : model_.pre_cfg_functions()) {
+      const auto before = predictions;
+      predictions = function(args(before));
+      const auto check = [&](const torch::Tensor& given, const torch::Tensor& returned) {
+        if (given.defined()) check_returns_shape(returned, x_, "a pre-CFG function", "CfgGuider");
+      };
+      check(before.cond_denoised, predictions.cond_denoised);
+      check(before.uncond_denoised, predictions.uncond_denoised);
+    }
+    return predictions;
+  }
+
+  torch::Tensor predict(const torch::Tensor& x, Branch branch, const Owner& owner) {
+    check_rows(x, owner, x_);
+    const CondRequest request{branch, owner, x, prompts_.of(branch)};
+    return evaluate({&request, 1}).front();
+  }
+
+  torch::Tensor apply_post_cfg(torch::Tensor denoised, const CfgPredictions& predictions) {
+    for (std::size_t i = 0; i < early_.size(); ++i) {
+      denoised = model_.post_cfg_functions()[i].function(
+          {.denoised = denoised,
+           .cond_denoised = predictions.cond_denoised,
+           .uncond_denoised = predictions.uncond_denoised,
+           .cond_scale = options_.cond_scale,
+           .x = x_,
+           .sigma = sigma(),
+           .model_sampling = model_.model_sampling(),
+           .step = step_,
+           .run = run_,
+           .predict = [this](const auto& x, Branch branch,
+                             const auto& owner) { return predict(x, branch, owner); },
+           .early = early_[i]});
+      check_returns_shape(denoised, x_, "a post-CFG function", "CfgGuider");
+    }
+    return denoised;
+  }
+
+  const ModelPatcher& model_;
+  const Prompts& prompts_;
+  const CfgGuiderOptions& options_;
+  RunContext& run_;
+  StepContext& step_;
+  EvaluationReport& report_;
+  const torch::Tensor& x_;
+  // By post-CFG function: the prediction of its early rows, or undefined.
+  std::vector<torch::Tensor> early_;
+};
+
+const Conditioning& first_active(const std::vector<Conditioning>& positive,
+                                 const std::vector<Conditioning>& negative, double sigma) {
+  const auto active = [sigma](const auto& cond) { return is_active(cond, sigma); };
+  const auto found = std::find_if(positive.begin(), positive.end(), active);
+  return found != positive.end() ? *found : *std::find_if(negative.begin(), negative.end(), active);
 }
 
 }  // namespace
@@ -150,18 +287,17 @@ CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
     : model_(std::move(model)), options_(options) {
   check_options(options_);
   check_given(positive, negative);
-  for (const auto& installed : model_.post_cfg_functions())
-    TORCH_CHECK_VALUE(
-        !installed.options.needs_steps || !options_.sigmas.empty(),
-        "[CfgGuider] sigmas must be the run's, as a guidance of this model depends on "
-        "the step (interval, one_pass), got none.");
   positive_ = on_device(std::move(positive), model_.unet().device());
   negative_ = on_device(std::move(negative), model_.unet().device());
+  report_.sites = model_.site_choices();
 }
 
-CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
-                     std::vector<Conditioning> negative)
-    : CfgGuider(std::move(model), std::move(positive), std::move(negative), CfgGuiderOptions{}) {}
+void CfgGuider::begin_run(std::vector<double> sigmas) {
+  check_sigmas(sigmas);
+  sigmas_ = std::move(sigmas);
+  report_.evaluations.clear();
+  run_ = {};
+}
 
 torch::Tensor CfgGuider::operator()(const torch::Tensor& x, double sigma) {
   return evaluate(x, sigma, false).denoised;
@@ -171,89 +307,25 @@ Denoised CfgGuider::predict_both(const torch::Tensor& x, double sigma) {
   return evaluate(x, sigma, true);
 }
 
-const std::vector<Conditioning>& CfgGuider::conds_of(Branch branch) const {
-  return branch == Branch::cond ? positive_ : negative_;
-}
-
 Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_uncond) {
   check_evaluation(x, sigma);
+  check_steps_are_known(model_, sigmas_);
   TORCH_CHECK_VALUE(any_active(positive_, sigma) || any_active(negative_, sigma),
                     "[CfgGuider] no conditioning is active at sigma ", sigma, ".");
   const torch::NoGradGuard no_grad;
-  StepContext step(sigma, step_of(options_.sigmas, sigma), x.size(2), x.size(3));
+  StepContext step(sigma, step_of(sigmas_, sigma), x.size(2), x.size(3));
   EvaluationReport report{.sigma = sigma, .step_index = step.step_index()};
 
-  const auto evaluate_batch = [&](std::span<const CondRequest> requests) {
-    auto batch = calc_cond_batch(model_, requests, sigma, step, {.max_rows = options_.max_rows});
-    report.unet_calls += batch.unet_calls;
-    report.unet_rows += batch.unet_rows;
-    return batch.denoised;
-  };
+  const auto probes = model_.decide_sites(x, sigma, first_active(positive_, negative_, sigma));
+  if (probes > 0) report_.sites = model_.site_choices();
+  // A probe is one call of one row.
+  report.unet_calls = report.unet_rows = probes;
 
-  const bool needs_uncond = keep_uncond || !is_one(options_.cond_scale) ||
-                            !any_active(positive_, sigma) || post_cfg_needs_uncond(model_, step);
-  std::vector<CondRequest> requests = {
-      {.branch = Branch::uncond,
-       .x = x,
-       .conds = needs_uncond ? negative_ : std::vector<Conditioning>{}},
-      {.branch = Branch::cond, .x = x, .conds = positive_}};
-  std::vector<std::size_t> early;  // by post-CFG function: which request is its; 0: none
-  for (const auto& installed : model_.post_cfg_functions()) {
-    early.push_back(0);
-    if (!installed.options.early) continue;
-    const auto rows = installed.options.early({x, sigma, model_.model_sampling(), step, run_});
-    if (!rows) continue;
-    check_rows(rows->x, rows->owner, x);
-    early.back() = requests.size();
-    requests.push_back({rows->branch, rows->owner, rows->x, conds_of(rows->branch)});
-  }
-  const auto denoised = evaluate_batch(requests);
-
-  CfgPredictions predictions{.cond_denoised = denoised[1], .uncond_denoised = denoised[0]};
-  const auto args = [&] {
-    return CfgArgs{predictions.cond_denoised,
-                   predictions.uncond_denoised,
-                   options_.cond_scale,
-                   x,
-                   sigma,
-                   step};
-  };
-  for (const auto& function : model_.pre_cfg_functions()) {
-    const auto before = predictions;
-    predictions = function(args());
-    if (before.cond_denoised.defined())
-      check_shape(predictions.cond_denoised, x, "pre-CFG function");
-    if (before.uncond_denoised.defined())
-      check_shape(predictions.uncond_denoised, x, "pre-CFG function");
-  }
-  auto result = cfg(model_, args());
-  check_shape(result, x, "CFG function");
-
-  const auto predict = [&](const torch::Tensor& x_again, Branch branch, const Owner& owner) {
-    check_rows(x_again, owner, x);
-    const CondRequest request{branch, owner, x_again, conds_of(branch)};
-    return evaluate_batch({&request, 1}).front();
-  };
-  for (std::size_t i = 0; i < early.size(); ++i) {
-    const auto& installed = model_.post_cfg_functions()[i];
-    result =
-        installed.function(PostCfgArgs{.denoised = result,
-                                       .cond_denoised = predictions.cond_denoised,
-                                       .uncond_denoised = predictions.uncond_denoised,
-                                       .cond_scale = options_.cond_scale,
-                                       .x = x,
-                                       .sigma = sigma,
-                                       .model_sampling = model_.model_sampling(),
-                                       .step = step,
-                                       .run = run_,
-                                       .predict = predict,
-                                       .early = early[i] ? denoised[early[i]] : torch::Tensor()});
-    check_shape(result, x, "post-CFG function");
-  }
-
+  const Prompts prompts{positive_, negative_};
+  auto denoised = Evaluation(model_, prompts, options_, run_, step, report, x).run(keep_uncond);
   report.guidances = step.notes();
   report_.evaluations.push_back(std::move(report));
-  return {result, predictions.uncond_denoised};
+  return denoised;
 }
 
 }  // namespace sag

@@ -8,6 +8,8 @@
 
 #include <ATen/ATen.h>
 
+#include "model/conditioning_checks.h"
+#include "model/latent.h"
 #include "sag/attention_map.h"
 #include "sag/blur.h"
 
@@ -21,10 +23,7 @@ bool too_small(std::int64_t height, std::int64_t width) {
 
 void check_step(const torch::Tensor& denoised, const torch::Tensor& x,
                 const torch::Tensor& uncond_denoised, const SelfAttentionGuidanceStep& step) {
-  TORCH_CHECK_VALUE(
-      x.dim() == 4 && x.numel() > 0,
-      "[self_attention_guidance] x must have shape [B, C, H, W], none of them 0, got ", x.sizes(),
-      ".");
+  check_latent(x, "x", "self_attention_guidance");
   TORCH_CHECK_VALUE(
       denoised.sizes() == x.sizes() && uncond_denoised.sizes() == x.sizes(),
       "[self_attention_guidance] denoised and uncond_denoised must have the shape of x, ",
@@ -54,10 +53,7 @@ torch::Tensor self_attention_guidance(
                                          .kernel_size = step.kernel_size});
   const auto x_again = x + step.renoise_scale * (degraded - uncond_denoised);
   const auto again = predict_uncond(x_again);
-  TORCH_CHECK_VALUE(again.defined() && again.sizes() == x.sizes(),
-                    "[self_attention_guidance] predict_uncond must return the shape of x, ",
-                    x.sizes(), ", got ",
-                    again.defined() ? c10::str(again.sizes()) : "an undefined tensor", ".");
+  check_returns_shape(again, x, "predict_uncond", "self_attention_guidance");
   return denoised + step.scale * (degraded - again);
 }
 
@@ -96,7 +92,7 @@ SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options,
   return options;
 }
 
-// Returns why SAG does not guide at `sigma`, nor looks, or nothing.
+// Why SAG neither guides nor records at `sigma`; null: it may.
 const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigma) {
   if (options.scale == 0) return "scale is 0";
   if (options.blur_sigma == 0) return "blur_sigma is 0";
@@ -109,8 +105,8 @@ bool guides_step(const SelfAttentionGuidanceOptions& options, const StepContext&
   return step.step_index() % options.interval == 0;
 }
 
-// One-pass SAG looks in steps that it does not guide, too: the next one needs what they blur.
-bool looks(const SelfAttentionGuidanceOptions& options, const StepContext& step) {
+// One-pass SAG records in steps that it does not guide, too: the next one needs what they blur.
+bool records_in(const SelfAttentionGuidanceOptions& options, const StepContext& step) {
   return !idle_reason(options, step.sigma()) && (options.one_pass || guides_step(options, step)) &&
          !too_small(step.height(), step.width());
 }
@@ -138,7 +134,7 @@ void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass)
   for (const auto& rows : pass.rows(Branch::uncond)) {
     const auto map = map_of(call, pass, rows);
     if (!map.defined()) {
-      pass.step->skipped(owner, "the attention of the site is no self-attention");
+      pass.step->skipped(owner, "the attention of the site is not self-attention");
       return;
     }
     pass.step->record(owner, rows, map);
@@ -181,47 +177,27 @@ torch::Tensor earlier_change(const Owner& owner, const RunContext& run, const St
 // One-pass SAG's own rows of the main call.
 std::optional<EarlyRows> early_rows(const Owner& owner, const SelfAttentionGuidanceOptions& options,
                                     const EarlyArgs& args) {
-  if (!looks(options, args.step) || !guides_step(options, args.step)) return std::nullopt;
+  if (!records_in(options, args.step) || !guides_step(options, args.step)) return std::nullopt;
   const auto change = earlier_change(owner, args.run, args.step, args.x);
   if (!change.defined()) return std::nullopt;
   const auto x = args.x + args.model_sampling.renoise_scale(args.sigma) * change;
   return EarlyRows{Branch::uncond, owner, x};
 }
 
-torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& options,
-                    const PostCfgArgs& args) {
-  const auto skip = [&](const char* reason) {
-    args.step.skipped(owner, reason);
-    return args.denoised;
-  };
-  if (const auto* reason = idle_reason(options, args.sigma)) return skip(reason);
-  if (!options.one_pass && !guides_step(options, args.step)) return skip("between guided steps");
-  if (!args.uncond_denoised.defined())
-    return skip(guides_step(options, args.step)
-                    ? "there is no unconditional prediction at this sigma"
-                    : "between guided steps");
-  if (too_small(args.step.height(), args.step.width()))
-    return skip("a side of the latent is 4 or less");
+// The map of this evaluation, [images, 1, height, width]; undefined: there is none, and `args.step`
+// says why.
+torch::Tensor recorded_map(const Owner& owner, const PostCfgArgs& args) {
   const auto records = args.step.records(owner);
-  if (!args.step.skip_reason(owner).empty()) return args.denoised;  // the recorder's
-  if (records.empty()) return skip("the attention of the site did not run");
+  if (records.empty()) args.step.skipped(owner, "the attention of the site did not run");
+  if (!args.step.skip_reason(owner).empty()) return {};
+  return combine_maps(records, args.x);
+}
 
-  const auto map = combine_maps(records, args.x);
-  const auto& uncond = args.uncond_denoised;
-  const auto change = args.early.defined() ? earlier_change(owner, args.run, args.step, args.x)
-                                           : torch::Tensor();  // before this step's is kept
-  if (options.one_pass) {
-    const auto degraded = create_blur_map(uncond, map,
-                                          {.blur_sigma = options.blur_sigma,
-                                           .threshold = options.threshold,
-                                           .kernel_size = options.kernel_size});
-    args.run.keep(owner, args.step.step_index(), degraded - uncond);
-  }
-  if (!guides_step(options, args.step)) return skip("between guided steps");
+torch::Tensor guide_exactly(const Owner& owner, const SelfAttentionGuidanceOptions& options,
+                            const PostCfgArgs& args, const torch::Tensor& map) {
   args.step.guided(owner, map > options.threshold);
-  if (change.defined()) return args.denoised + options.scale * (uncond + change - args.early);
   return self_attention_guidance(
-      args.denoised, args.x, uncond, map,
+      args.denoised, args.x, args.uncond_denoised, map,
       [&](const torch::Tensor& x_again) { return args.predict(x_again, Branch::uncond, owner); },
       {.scale = options.scale,
        .blur_sigma = options.blur_sigma,
@@ -230,15 +206,57 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
        .renoise_scale = args.model_sampling.renoise_scale(args.sigma)});
 }
 
+// Keeps what this step blurs for the next one, and guides with what an earlier one kept.
+torch::Tensor guide_in_one_pass(const Owner& owner, const SelfAttentionGuidanceOptions& options,
+                                const PostCfgArgs& args, const torch::Tensor& map) {
+  const auto& uncond = args.uncond_denoised;
+  const auto earlier = earlier_change(owner, args.run, args.step, args.x);
+  const auto degraded = create_blur_map(uncond, map,
+                                        {.blur_sigma = options.blur_sigma,
+                                         .threshold = options.threshold,
+                                         .kernel_size = options.kernel_size});
+  args.run.keep(owner, args.step.step_index(), degraded - uncond);
+  if (!guides_step(options, args.step)) {
+    args.step.skipped(owner, "between guided steps");
+    return args.denoised;
+  }
+  if (!args.early.defined()) return guide_exactly(owner, options, args, map);
+  args.step.guided(owner, map > options.threshold);
+  return args.denoised + options.scale * (uncond + earlier - args.early);
+}
+
+// Why SAG does not guide an evaluation, before its map is looked at; null: it may.
+const char* skip_reason(const SelfAttentionGuidanceOptions& options, const PostCfgArgs& args) {
+  if (const auto* reason = idle_reason(options, args.sigma)) return reason;
+  const bool guides = guides_step(options, args.step);
+  if (!guides && (!options.one_pass || !args.uncond_denoised.defined()))
+    return "between guided steps";
+  if (!args.uncond_denoised.defined()) return "there is no unconditional prediction at this sigma";
+  if (too_small(args.step.height(), args.step.width())) return "a side of the latent is 4 or less";
+  return nullptr;
+}
+
+torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& options,
+                    const PostCfgArgs& args) {
+  if (const auto* reason = skip_reason(options, args)) {
+    args.step.skipped(owner, reason);
+    return args.denoised;
+  }
+  const auto map = recorded_map(owner, args);
+  if (!map.defined()) return args.denoised;
+  return options.one_pass ? guide_in_one_pass(owner, options, args, map)
+                          : guide_exactly(owner, options, args, map);
+}
+
 }  // namespace
 
 ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
                                            const SelfAttentionGuidanceOptions& given) {
   const auto options = with_sigmas(given, model.model_sampling());
   check_options(options);
-  const Owner owner(
-      "self_attention_guidance");  // tells this SAG's records and rows from all others
-  const auto active = [options](const StepContext& step) { return looks(options, step); };
+  // Tells this SAG's records and rows from all others.
+  const Owner owner("self_attention_guidance");
+  const auto active = [options](const StepContext& step) { return records_in(options, step); };
 
   auto patched = model.clone();
   patched.set_attn1_replace(
@@ -248,7 +266,7 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
       },
       options.site, {.active = active, .capturable = true});
   PostCfgOptions post_cfg{.needs_uncond = [options](const StepContext& step) {
-    return looks(options, step) && guides_step(options, step);
+    return records_in(options, step) && guides_step(options, step);
   }};
   post_cfg.needs_steps = options.one_pass || options.interval > 1;
   if (options.one_pass)

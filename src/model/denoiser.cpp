@@ -3,6 +3,9 @@
 #include <cmath>
 #include <utility>
 
+#include "conditioning_checks.h"
+#include "latent.h"
+
 namespace sag {
 namespace {
 
@@ -24,12 +27,7 @@ bool is_on(const torch::Tensor& t, torch::Device device) {
 }
 
 void check_x(const torch::Tensor& x, double sigma, const UNet& unet) {
-  TORCH_CHECK_VALUE(
-      x.dim() == 4 && x.numel() > 0,
-      "[Denoiser] x must have shape [rows, channels, height, width], none of them 0, got ",
-      x.sizes(), ".");
-  TORCH_CHECK_TYPE(x.is_floating_point(), "[Denoiser] x must be floating, got ", x.scalar_type(),
-                   ".");
+  check_latent(x, "x", "Denoiser");
   TORCH_CHECK_VALUE(is_on(x, unet.device()), "[Denoiser] x must be on the UNet's device ",
                     unet.device(), ", got ", x.device(), ".");
   TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma > 0,
@@ -43,26 +41,30 @@ Denoiser::Denoiser(std::shared_ptr<const UNet> unet, ModelSampling sampling)
   TORCH_CHECK_VALUE(unet_, "[Denoiser] unet must not be null.");
 }
 
-torch::Tensor Denoiser::operator()(const torch::Tensor& x, double sigma,
-                                   const Conditioning& cond) const {
+UNetInput Denoiser::unet_input(const torch::Tensor& x, double sigma,
+                               const Conditioning& cond) const {
   check_x(x, sigma, *unet_);
   const auto rows = x.size(0);
   check_conditioning(cond, rows, x.size(2), x.size(3), "Denoiser");
 
-  const auto wide = x.to(at::promote_types(x.scalar_type(), torch::kFloat));
+  const auto wide = at_least_fp32(x);
   auto scaled = sampling_.calculate_input(sigma, wide).to(unet_->dtype());
-  if (scaled.is_alias_of(x)) scaled = scaled.clone();  // a network may write into its input
+  // A network may write into its input.
+  if (scaled.is_alias_of(x)) scaled = scaled.clone();
   UNetInput input{.x = scaled,
                   .timesteps = torch::full({rows}, sampling_.timestep(sigma),
                                            wide.options().dtype(torch::kFloat)),
                   .context = to_rows(cond.context, rows, *unet_),
                   .y = to_rows(cond.y, rows, *unet_)};
   for (const auto& [name, tensor] : cond.extra) input.extra[name] = to_rows(tensor, rows, *unet_);
+  return input;
+}
 
-  const auto output = unet_->forward(input);
-  TORCH_CHECK_VALUE(output.sizes() == x.sizes(),
-                    "[Denoiser] the UNet must return the shape of its input, ", x.sizes(), ", got ",
-                    output.sizes(), ".");
+torch::Tensor Denoiser::operator()(const torch::Tensor& x, double sigma,
+                                   const Conditioning& cond) const {
+  const auto output = unet_->forward(unet_input(x, sigma, cond));
+  check_returns_shape(output, x, "the UNet", "Denoiser");
+  const auto wide = at_least_fp32(x);
   return sampling_.calculate_denoised(sigma, output.to(wide.scalar_type()), wide);
 }
 

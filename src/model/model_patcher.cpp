@@ -5,27 +5,25 @@
 
 namespace sag {
 
-void RunContext::keep(const Owner& owner, std::int64_t step_index, torch::Tensor value) {
-  const auto own = [&](const Kept& kept) { return kept.owner == owner; };
-  // What lies further ahead than samplers look is of a run before this one.
-  std::erase_if(kept_, [&](const Kept& kept) {
-    return own(kept) && (kept.step_index == step_index || kept.step_index > step_index + 2);
-  });
-  kept_.push_back({owner, step_index, std::move(value)});
-  if (std::count_if(kept_.begin(), kept_.end(), own) > 3)
-    kept_.erase(std::min_element(kept_.begin(), kept_.end(), [&](const Kept& a, const Kept& b) {
-      return own(a) && (!own(b) || a.step_index < b.step_index);
-    }));
+namespace {
+
+// What the conditioning gives to the UNet for the first image of a batch.
+Conditioning of_first_image(const Conditioning& cond) {
+  const auto first = [](const torch::Tensor& t) { return t.defined() ? t.narrow(0, 0, 1) : t; };
+  Conditioning one{.context = first(cond.context), .y = first(cond.y)};
+  for (const auto& [name, t] : cond.extra) one.extra[name] = first(t);
+  return one;
 }
 
-torch::Tensor RunContext::latest_before(const Owner& owner, std::int64_t step_index) const {
-  const Kept* latest = nullptr;
-  for (const auto& kept : kept_)
-    if (kept.owner == owner && kept.step_index < step_index &&
-        (!latest || kept.step_index > latest->step_index))
-      latest = &kept;
-  return latest ? latest->value : torch::Tensor();
+SiteChoice choose_site(const UNet& unet, const AttentionSite& site) {
+  const auto sites = unet.attention_sites();
+  const auto has_it = [&](const auto& info) { return info.name == site.name(); };
+  if (site.name() == "middle" && std::none_of(sites.begin(), sites.end(), has_it))
+    return find_middle_attention(unet).value_or(SiteChoice{.asked = site.name()});
+  return {site.name(), resolve_attention_site(unet, site), "it was named"};
 }
+
+}  // namespace
 
 ModelPatcher::ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling)
     : denoiser_(std::move(unet), std::move(sampling)) {}
@@ -33,9 +31,24 @@ ModelPatcher::ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampl
 ModelPatcher& ModelPatcher::set_attn1_replace(AttentionHook hook, const AttentionSite& site,
                                               AttentionHookOptions options) {
   TORCH_CHECK_VALUE(hook, "[ModelPatcher::set_attn1_replace] hook must not be empty.");
-  hooks_.push_back({resolve_attention_site(unet(), site), std::move(hook), std::move(options),
-                    std::make_shared<const char>()});
+  choices_.push_back(choose_site(unet(), site));
+  hooks_.push_back(
+      {choices_.back().site, std::move(hook), std::move(options), std::make_shared<const char>()});
   return *this;
+}
+
+std::int64_t ModelPatcher::decide_sites(const torch::Tensor& x, double sigma,
+                                        const Conditioning& cond) {
+  const auto is_open = [](const SiteChoice& choice) { return choice.site.empty(); };
+  if (std::none_of(choices_.begin(), choices_.end(), is_open)) return 0;
+  const auto input = denoiser_.unet_input(x.narrow(0, 0, 1), sigma, of_first_image(cond));
+  const auto choice = find_middle_attention(probe_attention_sites(unet(), input));
+  for (std::size_t i = 0; i < choices_.size(); ++i)
+    if (is_open(choices_[i])) {
+      choices_[i] = choice;
+      hooks_[i].site = choice.site;
+    }
+  return 1;
 }
 
 ModelPatcher& ModelPatcher::set_pre_cfg_function(PreCfgFunction function) {

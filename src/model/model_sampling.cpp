@@ -4,17 +4,20 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <string>
+#include <span>
 #include <utility>
+
+#include <c10/util/StringUtil.h>
 
 namespace sag {
 namespace {
 
-constexpr std::array<const char*, 5> kPredictionNames = {"eps", "v", "x0", "edm", "flow"};
+constexpr std::array<std::string_view, 5> kPredictionNames = {"eps", "v", "x0", "edm", "flow"};
+constexpr std::array<std::string_view, 2> kBetaScheduleNames = {"scaled_linear", "linear"};
 
 constexpr std::int64_t kContinuousTableSize = 1000;
 
-// Half way between two entries of the table, which one is nearest hangs on the last bit. These are
+// Half way between two entries of the table the last bit decides which one is nearest. These are
 // torch's fp32 functions, as in the reference: the C library's pick the other one in 25 of SD's
 // 999.
 float log_fp32(double value) {
@@ -44,7 +47,8 @@ torch::Tensor rescale_to_zero_terminal_snr(const torch::Tensor& alphas_cumprod) 
 // ComfyUI: `time_snr_shift`.
 template <typename Real>
 Real time_snr_shift(Real shift, Real t) {
-  if (t == 1) return 1;  // which rounding may miss
+  // Rounding may miss it.
+  if (t == 1) return 1;
   return std::min<Real>(shift * t / (1 + (shift - 1) * t), 1);
 }
 
@@ -57,16 +61,41 @@ void check_sigma(double sigma, Prediction prediction, const char* caller) {
 
 }  // namespace
 
-Prediction parse_prediction(std::string_view name) {
-  for (std::size_t i = 0; i < kPredictionNames.size(); ++i) {
-    if (name == kPredictionNames[i]) return static_cast<Prediction>(i);
-  }
-  TORCH_CHECK_VALUE(false, "[parse_prediction] name must be one of eps, v, x0, edm, flow, got \"",
-                    name, "\".");
+namespace {
+
+// The place of a name, which is the value of its enumerator.
+std::size_t index_of(std::string_view name, std::span<const std::string_view> names,
+                     const char* caller) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  TORCH_CHECK_VALUE(found != names.end(), "[", caller, "] name must be one of ",
+                    c10::Join(", ", names), ", got \"", name, "\".");
+  return static_cast<std::size_t>(found - names.begin());
 }
 
-const char* to_string(Prediction prediction) {
+}  // namespace
+
+std::span<const std::string_view> prediction_names() {
+  return kPredictionNames;
+}
+
+Prediction parse_prediction(std::string_view name) {
+  return static_cast<Prediction>(index_of(name, kPredictionNames, "parse_prediction"));
+}
+
+std::string_view to_string(Prediction prediction) {
   return kPredictionNames.at(static_cast<std::size_t>(prediction));
+}
+
+std::span<const std::string_view> beta_schedule_names() {
+  return kBetaScheduleNames;
+}
+
+BetaSchedule parse_beta_schedule(std::string_view name) {
+  return static_cast<BetaSchedule>(index_of(name, kBetaScheduleNames, "parse_beta_schedule"));
+}
+
+std::string_view to_string(BetaSchedule schedule) {
+  return kBetaScheduleNames.at(static_cast<std::size_t>(schedule));
 }
 
 ModelSampling::ModelSampling(Prediction prediction, std::vector<double> sigmas)
@@ -78,30 +107,22 @@ ModelSampling::ModelSampling(Prediction prediction, std::vector<double> sigmas)
   }
 }
 
-ModelSampling ModelSampling::discrete(Prediction prediction) {
-  return discrete(prediction, {});
-}
-
 ModelSampling ModelSampling::discrete(Prediction prediction,
                                       const DiscreteSamplingOptions& options) {
   const auto& [beta_start, beta_end, timesteps, beta_schedule, zero_terminal_snr] = options;
   TORCH_CHECK_VALUE(0 < beta_start && beta_start <= beta_end && beta_end < 1,
-                    "[ModelSampling.discrete] betas must be 0 < beta_start <= beta_end < 1, got ",
+                    "[ModelSampling::discrete] betas must be 0 < beta_start <= beta_end < 1, got ",
                     beta_start, " and ", beta_end, ".");
-  TORCH_CHECK_VALUE(timesteps >= 1, "[ModelSampling.discrete] timesteps must be >= 1, got ",
+  TORCH_CHECK_VALUE(timesteps >= 1, "[ModelSampling::discrete] timesteps must be >= 1, got ",
                     timesteps, ".");
-  const bool scaled = beta_schedule == "scaled_linear";
-  TORCH_CHECK_VALUE(
-      scaled || beta_schedule == "linear",
-      "[ModelSampling.discrete] beta_schedule must be scaled_linear or linear, got \"",
-      beta_schedule, "\".");
+  const bool scaled = beta_schedule == BetaSchedule::scaled_linear;
   const auto betas = scaled ? torch::linspace(std::sqrt(beta_start), std::sqrt(beta_end), timesteps,
                                               torch::kFloat64)
                                   .square()
                             : torch::linspace(beta_start, beta_end, timesteps, torch::kFloat64);
   auto alphas_cumprod = (1 - betas).cumprod(0);
   TORCH_CHECK_VALUE(!zero_terminal_snr || timesteps >= 2,
-                    "[ModelSampling.discrete] zero_terminal_snr needs at least 2 timesteps, got ",
+                    "[ModelSampling::discrete] zero_terminal_snr needs at least 2 timesteps, got ",
                     timesteps, ".");
   if (zero_terminal_snr) alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod);
   return from_alphas_cumprod(prediction, to_vector(alphas_cumprod));
@@ -109,7 +130,7 @@ ModelSampling ModelSampling::discrete(Prediction prediction,
 
 ModelSampling ModelSampling::from_alphas_cumprod(Prediction prediction,
                                                  const std::vector<double>& alphas_cumprod) {
-  constexpr const char* caller = "[ModelSampling.from_alphas_cumprod]";
+  constexpr const char* caller = "[ModelSampling::from_alphas_cumprod]";
   TORCH_CHECK_VALUE(
       prediction == Prediction::eps || prediction == Prediction::v || prediction == Prediction::x0,
       caller, " prediction must be eps, v or x0, got ", to_string(prediction), ".");
@@ -130,10 +151,12 @@ ModelSampling ModelSampling::from_alphas_cumprod(Prediction prediction,
 ModelSampling ModelSampling::edm(const EdmSamplingOptions& options) {
   const auto& [sigma_data, sigma_min, sigma_max] = options;
   TORCH_CHECK_VALUE(std::isfinite(sigma_data) && sigma_data > 0,
-                    "[ModelSampling.edm] sigma_data must be finite and > 0, got ", sigma_data, ".");
-  TORCH_CHECK_VALUE(0 < sigma_min && sigma_min < sigma_max && std::isfinite(sigma_max),
-                    "[ModelSampling.edm] sigmas must be 0 < sigma_min < sigma_max < infinity, got ",
-                    sigma_min, " and ", sigma_max, ".");
+                    "[ModelSampling::edm] sigma_data must be finite and > 0, got ", sigma_data,
+                    ".");
+  TORCH_CHECK_VALUE(
+      0 < sigma_min && sigma_min < sigma_max && std::isfinite(sigma_max),
+      "[ModelSampling::edm] sigmas must be 0 < sigma_min < sigma_max < infinity, got ", sigma_min,
+      " and ", sigma_max, ".");
   const auto log_sigmas = torch::linspace(std::log(sigma_min), std::log(sigma_max),
                                           kContinuousTableSize, torch::kFloat32);
   ModelSampling sampling(Prediction::edm, to_vector(log_sigmas.exp()));
@@ -144,9 +167,9 @@ ModelSampling ModelSampling::edm(const EdmSamplingOptions& options) {
 ModelSampling ModelSampling::flow(const FlowSamplingOptions& options) {
   const auto& [shift, multiplier] = options;
   TORCH_CHECK_VALUE(std::isfinite(shift) && shift > 0,
-                    "[ModelSampling.flow] shift must be finite and > 0, got ", shift, ".");
+                    "[ModelSampling::flow] shift must be finite and > 0, got ", shift, ".");
   TORCH_CHECK_VALUE(std::isfinite(multiplier) && multiplier > 0,
-                    "[ModelSampling.flow] multiplier must be finite and > 0, got ", multiplier,
+                    "[ModelSampling::flow] multiplier must be finite and > 0, got ", multiplier,
                     ".");
   std::vector<double> sigmas;
   for (std::int64_t k = 1; k <= kContinuousTableSize; ++k) {
@@ -161,7 +184,7 @@ ModelSampling ModelSampling::flow(const FlowSamplingOptions& options) {
 double ModelSampling::timestep(double sigma) const {
   const bool flow = prediction_ == Prediction::flow;
   TORCH_CHECK_VALUE(std::isfinite(sigma) && (flow ? sigma >= 0 : sigma > 0),
-                    "[ModelSampling.timestep] sigma must be finite and ", flow ? ">= 0" : "> 0",
+                    "[ModelSampling::timestep] sigma must be finite and ", flow ? ">= 0" : "> 0",
                     ", got ", sigma, ".");
   if (flow) return sigma * flow_.multiplier;
   if (prediction_ == Prediction::edm) return 0.25 * std::log(sigma);
@@ -177,7 +200,7 @@ double ModelSampling::timestep(double sigma) const {
 }
 
 double ModelSampling::sigma(double timestep) const {
-  TORCH_CHECK_VALUE(std::isfinite(timestep), "[ModelSampling.sigma] timestep must be finite, got ",
+  TORCH_CHECK_VALUE(std::isfinite(timestep), "[ModelSampling::sigma] timestep must be finite, got ",
                     timestep, ".");
   auto t = static_cast<float>(timestep);
   if (prediction_ == Prediction::flow) {
@@ -195,7 +218,7 @@ double ModelSampling::sigma(double timestep) const {
 
 double ModelSampling::percent_to_sigma(double percent) const {
   TORCH_CHECK_VALUE(0 <= percent && percent <= 1,
-                    "[ModelSampling.percent_to_sigma] percent must be in [0, 1], got ", percent,
+                    "[ModelSampling::percent_to_sigma] percent must be in [0, 1], got ", percent,
                     ".");
   const bool flow = prediction_ == Prediction::flow;
   if (percent == 0) return flow ? 1.0 : std::numeric_limits<double>::infinity();
@@ -210,14 +233,14 @@ double ModelSampling::percent_to_sigma(double percent) const {
 }
 
 torch::Tensor ModelSampling::calculate_input(double sigma, const torch::Tensor& x) const {
-  check_sigma(sigma, prediction_, "ModelSampling.calculate_input");
+  check_sigma(sigma, prediction_, "ModelSampling::calculate_input");
   if (prediction_ == Prediction::flow) return x;
   return x / std::sqrt(sigma * sigma + sigma_data_ * sigma_data_);
 }
 
 torch::Tensor ModelSampling::calculate_denoised(double sigma, const torch::Tensor& output,
                                                 const torch::Tensor& x) const {
-  check_sigma(sigma, prediction_, "ModelSampling.calculate_denoised");
+  check_sigma(sigma, prediction_, "ModelSampling::calculate_denoised");
   const double data_variance = sigma_data_ * sigma_data_;
   const double variance = sigma * sigma + data_variance;
   switch (prediction_) {
@@ -236,23 +259,23 @@ torch::Tensor ModelSampling::calculate_denoised(double sigma, const torch::Tenso
 
 torch::Tensor ModelSampling::noise_scaling(double sigma, const torch::Tensor& noise,
                                            const torch::Tensor& latent, bool max_denoise) const {
-  check_sigma(sigma, prediction_, "ModelSampling.noise_scaling");
+  check_sigma(sigma, prediction_, "ModelSampling::noise_scaling");
   if (prediction_ == Prediction::flow) return sigma * noise + (1 - sigma) * latent;
   return noise * (max_denoise ? std::sqrt(1 + sigma * sigma) : sigma) + latent;
 }
 
 torch::Tensor ModelSampling::inverse_noise_scaling(double sigma,
                                                    const torch::Tensor& latent) const {
-  check_sigma(sigma, prediction_, "ModelSampling.inverse_noise_scaling");
+  check_sigma(sigma, prediction_, "ModelSampling::inverse_noise_scaling");
   if (prediction_ != Prediction::flow) return latent;
-  TORCH_CHECK_VALUE(sigma < 1,
-                    "[ModelSampling.inverse_noise_scaling] sigma of a flow model must be < 1, got ",
-                    sigma, ".");
+  TORCH_CHECK_VALUE(
+      sigma < 1, "[ModelSampling::inverse_noise_scaling] sigma of a flow model must be < 1, got ",
+      sigma, ".");
   return latent / (1 - sigma);
 }
 
 double ModelSampling::renoise_scale(double sigma) const {
-  check_sigma(sigma, prediction_, "ModelSampling.renoise_scale");
+  check_sigma(sigma, prediction_, "ModelSampling::renoise_scale");
   return prediction_ == Prediction::flow ? 1 - sigma : 1.0;
 }
 

@@ -1,30 +1,60 @@
 #include "sag/unet.h"
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <mutex>
 
 #include <c10/util/StringUtil.h>
 
+#include "latent.h"
+#include "sag/attention_scope.h"
 #include "sag/step_context.h"
 
 namespace sag {
 namespace {
+
+constexpr const char* kMiddle = "middle";
 
 bool answers_to(const AttentionSiteInfo& info, const std::string& name) {
   return name == info.name || name == info.path ||
          (info.ordinal >= 0 && name == c10::str("#", info.ordinal));
 }
 
+std::string line_of(const AttentionSiteInfo& site) {
+  auto text = "\n  " + site.name;
+  if (!site.path.empty() && site.path != site.name) text += "  " + site.path;
+  if (site.ordinal >= 0) text += c10::str("  #", site.ordinal);
+  return text;
+}
+
 std::string list(const std::vector<AttentionSiteInfo>& sites) {
   if (sites.empty()) return "It has none.";
   std::string text = "Its self-attentions are:";
-  for (const auto& site : sites) {
-    text += "\n  " + site.name;
-    if (!site.path.empty() && site.path != site.name) text += "  " + site.path;
-    if (site.ordinal >= 0) text += c10::str("  #", site.ordinal);
-  }
+  for (const auto& site : sites) text += line_of(site);
   return text;
+}
+
+std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
+                                            const std::string& name) {
+  std::vector<AttentionSiteInfo> found;
+  std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
+               [&](const auto& info) { return answers_to(info, name); });
+  return found;
+}
+
+// The part of a site's path, or of its name, that says "middle block"; empty if there is none.
+std::string middle_part(const AttentionSiteInfo& site) {
+  constexpr std::array<std::string_view, 6> kParts = {"mid",       "middle",   "middle_block",
+                                                      "mid_block", "mid_attn", "bottleneck"};
+  const auto& path = site.path.empty() ? site.name : site.path;
+  for (std::size_t begin = 0; begin <= path.size();) {
+    const auto end = std::min(path.find('.', begin), path.size());
+    const auto part = std::string_view(path).substr(begin, end - begin);
+    if (std::find(kParts.begin(), kParts.end(), part) != kParts.end()) return std::string(part);
+    begin = end + 1;
+  }
+  return "";
 }
 
 // What hooks call a site: its name, or the path where several share the name.
@@ -38,7 +68,8 @@ const std::string& own_name(const std::vector<AttentionSiteInfo>& sites,
 void add_call(AttentionSiteShape& shape, const AttentionCall& call) {
   const auto& queries = call.probabilities.defined() ? call.probabilities : call.q;
   const auto heads = c10::multiply_integers(queries.sizes().begin(), queries.sizes().end() - 2);
-  shape.heads += heads;  // of all rows, until the last call is in
+  // Of all rows, until the last call is in.
+  shape.heads += heads;
   shape.tokens = queries.size(-2);
   shape.head_dim = call.probabilities.defined()
                        ? call.v.numel() / std::max<std::int64_t>(heads * queries.size(-1), 1)
@@ -57,36 +88,92 @@ std::string UNet::note_on_sites() const {
   return "";
 }
 
-std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) {
+namespace {
+
+// The own name of the one site in `found`.
+std::string only_name(const UNet& unet, const std::vector<AttentionSiteInfo>& found,
+                      const std::string& asked) {
   const auto sites = unet.attention_sites();
-  const auto note = unet.note_on_sites();
-  std::vector<AttentionSiteInfo> found;
-  std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
-               [&](const auto& info) { return answers_to(info, site.name()); });
-  TORCH_CHECK_VALUE(!found.empty(),
-                    "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
-                    site.name(), "\". ", list(sites), note.empty() ? "" : "\n", note);
-  TORCH_CHECK_VALUE(
-      found.size() == 1, "[resolve_attention_site] site must name one self-attention, but \"",
-      site.name(), "\" fits ", found.size(), "; use its path or #ordinal. ", list(found));
+  TORCH_CHECK_VALUE(found.size() == 1,
+                    "[resolve_attention_site] site must name one self-attention, but \"", asked,
+                    "\" fits ", found.size(), "; use its path or #ordinal. ", list(found));
   const auto& name = own_name(sites, found.front());
-  TORCH_CHECK_VALUE(!name.empty(), "[resolve_attention_site] site \"", site.name(),
+  TORCH_CHECK_VALUE(!name.empty(), "[resolve_attention_site] site \"", asked,
                     "\" must have a name or a path of its own, but several are called \"",
                     found.front().name, "\". ", list(sites));
   return name;
 }
 
+}  // namespace
+
+std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) {
+  const auto sites = unet.attention_sites();
+  const auto note = unet.note_on_sites();
+  const auto found = sites_called(sites, site.name());
+  if (found.empty() && site.name() == kMiddle) {
+    const auto choice = find_middle_attention(unet);
+    TORCH_CHECK_VALUE(choice, "[resolve_attention_site] site must be named for this UNet, as no ",
+                      "name of its sites says which is the middle block's. ", list(sites));
+    return choice->site;
+  }
+  TORCH_CHECK_VALUE(!found.empty(),
+                    "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
+                    site.name(), "\". ", list(sites), note.empty() ? "" : "\n", note);
+  return only_name(unet, found, site.name());
+}
+
+std::optional<SiteChoice> find_middle_attention(const UNet& unet) {
+  const auto sites = unet.attention_sites();
+  const auto note = unet.note_on_sites();
+  TORCH_CHECK_VALUE(!sites.empty(),
+                    "[find_middle_attention] the UNet must have a self-attention that can be "
+                    "hooked, got none.",
+                    note.empty() ? "" : "\n", note);
+  if (const auto known = sites_called(sites, "middle.0.0"); !known.empty())
+    return SiteChoice{kMiddle, only_name(unet, known, "middle.0.0"), "its name is middle.0.0"};
+  if (sites.size() == 1)
+    return SiteChoice{kMiddle, own_name(sites, sites.front()), "it is the only self-attention"};
+  std::vector<AttentionSiteInfo> found;
+  std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
+               [](const auto& site) { return !middle_part(site).empty(); });
+  if (found.empty()) return std::nullopt;
+  TORCH_CHECK_VALUE(found.size() == 1, "[find_middle_attention] site must be named for this UNet, ",
+                    "as ", found.size(), " self-attentions are in its middle block. ", list(found));
+  return SiteChoice{kMiddle, only_name(unet, found, kMiddle),
+                    middle_part(found.front()) + " is a part of its path"};
+}
+
+SiteChoice find_middle_attention(std::span<const AttentionSiteShape> probed) {
+  std::vector<AttentionSiteInfo> sites;
+  std::string text;
+  std::int64_t fewest = 0;
+  for (const auto& shape : probed) {
+    sites.push_back(shape.site);
+    text += line_of(shape.site) + c10::str("  ", shape.tokens, " tokens");
+    if (shape.tokens > 0 && (fewest == 0 || shape.tokens < fewest)) fewest = shape.tokens;
+  }
+  const auto has_fewest = [fewest](const auto& shape) { return shape.tokens == fewest; };
+  TORCH_CHECK_VALUE(fewest > 0 && std::count_if(probed.begin(), probed.end(), has_fewest) == 1,
+                    "[find_middle_attention] site must be named for this UNet, as it has not one "
+                    "self-attention with the fewest tokens. Its self-attentions are:",
+                    text);
+  const auto& chosen = *std::find_if(probed.begin(), probed.end(), has_fewest);
+  const auto& name = own_name(sites, chosen.site);
+  TORCH_CHECK_VALUE(!name.empty(), "[find_middle_attention] site \"", chosen.site.name,
+                    "\" must have a name or a path of its own, but several are called so.", text);
+  return {
+      kMiddle, name,
+      c10::str("it has the fewest tokens, ", fewest, ", of ", probed.size(), " self-attentions")};
+}
+
 std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet, const UNetInput& input) {
-  TORCH_CHECK_VALUE(
-      input.x.defined() && input.x.dim() == 4 && input.x.numel() > 0,
-      "[probe_attention_sites] x must have shape [rows, channels, height, width], none of them 0, "
-      "got ",
-      input.x.defined() ? c10::str(input.x.sizes()) : "an undefined tensor", ".");
+  check_latent(input.x, "x", "probe_attention_sites");
   const auto rows = input.x.size(0);
   const auto sites = unet.attention_sites();
   std::vector<AttentionSiteShape> shapes(sites.size());
   std::vector<InstalledHook> hooks;
-  std::mutex mutex;  // forked parts of a network run beside each other
+  // Forked parts of a network may run at the same time.
+  std::mutex mutex;
   for (std::size_t i = 0; i < sites.size(); ++i) {
     shapes[i].site = sites[i];
     const auto look = [&mutex, &shape = shapes[i]](const AttentionCall& call, const Pass&,
@@ -101,14 +188,8 @@ std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet, const UN
       hooks.push_back({name, look, {}});
   }
   StepContext step(0, 0, input.x.size(2), input.x.size(3));
-  const AttentionScope scope(std::move(hooks), {.groups = {{.count = rows}}, .step = &step});
-  try {
-    static_cast<void>(unet.forward(input));
-  } catch (...) {
-    scope.finish();
-    throw;
-  }
-  scope.finish();
+  run_hooked(std::move(hooks), {.groups = {{.count = rows}}, .step = &step},
+             [&] { return unet.forward(input); });
   for (auto& shape : shapes) shape.heads /= rows;
   return shapes;
 }

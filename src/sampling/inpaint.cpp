@@ -13,10 +13,10 @@ DenoiseFunction inpaint_model(DenoiseFunction model, const ModelSampling& sampli
   TORCH_CHECK_VALUE(latent.defined() && noise.defined() && mask.defined(),
                     "[inpaint_model] latent, noise and mask must be defined.");
   TORCH_CHECK_TYPE(latent.is_floating_point() && noise.is_floating_point(),
-                   "[inpaint_model] latent and noise must be floating point, got ", latent.dtype(),
-                   " and ", noise.dtype(), ".");
+                   "[inpaint_model] latent and noise must be floating, got ", latent.scalar_type(),
+                   " and ", noise.scalar_type(), ".");
   TORCH_CHECK_TYPE(mask.is_floating_point() || mask.scalar_type() == torch::kBool,
-                   "[inpaint_model] mask must be floating point or bool, got ", mask.dtype(), ".");
+                   "[inpaint_model] mask must be floating or bool, got ", mask.scalar_type(), ".");
   TORCH_CHECK_VALUE(latent.dim() == 4 && latent.sizes() == noise.sizes(),
                     "[inpaint_model] latent and noise must both be [images, channels, height, "
                     "width], got ",

@@ -6,27 +6,26 @@
 #include <vector>
 
 namespace sag {
-namespace {
 
-std::vector<std::uint64_t> seeds_of(const SamplerOptions& options, const torch::Tensor& x) {
-  if (!options.seeds.empty()) return options.seeds;
-  std::vector<std::uint64_t> seeds(static_cast<std::size_t>(x.size(0)));
+std::vector<std::uint64_t> seeds_or_count(std::vector<std::uint64_t> seeds, std::int64_t images) {
+  if (!seeds.empty()) return seeds;
+  seeds.resize(static_cast<std::size_t>(images));
   std::iota(seeds.begin(), seeds.end(), 0);
   return seeds;
 }
 
-}  // namespace
-
-torch::Tensor at_least_fp32(const torch::Tensor& tensor) {
-  return tensor.to(at::promote_types(tensor.scalar_type(), torch::kFloat32));
-}
-
-void check_latent(const torch::Tensor& x, const char* name, const char* caller) {
-  TORCH_CHECK_VALUE(x.defined() && x.dim() == 4 && x.numel() > 0, "[", caller, "] ", name,
-                    " must be [images, channels, height, width], got ",
-                    x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
-  TORCH_CHECK_TYPE(x.is_floating_point(), "[", caller, "] ", name, " must be floating point, got ",
-                   x.dtype(), ".");
+void check_sigmas(std::span<const double> sigmas, const char* caller) {
+  TORCH_CHECK_VALUE(sigmas.size() >= 2, "[", caller, "] sigmas must be at least two, got ",
+                    sigmas.size(), ".");
+  for (std::size_t i = 0; i < sigmas.size(); ++i) {
+    const bool last = i + 1 == sigmas.size();
+    TORCH_CHECK_VALUE(std::isfinite(sigmas[i]) && (sigmas[i] > 0 || (last && sigmas[i] == 0)), "[",
+                      caller, "] sigmas must be finite and positive, the last one may be 0, got ",
+                      sigmas[i], " at ", i, ".");
+    TORCH_CHECK_VALUE(i == 0 || sigmas[i] < sigmas[i - 1], "[", caller,
+                      "] sigmas must fall strictly, got ", sigmas[i], " at ", i, " after ",
+                      sigmas[i - 1], ".");
+  }
 }
 
 Run::Run(const char* caller, const DenoiseFunction& model, std::span<const double> sigmas,
@@ -45,10 +44,7 @@ torch::Tensor Run::start(const torch::Tensor& x) const {
 
 torch::Tensor Run::checked(const torch::Tensor& prediction, const torch::Tensor& x,
                            const char* what) const {
-  TORCH_CHECK_VALUE(prediction.defined() && prediction.sizes() == x.sizes(), "[", caller_, "] ",
-                    what, " must return the shape of x, ", x.sizes(), ", got ",
-                    prediction.defined() ? c10::str(prediction.sizes()) : "an undefined tensor",
-                    ".");
+  check_returns_shape(prediction, x, what, caller_);
   return prediction.to(x.scalar_type());
 }
 
@@ -81,7 +77,7 @@ void Run::use_fresh_noise(const torch::Tensor& x) {
   check_noise_options();
   noise_sampler_ = options_.noise_sampler;
   if (noise_sampler_) return;
-  const auto noise = std::make_shared<SeededNoise>(seeds_of(options_, x));
+  const auto noise = std::make_shared<SeededNoise>(seeds_or_count(options_.seeds, x.size(0)));
   noise->draw(x.sizes().slice(1), torch::kCPU);  // the first draw may be what x was started from
   noise_sampler_ = seeded_noise_sampler(noise, x);
 }
@@ -90,7 +86,8 @@ void Run::use_brownian_noise(const torch::Tensor& x) {
   check_noise_options();
   noise_sampler_ = options_.noise_sampler;
   if (!noise_sampler_)
-    noise_sampler_ = brownian_noise_sampler(seeds_of(options_, x), x, sigmas_.front());
+    noise_sampler_ =
+        brownian_noise_sampler(seeds_or_count(options_.seeds, x.size(0)), x, sigmas_.front());
 }
 
 torch::Tensor Run::noise(const torch::Tensor& x, double sigma, double sigma_next) const {

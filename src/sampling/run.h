@@ -2,22 +2,31 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <span>
+#include <vector>
 
 #include <ATen/core/grad_mode.h>
 
+#include "model/latent.h"
+#include "sag/run_sampler.h"
 #include "sag/samplers.h"
 
 // What the samplers share.
 
 namespace sag {
 
-/// Returns the tensor in fp32 at least. Half precision is for the network; the samplers' sums of
-/// large and small numbers want more.
-torch::Tensor at_least_fp32(const torch::Tensor& tensor);
+/// Returns the seeds, or 0, 1, 2, … for so many images if there are none.
+std::vector<std::uint64_t> seeds_or_count(std::vector<std::uint64_t> seeds, std::int64_t images);
 
-/// Throws ValueError or TypeError unless `x` is a floating [images, channels, height, width].
-void check_latent(const torch::Tensor& x, const char* name, const char* caller);
+/// Throws ValueError, naming `caller`, unless the sigmas are finite, fall strictly, are positive
+/// but for a last 0, and are at least two.
+void check_sigmas(std::span<const double> sigmas, const char* caller);
+
+/// `run_sampler`, for functions of other names that do the same.
+torch::Tensor run_sampler_as(const char* caller, Sampler sampler, const DenoiseFunction& model,
+                             const ModelSampling& sampling, const torch::Tensor& noise,
+                             std::span<const double> sigmas, const RunSamplerOptions& options);
 
 /// One run of a sampler: checked arguments, checked predictions and noise, the report of each step.
 /// No gradients while it lives.
@@ -90,9 +99,12 @@ ResWeights res_weights(double h, double h_last);
 /// Where σ stands in ln of signal over noise, the time in which the DPM-Solvers step.
 struct HalfLogSnr {
   bool flow = false;
-  double alpha(double sigma) const;   ///< the share of x0 in x
-  double lambda(double sigma) const;  ///< ln(alpha / σ)
-  double sigma(double lambda) const;  ///< the inverse
+  /// The share of x0 in x.
+  double alpha(double sigma) const;
+  /// ln(alpha / σ)
+  double lambda(double sigma) const;
+  /// The inverse of lambda.
+  double sigma(double lambda) const;
 };
 
 }  // namespace sag

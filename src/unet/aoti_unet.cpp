@@ -18,6 +18,7 @@
 #include "forward_call.h"
 #include "package.h"
 #include "sag/attention.h"
+#include "sag/attention_scope.h"
 
 #ifdef SAG_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
@@ -285,21 +286,20 @@ std::vector<InstalledHook> AotiUNet::State::hooks_by_path() const {
 torch::Tensor AotiUNet::State::run(const UNetInput& input) {
   const auto given = arguments(input);
   auto& package = package_for(given, input);
-  std::optional<AttentionScope> scope;
-  if (auto hooks = hooks_by_path(); !hooks.empty())
-    scope.emplace(std::move(hooks), *AttentionScope::pass());
-  std::vector<torch::Tensor> outputs;
-  try {
-    const c10::DeviceGuard on(device);
-    const std::lock_guard lock(package.mutex);
-    outputs = package.loader->run(given);
-  } catch (const std::exception& error) {
-    if (scope) scope->finish();  // what a hook threw comes first
-    TORCH_CHECK(false, "[AotiUNet::forward] '", package.about.path, "' failed for ",
-                list_shapes(input), ": ", plain_message(error));
-  }
-  if (scope) scope->finish();
-  const auto out = outputs.empty() ? torch::Tensor() : outputs.front();
+  const auto call = [&] {
+    try {
+      const c10::DeviceGuard on(device);
+      const std::lock_guard lock(package.mutex);
+      const auto outputs = package.loader->run(given);
+      return outputs.empty() ? torch::Tensor() : outputs.front();
+    } catch (const std::exception& error) {
+      TORCH_CHECK(false, "[AotiUNet::forward] '", package.about.path, "' failed for ",
+                  list_shapes(input), ": ", plain_message(error));
+    }
+  };
+  auto hooks = hooks_by_path();
+  const auto out =
+      hooks.empty() ? call() : run_hooked(std::move(hooks), *AttentionScope::pass(), call);
   check_output(out, input.x, "AotiUNet::forward", "'" + package.about.path + "'");
   return out.contiguous();
 }

@@ -8,7 +8,7 @@
 
 #include <ATen/autocast_mode.h>
 
-#include "sag/attention.h"
+#include "sag/attention_scope.h"
 #include "sag/step_context.h"
 
 #ifdef SAG_WITH_CUDA
@@ -134,9 +134,8 @@ torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) 
   auto pass = *outer;
   pass.step = &context;
   const auto hooks = AttentionScope::hooks();
-  const AttentionScope scope({hooks.begin(), hooks.end()}, std::move(pass));
-  auto output = unet.forward(input);
-  scope.finish();
+  auto output = run_hooked({hooks.begin(), hooks.end()}, std::move(pass),
+                           [&] { return unet.forward(input); });
   if (!graph) return output;
   for (auto& [owner, record] : context.records()) {
     const auto& groups = outer->groups;

@@ -19,6 +19,7 @@
 #include "graph_rewrite.h"
 #include "group_norm.h"
 #include "sag/attention.h"
+#include "sag/attention_scope.h"
 
 namespace sag {
 namespace {

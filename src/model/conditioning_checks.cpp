@@ -1,4 +1,4 @@
-#include "sag/conditioning.h"
+#include "conditioning_checks.h"
 
 #include <cmath>
 #include <string>
