@@ -4,6 +4,8 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
 
 #include "sag/attention_map.h"
 #include "support/device.h"

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/CPUAllocator.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
 
 #include "support/device.h"
 #include "support/reference.h"

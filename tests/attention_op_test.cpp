@@ -1,6 +1,9 @@
 #include <stdexcept>
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <gtest/gtest.h>
+#include <torch/script.h>
+#include <torch/torch.h>
 
 #include "sag/attention.h"
 #include "sag/attention_scope.h"

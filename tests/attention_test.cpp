@@ -3,6 +3,8 @@
 #include <stdexcept>
 
 #include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
 
 #include "sag/attention_scope.h"
 #include "sag/step_context.h"

@@ -1,5 +1,8 @@
 #include "sag/blur.h"
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "sag/attention_map.h"
 #include "support/device.h"
 #include "support/reference.h"

@@ -2,6 +2,10 @@
 
 #include <stdexcept>
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "sag/calc_cond_batch.h"
 #include "support/reference.h"
 #include "support/toy_unet.h"

@@ -1,5 +1,8 @@
 // SAG beside other guidances, hooks and functions: each as if alone, in the order given.
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "sag/attention_map.h"
 #include "sag/blur.h"
 #include "sag/cfg_guider.h"

@@ -2,6 +2,10 @@
 
 #include <string>
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "support/reference.h"
 
 namespace sag {

@@ -5,6 +5,9 @@
 #include <regex>
 
 #include <caffe2/serialize/inline_container.h>
+#include <gtest/gtest.h>
+#include <torch/script.h>
+#include <torch/torch.h>
 
 #include "sag/cfg_guider.h"
 #include "sag/noise.h"

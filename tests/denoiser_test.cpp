@@ -1,5 +1,8 @@
 #include "sag/denoiser.h"
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "support/device.h"
 #include "support/reference.h"
 #include "support/toy_unet.h"

@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <set>
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <nlohmann/json.hpp>
+
 #include "sag/blur.h"
 #include "sag/cfg_guider.h"
 #include "support/device.h"

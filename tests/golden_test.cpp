@@ -3,6 +3,10 @@
 
 #include <filesystem>
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <nlohmann/json.hpp>
+
 #include "sag/cfg_guider.h"
 #include "sag/run_sampler.h"
 #include "sag/sample.h"

@@ -4,6 +4,9 @@
 #include <stdexcept>
 #include <thread>
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "sag/attention.h"
 #include "sag/attention_map.h"
 #include "sag/attention_scope.h"

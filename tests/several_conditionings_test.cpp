@@ -3,6 +3,9 @@
 
 #include <random>
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "model/conditioning_checks.h"
 #include "sag/blur.h"
 #include "sag/calc_cond_batch.h"

@@ -1,5 +1,8 @@
 #include "sag/step_context.h"
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "support/reference.h"
 
 namespace sag {

@@ -1,5 +1,8 @@
 #include "sag/token_grid.h"
 
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
 #include "support/reference.h"
 #include "support/toy.h"
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torch/torch.h>
+
 #include "sag/cfg_guider.h"
 #include "sag/samplers.h"
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include <torch/torch.h>
 #include <nlohmann/json.hpp>
 
 #include "sag/attention_map.h"
