@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from export.attention import self_attentions
-from export.package import write_package, write_weights
+from sag_export.attention import self_attentions
+from sag_export.package import write_package, write_weights
 
 WIDTH, HEADS, CONTEXT, FEATURES = 16, 2, 6, 5
 ROWS = (1, 4)

@@ -1,4 +1,4 @@
-"""tools/export_model.py: what it writes, what it refuses, and that sag-sample draws with it."""
+"""sag-export: what it writes, what it refuses, and that sag-sample draws with it."""
 
 import contextlib
 import io
@@ -21,14 +21,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import CLIPTokenizerFast
 
-import export_model
 import make_tiny_pipeline
-from export import archive, compiled, text
-from export.description import from_scheduler
-from export.mistake import Mistake
-from export.source import open_source
-from export.tokenizer import ClipTokenizer
+from sag_export import archive, cli, compiled, text
+from sag_export.description import from_scheduler
+from sag_export.mistake import Mistake
+from sag_export.source import open_source
+from sag_export.tokenizer import ClipTokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
 
 
@@ -51,7 +51,7 @@ class Case(unittest.TestCase):
         """The written directory and its model.json."""
         out = self.folder / name
         with contextlib.redirect_stderr(io.StringIO()):
-            export_model.run(export_model.parse([str(source), "--out", str(out), *arguments]))
+            cli.run(cli.parse([str(source), "--out", str(out), *arguments]))
         self.assertFalse(out.with_name(name + ".partial").exists())
         return out, json.loads((out / "model.json").read_text())
 
@@ -59,7 +59,7 @@ class Case(unittest.TestCase):
         """The sentence that refuses; nothing is left behind."""
         before = sorted(self.folder.iterdir())
         with self.assertRaises(Mistake) as caught, contextlib.redirect_stderr(io.StringIO()):
-            export_model.run(export_model.parse([str(source), "--out", str(self.folder / "refused"), *arguments]))
+            cli.run(cli.parse([str(source), "--out", str(self.folder / "refused"), *arguments]))
         self.assertEqual(sorted(self.folder.iterdir()), before)
         sentence = str(caught.exception)
         self.assertNotIn("\n", sentence)
@@ -540,8 +540,8 @@ class Pipelines(Case):
         """600: the small vocabulary has a token for almost every letter, CLIP's for every word of Long CLIP's 248."""
         for read, given, tokens in ((600, 600, 600), (248, 77, 77)):
             folder = self.with_tokens(f"long-{given}", read, given)
-            options = export_model.parse([str(folder), "--out", "x"])
-            export_model.complete(options)
+            options = cli.parse([str(folder), "--out", "x"])
+            cli.complete(options)
             self.assertEqual(open_source(options).network.context, (tokens, 32))
             out, _ = self.export(folder, f"long-{given}-out")
             encoder = torch.jit.load(str(out / "text_encoder.ts"))
@@ -661,7 +661,7 @@ class Pipelines(Case):
             ["--nothing"],
         ):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as printed:
-                export_model.parse([str(unet), "--out", "x", *arguments])
+                cli.parse([str(unet), "--out", "x", *arguments])
             self.assertEqual(caught.exception.code, 1)
             self.assertEqual(printed.getvalue().count("\n"), 1)
 
@@ -715,15 +715,15 @@ class OwnModules(Case):
                 self.assertIn("unet.ts differs from the network", said)
 
     def test_missing_packages_are_named_in_one_sentence(self):
-        tools = pathlib.Path(export_model.__file__).parent
-        for name, *arguments in (
-            ("export_model.py", "nowhere", "--out", "x"),
-            ("make_tiny_pipeline.py", "sd1", "x"),
-            ("make_benchmark_unet.py", "--shape", "sd15", "--out", "x"),
-        ):
+        programs = (
+            ("export_model.py", ROOT / "exporter", "-m", "sag_export.cli", "nowhere", "--out", "x"),
+            ("make_tiny_pipeline.py", ROOT, "tools/make_tiny_pipeline.py", "sd1", "x"),
+            ("make_benchmark_unet.py", ROOT, "tools/make_benchmark_unet.py", "--shape", "sd15", "--out", "x"),
+        )
+        for name, folder, *arguments in programs:
             with self.subTest(name):  # -S and -E: without installed packages
-                command = [sys.executable, "-S", "-E", tools / name, *arguments]
-                run = subprocess.run(command, capture_output=True, text=True)
+                command = [sys.executable, "-S", "-E", *arguments]
+                run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
                 self.assertEqual(run.returncode, 1)
                 self.assertRegex(run.stderr, rf"\A{name}: The package torch is missing: pip install .+\n\Z")
 

@@ -1,4 +1,4 @@
-"""tools/export/attention.py and package.py, without compiling anything."""
+"""attention.py and package.py of the exporter, without compiling anything."""
 
 import pathlib
 import tempfile
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import aoti_fixture
-from export.attention import marked, self_attentions
-from export.package import write_package, write_weights
+from sag_export.attention import marked, self_attentions
+from sag_export.package import write_package, write_weights
 
 MIDDLE = "middle_block.1.transformer_blocks.0.attn1"
 INPUT = "input_blocks.1.1.transformer_blocks.0.attn1"

@@ -7,7 +7,7 @@ import unittest
 import torch
 
 import aoti_fixture
-from export.attention import declare_op
+from sag_export.attention import declare_op
 
 PACKAGES = pathlib.Path(os.environ["SAG_PACKAGES"])
 

@@ -2,7 +2,7 @@
 """Writes a full-size diffusers UNet with random weights, to measure with (scripts/bench.sh).
 
     tools/make_benchmark_unet.py --shape sd15 --out build/bench/sd15
-    tools/export_model.py build/bench/sd15 --prediction eps --out build/bench/sd15.compiled --format aoti --rows 1,2,3 \\
+    sag-export build/bench/sd15 --prediction eps --out build/bench/sd15.compiled --format aoti --rows 1,2,3 \\
         --size 64x64 --device cuda
 
 The configurations are those of Stable Diffusion 1.5 and SDXL base; nothing is downloaded. Beside the UNet lies
@@ -18,13 +18,13 @@ import time
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from export.needs import needed_packages  # noqa: E402
-
-with needed_packages("make_benchmark_unet.py"):
+try:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from export import unet as unets
+    from sag_export import unet as unets
+except ModuleNotFoundError as missing:
+    sys.exit(f"make_benchmark_unet.py: The package {missing.name} is missing: pip install './exporter[diffusers]'")
 
 SD15 = dict(
     sample_size=64,

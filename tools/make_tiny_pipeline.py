@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes a small diffusers pipeline of random weights, in the form of the real ones, to try tools/export_model.py with.
+"""Writes a small diffusers pipeline of random weights, in the form of the real ones, to try sag-export with.
 
     tools/make_tiny_pipeline.py sdxl /tmp/tiny-sdxl
-    tools/export_model.py /tmp/tiny-sdxl --out /tmp/tiny
+    sag-export /tmp/tiny-sdxl --out /tmp/tiny
 
 Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), flow (sd1 with a flow scheduler).
 """
@@ -10,10 +10,9 @@ Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), f
 import argparse
 import json
 import pathlib
+import sys
 
-from export.needs import needed_packages
-
-with needed_packages("make_tiny_pipeline.py"):
+try:
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -24,7 +23,9 @@ with needed_packages("make_tiny_pipeline.py"):
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-    from export.tokenizer import byte_characters
+    from sag_export.tokenizer import byte_characters
+except ModuleNotFoundError as missing:
+    sys.exit(f"make_tiny_pipeline.py: The package {missing.name} is missing: pip install './exporter[diffusers]'")
 
 KINDS = ("sd1", "sd2", "sdxl", "flow")
 WIDTH = 32

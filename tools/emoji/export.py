@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import diffusion  # noqa: E402
-from export.archive import check_clean, save  # noqa: E402
+from sag_export.archive import check_clean, save  # noqa: E402
 from train import Model  # noqa: E402
 
 TRACED_WITH = ("red heart", "cat face")

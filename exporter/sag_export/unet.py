@@ -2,8 +2,8 @@
 
 import torch
 
-from export.mistake import Mistake
-from export.network import Network
+from sag_export.mistake import Mistake
+from sag_export.network import Network
 
 TIME_IDS = 6  # original height and width, top and left crop, target height and width
 

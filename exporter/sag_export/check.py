@@ -2,7 +2,7 @@
 
 import torch
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

@@ -2,7 +2,7 @@
 
 import re
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 LDM = re.compile(r"(?:.*\.)?(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)\.attn1")
 DIFFUSERS = re.compile(r"(?:.*\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.attn1")

@@ -17,7 +17,7 @@ if sys.platform == "linux":
 import torch  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from export.attention import declare_op  # noqa: E402
+from sag_export.attention import declare_op  # noqa: E402
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
-from export.mistake import Mistake
-from export.tokenizer import ClipTokenizer
+from sag_export.mistake import Mistake
+from sag_export.tokenizer import ClipTokenizer
 
 
 class LastState(nn.Module):

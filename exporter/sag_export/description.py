@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # Schedulers of networks with a table of noise levels. They differ in how they sample, which sag-sample decides.

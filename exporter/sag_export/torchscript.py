@@ -2,11 +2,11 @@
 
 import torch
 
-from export import archive, text, vae
-from export.attention import without_fast_path
-from export.check import check_calls, check_equal
-from export.mistake import Mistake
-from export.network import first_line
+from sag_export import archive, text, vae
+from sag_export.attention import without_fast_path
+from sag_export.check import check_calls, check_equal
+from sag_export.mistake import Mistake
+from sag_export.network import first_line
 
 PROMPTS = ("", "a cat", "It's 2 o'clock — über-schnell! 🚀")
 

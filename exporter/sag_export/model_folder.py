@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import tempfile
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 
 @contextlib.contextmanager

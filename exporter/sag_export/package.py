@@ -21,7 +21,7 @@ import tempfile
 
 import torch
 
-from export.attention import marked
+from sag_export.attention import marked
 
 
 def write_package(module, example, out, *, sites, dims, weights=None, inductor_configs=None):

@@ -9,10 +9,10 @@ import tempfile
 
 import torch
 
-from export.check import check_calls
-from export.mistake import Mistake
-from export.network import first_line
-from export.package import bounds, write_package, write_weights
+from sag_export.check import check_calls
+from sag_export.mistake import Mistake
+from sag_export.network import first_line
+from sag_export.package import bounds, write_package, write_weights
 
 # A dim is a number, (low, high), or (low, high, multiple), as write_package takes them.
 

@@ -280,17 +280,17 @@ if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from export.needs import needed_packages  # noqa: E402
+from sag_export.needs import needed_packages  # noqa: E402
 
 with needed_packages("export_model.py"):
     import torch
 
-    from export import compiled, description, torchscript
-    from export import sites as sites_of
-    from export.mistake import Mistake
-    from export.model_folder import new_folder
-    from export.package import bounds
-    from export.source import open_source
+    from sag_export import compiled, description, torchscript
+    from sag_export import sites as sites_of
+    from sag_export.mistake import Mistake
+    from sag_export.model_folder import new_folder
+    from sag_export.package import bounds
+    from sag_export.source import open_source
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")

@@ -5,8 +5,8 @@ from typing import Optional, Tuple
 
 import torch
 
-from export.attention import self_attentions
-from export.mistake import Mistake
+from sag_export.attention import self_attentions
+from sag_export.mistake import Mistake
 
 
 @dataclasses.dataclass

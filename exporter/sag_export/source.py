@@ -10,9 +10,9 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from export import description, text, unet
-from export.mistake import Mistake
-from export.network import Network, first_line
+from sag_export import description, text, unet
+from sag_export.mistake import Mistake
+from sag_export.network import Network, first_line
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 

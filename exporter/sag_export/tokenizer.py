@@ -11,7 +11,7 @@ from typing import Dict, Final, List, Tuple
 import torch
 from torch import Tensor, nn
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 SPACE, LETTER, NUMBER, OTHER = 0, 1, 2, 3
 # Unicode's White_Space.
