@@ -6,7 +6,7 @@
 #                                         --height=64 --width=64 ...
 #
 # Tables go to the terminal, JSON to build/bench. The random UNets are written by tools/make_benchmark_unet.py and traced
-# and compiled by exporter/sag_export/cli.py (some twenty minutes the first time).
+# and compiled by sag-export (some twenty minutes the first time).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
@@ -25,7 +25,7 @@ make_unet() { # <shape> <size>
   export PYTHONPATH=$sag_root/exporter:$sag_python_path
   local exporter
   [[ -d $out/$1 ]] || "$sag_python" "$sag_root/tools/make_benchmark_unet.py" --shape "$1" --out "$out/$1"
-  exporter=("$sag_python" -m sag_export.cli "$out/$1" --prediction eps --device cuda --dtype fp16)
+  exporter=("$sag_python" -m sag_export "$out/$1" --prediction eps --device cuda --dtype fp16)
   [[ -d $out/$1.traced ]] || "${exporter[@]}" --out "$out/$1.traced"
   [[ -d $out/$1.compiled ]] || "${exporter[@]}" --out "$out/$1.compiled" --format aoti --rows 1,2,3 --size "$2"
   [[ -d $out/$1.any ]] || "${exporter[@]}" --out "$out/$1.any" --format aoti --rows 1-4

@@ -22,7 +22,8 @@ import torch
 from transformers import CLIPTokenizerFast
 
 import make_tiny_pipeline
-from sag_export import archive, cli, compiled, text
+from sag_export import archive, compiled, export, text
+from sag_export.cli import parse
 from sag_export.description import from_scheduler
 from sag_export.mistake import Mistake
 from sag_export.source import open_source
@@ -51,7 +52,7 @@ class Case(unittest.TestCase):
         """The written directory and its model.json."""
         out = self.folder / name
         with contextlib.redirect_stderr(io.StringIO()):
-            cli.run(cli.parse([str(source), "--out", str(out), *arguments]))
+            export.export_model(parse([str(source), "--out", str(out), *arguments]))
         self.assertFalse(out.with_name(name + ".partial").exists())
         return out, json.loads((out / "model.json").read_text())
 
@@ -59,7 +60,7 @@ class Case(unittest.TestCase):
         """The sentence that refuses; nothing is left behind."""
         before = sorted(self.folder.iterdir())
         with self.assertRaises(Mistake) as caught, contextlib.redirect_stderr(io.StringIO()):
-            cli.run(cli.parse([str(source), "--out", str(self.folder / "refused"), *arguments]))
+            export.export_model(parse([str(source), "--out", str(self.folder / "refused"), *arguments]))
         self.assertEqual(sorted(self.folder.iterdir()), before)
         sentence = str(caught.exception)
         self.assertNotIn("\n", sentence)
@@ -540,8 +541,8 @@ class Pipelines(Case):
         """600: the small vocabulary has a token for almost every letter, CLIP's for every word of Long CLIP's 248."""
         for read, given, tokens in ((600, 600, 600), (248, 77, 77)):
             folder = self.with_tokens(f"long-{given}", read, given)
-            options = cli.parse([str(folder), "--out", "x"])
-            cli.complete(options)
+            options = parse([str(folder), "--out", "x"])
+            export.complete(options)
             self.assertEqual(open_source(options).network.context, (tokens, 32))
             out, _ = self.export(folder, f"long-{given}-out")
             encoder = torch.jit.load(str(out / "text_encoder.ts"))
@@ -661,7 +662,7 @@ class Pipelines(Case):
             ["--nothing"],
         ):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as printed:
-                cli.parse([str(unet), "--out", "x", *arguments])
+                parse([str(unet), "--out", "x", *arguments])
             self.assertEqual(caught.exception.code, 1)
             self.assertEqual(printed.getvalue().count("\n"), 1)
 
@@ -716,7 +717,7 @@ class OwnModules(Case):
 
     def test_missing_packages_are_named_in_one_sentence(self):
         programs = (
-            ("export_model.py", ROOT / "exporter", "-m", "sag_export.cli", "nowhere", "--out", "x"),
+            ("sag-export", ROOT / "exporter", "-m", "sag_export", "nowhere", "--out", "x"),
             ("make_tiny_pipeline.py", ROOT, "tools/make_tiny_pipeline.py", "sd1", "x"),
             ("make_benchmark_unet.py", ROOT, "tools/make_benchmark_unet.py", "--shape", "sd15", "--out", "x"),
         )

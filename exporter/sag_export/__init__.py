@@ -1,1 +1,3 @@
-"""What tools/export_model.py is made of."""
+"""Exports diffusion models for sag: to TorchScript, or compiled by AOTInductor."""
+
+__version__ = "0.1.0"

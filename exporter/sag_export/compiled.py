@@ -83,15 +83,21 @@ class OtherProcess:
         with tempfile.TemporaryDirectory() as folder:
             given, results = (os.path.join(folder, name) for name in ("calls.pt", "results.pt"))
             torch.save(calls, given)
-            program = pathlib.Path(__file__).with_name("run_package.py")
-            command = [sys.executable, program, package, weights or "", given, results]
-            done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            command = [sys.executable, "-m", "sag_export.run_package", package, weights or "", given, results]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path())}
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise Mistake(f"{package.name} does not run: {why(done)}.")
             self.results = iter(torch.load(results, map_location=calls[0][0].device))
 
     def __call__(self, *call):
         return next(self.results)
+
+
+def python_path():
+    """Folders where the other process finds this package, which need not be installed."""
+    inherited = os.environ.get("PYTHONPATH")
+    return [str(pathlib.Path(__file__).resolve().parent.parent), *([inherited] if inherited else [])]
 
 
 def why(done):

@@ -1,4 +1,4 @@
-"""What model.json says of a model; examples/sample/model_directory.h documents it."""
+"""What model.json says about a model. docs/model-json.md documents it."""
 
 import inspect
 import json

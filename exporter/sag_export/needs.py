@@ -1,4 +1,4 @@
-"""What the tools need beside Python."""
+"""The packages that the exporter needs."""
 
 import contextlib
 import sys
@@ -6,10 +6,11 @@ import sys
 
 @contextlib.contextmanager
 def needed_packages(program):
-    """Ends the program with one sentence where what is inside imports a package that is not installed."""
+    """Ends the program with one sentence if a package is not installed that is imported inside."""
     try:
         yield
     except ModuleNotFoundError as missing:
         sys.exit(
-            f"{program}: The package {missing.name} is missing: pip install torch==2.11.0 -r tools/requirements.txt"
+            f"{program}: The package {missing.name} is missing: pip install './exporter[diffusers]' "
+            "in the folder of sag installs it."
         )

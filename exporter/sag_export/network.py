@@ -52,9 +52,10 @@ class Network:
         return self_attentions(self.module, tuple(self.example(1, *self.small_sizes()[0]).values()))
 
     def convolution_share(self):
-        convolutions = [m for m in self.module.modules() if isinstance(m, torch.nn.modules.conv._ConvNd)]
-        total = sum(p.numel() for p in self.module.parameters())
-        return sum(m.weight.numel() for m in convolutions) / total
+        """The share of the parameters that channels last lays out differently, those of four dimensions. It is the rule
+        of sag's convolution_share, in C++."""
+        parameters = list(self.module.parameters())
+        return sum(p.numel() for p in parameters if p.dim() == 4) / sum(p.numel() for p in parameters)
 
     def check(self):
         """Throws Mistake unless the module runs and returns numbers of x's shape."""

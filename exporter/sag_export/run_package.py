@@ -1,11 +1,10 @@
-"""Runs a compiled package: run_package.py PACKAGE WEIGHTS CALLS RESULTS. compiled.py calls it.
+"""Runs a compiled package: python -m sag_export.run_package PACKAGE WEIGHTS CALLS RESULTS. compiled.py calls it.
 
 WEIGHTS is weights.pt, or empty; CALLS a list of calls, each a tuple of tensors; RESULTS gets a tensor for each.
 """
 
 import contextlib
 import ctypes
-import pathlib
 import sys
 
 if sys.platform == "linux":
@@ -16,7 +15,6 @@ if sys.platform == "linux":
 
 import torch  # noqa: E402
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from sag_export.attention import declare_op  # noqa: E402
 
 
