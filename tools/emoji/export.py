@@ -2,16 +2,13 @@
 import argparse
 import json
 import pathlib
-import sys
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-import diffusion  # noqa: E402
-from sag_export.archive import check_clean, save  # noqa: E402
-from train import Model  # noqa: E402
+import diffusion
+from sag_export.archive import check_clean, save
+from train import Model
 
 TRACED_WITH = ("red heart", "cat face")
 CHECKED_WITH = ("rocket", "", "an unseen wörd 7")

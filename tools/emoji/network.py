@@ -48,11 +48,6 @@ class CrossAttention(nn.Module):
         q, k, v = self.split_heads(self.to_q(x)), self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def attention_map(self, x):
-        """What SAG reads of self-attention: head mean and query sum of the softmax, [B, tokens], mean 1."""
-        q, k = self.split_heads(self.to_q(x)).float(), self.split_heads(self.to_k(x)).float()
-        return (q @ k.transpose(-1, -2) * HEAD**-0.5).softmax(-1).mean(1).sum(1)
-
 
 class GEGLU(nn.Module):
     def __init__(self, channels, inner):
@@ -190,18 +185,3 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], 1), emb, context)
         return F.pixel_shuffle(self.out(h), UNSHUFFLE).type_as(x)
-
-
-class WithMap(nn.Module):
-    """The same network, also returning the attention map of the middle block's self-attention."""
-
-    def __init__(self, unet):
-        super().__init__()
-        self.unet = unet
-        unet.middle_block[1].transformer_blocks[0].attn1.register_forward_pre_hook(self.keep)
-
-    def keep(self, attention, inputs):
-        self.map = attention.attention_map(inputs[0])
-
-    def forward(self, x, timesteps, context):
-        return self.unet(x, timesteps, context), self.map

@@ -4,8 +4,8 @@
 sag-sample draws every picture; here they are only judged. Within a noise set all rows share noise and names, so their differences are paired. Needs
 tools/emoji/requirements.txt; the glyphs and the judge are made when they are not there. Finished rows stay in --work, and a second call goes on from there.
 
-    tools/quality.py --minutes 9 --doc docs/quality.md    # on a GPU
-    tools/quality.py --smoke                              # a try on a CPU, in a minute or two
+    tools/emoji/quality.py --minutes 9 --doc docs/quality.md    # on a GPU
+    tools/emoji/quality.py --smoke                              # a try on a CPU, in a minute or two
 """
 import argparse
 import concurrent.futures
@@ -20,11 +20,12 @@ import time
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools/emoji"))
-import evaluate  # noqa: E402
-import judge as judging  # noqa: E402
-import report  # noqa: E402
+import judge as judging
+from gallery import Gallery, distance, gaussian
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+# The table goes between these two lines of a document.
+MARKS = "<!-- measured -->", "<!-- end of measured -->"
 
 PARTS = 20  # that a noise set is cut into for the standard errors
 BASES = ("unconditional", "cfg 1", "cfg 2")
@@ -80,7 +81,7 @@ def settings_of(options):
 
 def make_judge(options):
     """What is missing of the glyphs and the judge."""
-    tools = ROOT / "tools/emoji"
+    tools = pathlib.Path(__file__).parent
     short = ["--limit", options.limit, "--steps", 40, "--batch", 32] if options.smoke else []
     for path, command in ((options.glyphs, ["render.py", "--font", options.font]), (options.judge, ["judge.py", "--glyphs", options.glyphs, *short])):
         if not path.exists():
@@ -131,13 +132,13 @@ class Judgement:
 
     def __init__(self, gallery, sampler, rows):
         self.gallery, self.sampler, self.rows = gallery, sampler, rows
-        self.real = evaluate.gaussian(gallery.real.cpu())
+        self.real = gaussian(gallery.real.cpu())
 
     def distances(self, features):
         """Of a noise set, and of it without each of its parts."""
         part = torch.arange(len(features)) % min(PARTS, len(features))
         kept = [part != number for number in range(int(part.max()) + 1)]
-        whole, *without = [evaluate.distance(evaluate.gaussian(features[keep]), self.real) for keep in [part >= 0, *kept]]
+        whole, *without = [distance(gaussian(features[keep]), self.real) for keep in [part >= 0, *kept]]
         return whole, without
 
     def judge(self, base, pictures):
@@ -154,9 +155,9 @@ class Judgement:
     @torch.no_grad()
     def __call__(self, variant, bases, file, command_report):
         pictures = torch.load(file, weights_only=True).chunk(len(bases))
-        for number, base in enumerate(bases):
-            run = next(run for run in command_report["runs"] if run["pictures"][0] == number * len(pictures[0]))
-            row = {"date": datetime.date.today().isoformat(), "device": device_name(), **self.judge(base, pictures[number]), **costs(run, len(pictures[0]))}
+        for place, base in enumerate(bases):
+            run = next(run for run in command_report["runs"] if run["pictures"][0] == place * len(pictures[0]))
+            row = {"date": datetime.date.today().isoformat(), "device": device_name(), **self.judge(base, pictures[place]), **costs(run, len(pictures[0]))}
             self.rows.keep(base, variant, row)
             print(f"{base}, {variant}: FD {sum(row['fd']) / len(row['fd']):.3f}", file=sys.stderr, flush=True)
 
@@ -187,15 +188,25 @@ def spread(row, other=None):
     return whole.mean().item(), variances.sum().sqrt().item() / len(whole)
 
 
+def number(pair, digits, sign=""):
+    mean, error = pair
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def insert(table, document):
+    between = re.compile(re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1]), re.S)
+    document.write_text(between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", document.read_text()))
+
+
 def line(base, variant, row, none, exact):
     def against(other, itself):
-        return report.number(spread(row, other), 3, "+") if other and variant not in itself else ""
+        return number(spread(row, other), 3, "+") if other and variant not in itself else ""
 
     top1 = ""
     if row["top1"]:
         mean, count = sum(row["top1"]) / len(row["top1"]), row["settings"]["sets"] * row["settings"]["pictures"]
-        top1 = report.number((mean, (mean * (1 - mean) / count)**0.5), 3)
-    cells = [f"{base}, {variant}", report.number(spread(row), 2), against(none, ("none",)), against(exact, ("none", "exact")), top1,
+        top1 = number((mean, (mean * (1 - mean) / count)**0.5), 3)
+    cells = [f"{base}, {variant}", number(spread(row), 2), against(none, ("none",)), against(exact, ("none", "exact")), top1,
              f"{row['unet_rows']:.0f}"]
     return "| " + " | ".join(cells) + " |"
 
@@ -205,8 +216,8 @@ def table(options, rows, facts):
     dates, devices = (" and ".join(sorted({row[key] for _, _, row in found})) for key in ("date", "device"))
     lines = [f"Measured {dates} on {devices}: {options.sets} noise sets of {options.pictures} pictures, Euler, {options.steps} steps, "
              f"scale {options.scale:g}, ± one standard error. The judge names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. "
-             f"Real pictures measured in the same way have FD {report.number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and "
-             f"{report.number(facts['floors']['at_random'], 2)} where glyphs come at random, as in the unconditional rows.", "",
+             f"Real pictures measured in the same way have FD {number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and "
+             f"{number(facts['floors']['at_random'], 2)} where glyphs come at random, as in the unconditional rows.", "",
              "| row | FD | change | minus exact | top-1 | UNet rows a picture |", "|---|---|---|---|---|---|"]
     lines += [line(base, variant, row, rows.find(base, "none"), rows.find(base, "exact")) for base, variant, row in found]
     return "\n".join(lines)
@@ -215,7 +226,7 @@ def table(options, rows, facts):
 def read_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--sag-sample", type=pathlib.Path, default=ROOT / "build/release/examples/sag-sample")
+    add("--sag-sample", type=pathlib.Path, default=ROOT / "build/release/command/sag-sample")
     add("--model", type=pathlib.Path, default=ROOT / "models/emoji")
     add("--glyphs", type=pathlib.Path, default=ROOT / "build/emoji/glyphs.npz")
     add("--judge", type=pathlib.Path, help="default: judge.pt beside the glyphs")
@@ -247,14 +258,14 @@ def main():
     options.work.mkdir(parents=True, exist_ok=True)
     make_judge(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gallery = evaluate.Gallery(options, device)
+    gallery = Gallery(options, device)
     rows = Rows(options.work, settings_of(options))
     sampler = Sampler(options, gallery)
     measure(options, sampler, Judgement(gallery, sampler, rows), rows)
     text = table(options, rows, gallery.facts)
     print(text)
     if options.doc:
-        report.insert(text, options.doc)
+        insert(text, options.doc)
 
 
 if __name__ == "__main__":
