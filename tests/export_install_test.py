@@ -58,7 +58,9 @@ class Installed(unittest.TestCase):
         self.assertEqual(sag_export.__version__, ".".join(parts))
 
     def test_pytorchs_version_is_the_scripts(self):
-        wanted = re.search(r"^sag_torch_version=(.+)$", (ROOT / "scripts/bootstrap.sh").read_text(), re.M)
+        wanted = re.search(
+            r"^sag_torch_version=(.+)$", (ROOT / "scripts/bootstrap.sh").read_text(), re.M
+        )
         self.assertIn(f'"torch=={wanted[1]}"', (ROOT / "exporter/pyproject.toml").read_text())
 
 

@@ -24,7 +24,9 @@ try:
 
     from sag_export import unet as unets
 except ModuleNotFoundError as missing:
-    sys.exit(f"make_benchmark_unet.py: The package {missing.name} is missing: pip install './exporter[diffusers]'")
+    sys.exit(
+        f"make_benchmark_unet.py: The package {missing.name} is missing: pip install './exporter[diffusers]'"
+    )
 
 SD15 = dict(
     sample_size=64,
@@ -62,7 +64,9 @@ def reference(network):
     attention = network.module.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     seen = {}
     hooks = [
-        projection.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+        projection.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: output})
+        )
         for name, projection in (("query", attention.to_q), ("key", attention.to_k))
     ]
     inputs = network.example(3, *network.shape[1:])
@@ -70,11 +74,16 @@ def reference(network):
     for hook in hooks:
         hook.remove()
     sums = token_sums(seen["query"], seen["key"], attention.heads, attention.scale)
-    return {name: tensor.cpu() for name, tensor in {**inputs, "output": output.float(), "token_sums": sums}.items()}
+    return {
+        name: tensor.cpu()
+        for name, tensor in {**inputs, "output": output.float(), "token_sums": sums}.items()
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=["sd15", "sdxl"], required=True)
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")

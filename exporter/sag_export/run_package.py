@@ -25,7 +25,9 @@ def main(package, weights, calls, results):
     loaded = torch._inductor.aoti_load_package(package, run_single_threaded=True)
     if weights:
         known = torch.load(weights, map_location=calls[0][0].device)
-        loaded.load_constants({name: known[name] for name in loaded.get_constant_fqns()}, check_full_update=True)
+        loaded.load_constants(
+            {name: known[name] for name in loaded.get_constant_fqns()}, check_full_update=True
+        )
     torch.save([loaded(*call) for call in calls], results)
 
 

@@ -1,4 +1,5 @@
 """EDM (Karras et al. 2022): x = x0 + sigma * noise, the preconditioning outside the network."""
+
 import math
 
 import torch

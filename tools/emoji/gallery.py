@@ -1,4 +1,5 @@
 """Real pictures, what the judge sees in them, and the noise sets: what quality.py measures against."""
+
 import math
 import statistics
 
@@ -19,7 +20,7 @@ def distance(one, other):
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean1 - mean2)**2).sum().add(cov1.trace() + cov2.trace() - 2 * overlap).item()
+    return ((mean1 - mean2) ** 2).sum().add(cov1.trace() + cov2.trace() - 2 * overlap).item()
 
 
 def mean_and_error(values):
@@ -38,7 +39,10 @@ class Gallery:
         self.real = torch.cat([self.look_at_real(1000) for _ in range(options.real // 1000)])
         named = judging.look(self.judge, self.glyphs.real)[1]
         right = named == torch.arange(self.glyphs.count, device=device)
-        self.facts = {"judge_top1_on_real_glyphs": right.float().mean().item(), "floors": self.floors()}
+        self.facts = {
+            "judge_top1_on_real_glyphs": right.float().mean().item(),
+            "floors": self.floors(),
+        }
 
     def look_at_real(self, count, glyph=None):
         return judging.look(self.judge, self.glyphs.batch(count, glyph=glyph)[0])[0]
@@ -47,13 +51,19 @@ class Gallery:
         """The distance of real pictures, as many as in a noise set: of random glyphs, and of a noise set's glyphs."""
         count, real = self.options.pictures, gaussian(self.real)
         at_random = [distance(gaussian(self.look_at_real(count)), real) for _ in range(draws)]
-        named = [distance(gaussian(self.look_at_real(count, self.noise_set(number)[0])), real) for number in range(draws)]
+        named = [
+            distance(gaussian(self.look_at_real(count, self.noise_set(number)[0])), real)
+            for number in range(draws)
+        ]
         return {"at_random": mean_and_error(at_random), "named": mean_and_error(named)}
 
     def noise_set(self, number):
         """Different glyphs as long as there are any, and their noise."""
         device, count = self.real.device, self.options.pictures
         random = torch.Generator().manual_seed(1000 + number)
-        orders = [torch.randperm(self.glyphs.count, generator=random) for _ in range(1 + count // self.glyphs.count)]
+        orders = [
+            torch.randperm(self.glyphs.count, generator=random)
+            for _ in range(1 + count // self.glyphs.count)
+        ]
         noise = torch.randn(count, 3, self.glyphs.side, self.glyphs.side, generator=random)
         return torch.cat(orders)[:count].to(device), noise.to(device)
