@@ -1,7 +1,8 @@
-# Finds a Python with this LibTorch's PyTorch, for the tests of tools/ and of compiled models. Nothing else needs one.
+# Finds a Python with this LibTorch's PyTorch, for the tests of the exporter, of the tools and of compiled models. Nothing
+# else needs one.
 #
 #   SAG_PYTHON      the interpreter; empty: those tests are left out
-#   SAG_PYTHONPATH  folders that hold what tools/requirements.txt names, if that Python has it not
+#   SAG_PYTHONPATH  folders that hold what tools/requirements.txt names, if it is not installed in that Python
 
 function(sag_python_fits python result)
   execute_process(COMMAND "${python}" -c "import torch; print(torch.__version__)"
@@ -30,12 +31,13 @@ set(SAG_PYTHONPATH "" CACHE STRING "Folders with what tools/requirements.txt nam
 if(SAG_PYTHON)
   message(STATUS "Python for tests: ${SAG_PYTHON}")
 else()
-  message(STATUS "Python for tests: none with PyTorch ${SAG_TORCH_VERSION}, so those of tools/ and of compiled models "
-    "are left out; -DSAG_PYTHON=<python> names one")
+  message(STATUS "Python for tests: none with PyTorch ${SAG_TORCH_VERSION}, so those of the exporter, the tools "
+    "and compiled models are left out; -DSAG_PYTHON=<python> names one")
 endif()
 
-# sag_python_imports(<module> <result>): whether SAG_PYTHON finds the module, with SAG_PYTHONPATH.
-function(sag_python_imports module result)
+# sag_python_imports(<module> <result> <what>): whether SAG_PYTHON finds the module, with SAG_PYTHONPATH. If not, it says
+# that <what> is left out.
+function(sag_python_imports module result what)
   execute_process(
     COMMAND "${CMAKE_COMMAND}" -E env "PYTHONPATH=${SAG_PYTHONPATH}" "${SAG_PYTHON}" -c
       "import importlib.util, sys; sys.exit(importlib.util.find_spec('${module}') is None)"
@@ -44,14 +46,14 @@ function(sag_python_imports module result)
     set(${result} ON PARENT_SCOPE)
   else()
     set(${result} OFF PARENT_SCOPE)
-    message(STATUS "Python for tests: without ${module}, of tools/requirements.txt, so the exporter's are left out")
+    message(STATUS "Python for tests: it has no ${module} (tools/requirements.txt), so ${what} left out")
   endif()
 endfunction()
 
 # sag_add_python_test(<name> COMMAND <argument of python>... [ENVIRONMENT <variable=value>...]
 #                     [PROPERTIES <property>...])
 #
-# A ctest test that runs Python, with tools/ and tests/ on its path. What PyTorch's compiler writes stays in the build.
+# A ctest test that runs Python, with exporter/, tools/ and tests/ on its path. What PyTorch's compiler writes stays in the build.
 function(sag_add_python_test name)
   cmake_parse_arguments(PARSE_ARGV 1 ARG "" "" "COMMAND;ENVIRONMENT;PROPERTIES")
   set(scratch "${PROJECT_BINARY_DIR}/tests/inductor")
@@ -59,7 +61,7 @@ function(sag_add_python_test name)
   add_test(NAME ${name} COMMAND "${SAG_PYTHON}" -B ${ARG_COMMAND}
     WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}/tests")
   set(environment
-    "PYTHONPATH=${PROJECT_SOURCE_DIR}/tools:${PROJECT_SOURCE_DIR}/tests:${SAG_PYTHONPATH}"
+    "PYTHONPATH=${PROJECT_SOURCE_DIR}/exporter:${PROJECT_SOURCE_DIR}/tools:${PROJECT_SOURCE_DIR}/tests:${SAG_PYTHONPATH}"
     "CXX=${CMAKE_CXX_COMPILER}"
     "TMPDIR=${scratch}"
     "TORCHINDUCTOR_CACHE_DIR=${scratch}/cache"

@@ -6,7 +6,7 @@
 #                                         --height=64 --width=64 ...
 #
 # Tables go to the terminal, JSON to build/bench. The random UNets are written by tools/make_benchmark_unet.py and traced
-# and compiled by tools/export_model.py (some twenty minutes the first time).
+# and compiled by sag-export (some twenty minutes the first time).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
@@ -22,10 +22,10 @@ measure() { # <name> <program> <arguments>...
 # A UNet of random weights, traced and compiled.
 make_unet() { # <shape> <size>
   [[ -n $sag_python ]] || die "the Python that this LibTorch was installed for is needed, and there is none"
-  export PYTHONPATH=$sag_python_path
-  local tools=$sag_root/tools exporter
-  [[ -d $out/$1 ]] || "$sag_python" "$tools/make_benchmark_unet.py" --shape "$1" --out "$out/$1"
-  exporter=("$sag_python" "$tools/export_model.py" "$out/$1" --prediction eps --device cuda --dtype fp16)
+  export PYTHONPATH=$sag_root/exporter:$sag_python_path
+  local exporter
+  [[ -d $out/$1 ]] || "$sag_python" "$sag_root/tools/make_benchmark_unet.py" --shape "$1" --out "$out/$1"
+  exporter=("$sag_python" -m sag_export "$out/$1" --prediction eps --device cuda --dtype fp16)
   [[ -d $out/$1.traced ]] || "${exporter[@]}" --out "$out/$1.traced"
   [[ -d $out/$1.compiled ]] || "${exporter[@]}" --out "$out/$1.compiled" --format aoti --rows 1,2,3 --size "$2"
   [[ -d $out/$1.any ]] || "${exporter[@]}" --out "$out/$1.any" --format aoti --rows 1-4

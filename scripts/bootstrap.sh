@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sets up what sag is built with. Sourced by demo.sh and test.sh, which then call
 #
-#   sag_bootstrap [tools]      system packages, LibTorch, a CUDA compiler, a new enough CMake; what tools/ needs
+#   sag_bootstrap [tools]      system packages, LibTorch, a CUDA compiler, a new enough CMake; what the tests in Python need
 #   sag_build [<target>...]    configures and builds build/release (everything, or the targets named)
 #
 # What is downloaded, and the compiler's cache, lie outside the clone, in one folder that later clones use again:
@@ -269,21 +269,21 @@ sag_make_toolkit() {
   sag_keep_environment "$name"
 }
 
-# --- What tools/ needs ------------------------------------------------------------------------------------------------
-# For the tests and for bench.sh, which run tools/ with the Python that LibTorch was installed for: sag_python, with
-# sag_python_path on its path. A LibTorch without one is tested without tools/.
+# --- What the exporter, the tools and their tests need ----------------------------------------------------------------
+# For test.sh and bench.sh, which run exporter/ and tools/ with the Python that LibTorch was installed for: sag_python,
+# with sag_python_path on its path. A LibTorch without a Python is tested without them.
 
 sag_find_tools() {
   local requirements=$sag_root/tools/requirements.txt name
   sag_python=${sag_torch_dir%/lib/python3*}/bin/python3
   "$sag_python" -c 'import torch' 2>/dev/null || { sag_python=''; return 0; }
-  name=tools-$({ cat "$requirements" && "$sag_python" --version; } | sha256sum | cut -c 1-12)
+  name=tools-$({ cat "$requirements" "$sag_root/exporter/requirements.txt" && "$sag_python" --version; } | sha256sum | cut -c 1-12)
   if [[ ! -d $sag_cache/$name ]]; then
-    say "downloading what tools/ needs (about 100 MB)"
-    sag_make_environment "$name" "what tools/ needs" -r "$requirements"
+    say "downloading what the exporter and the tools need (about 100 MB)"
+    sag_make_environment "$name" "what the exporter and the tools need" -r "$requirements"
     sag_keep_environment "$name"
   fi
-  say "Python for tools/: $sag_python"
+  say "Python for the exporter and the tools: $sag_python"
   sag_python_path=$(sag_site_packages "$sag_cache/$name")
   sag_configure_args+=("-DSAG_PYTHON=$sag_python" "-DSAG_PYTHONPATH=$sag_python_path")
 }

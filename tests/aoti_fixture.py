@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from export.attention import self_attentions
-from export.package import write_package, write_weights
+from sag_export.attention import self_attentions
+from sag_export.package import write_package, write_weights
 
 WIDTH, HEADS, CONTEXT, FEATURES = 16, 2, 6, 5
 ROWS = (1, 4)
@@ -136,7 +136,9 @@ def write_folder(folder, unet, device):
     inputs = example(device=device)
     sites = [path for _, path in self_attentions(unet, tuple(inputs.values()))]
     write_package(unet, inputs, folder / "a_range.pt2", sites=sites, dims=ranges(), weights=True)
-    write_package(unet, inputs, folder / "rows_2.pt2", sites=sites, dims=sizes_of(inputs), weights=True)
+    write_package(
+        unet, inputs, folder / "rows_2.pt2", sites=sites, dims=sizes_of(inputs), weights=True
+    )
     write_weights(unet, folder / "weights.pt")
 
 
@@ -156,29 +158,46 @@ def edited(source, target, **changes):
         for entry in old.infolist():
             content = old.read(entry)
             if entry.filename.endswith("_metadata.json"):
-                metadata = {**json.loads(content), **{key.replace("__", "."): value for key, value in changes.items()}}
-                content = json.dumps({key: value for key, value in metadata.items() if value is not None})
+                metadata = {
+                    **json.loads(content),
+                    **{key.replace("__", "."): value for key, value in changes.items()},
+                }
+                content = json.dumps(
+                    {key: value for key, value in metadata.items() if value is not None}
+                )
             new.writestr(entry.filename, content)
 
 
 def write_foreign(folder, package, unet):
     """Files that are not what AotiUNet reads, or do not fit."""
     folder.mkdir()
-    edited(package, folder / "bare.pt2", **{f"sag__{key}": None for key in ("format", "inputs", "sites", "torch")})
+    edited(
+        package,
+        folder / "bare.pt2",
+        **{f"sag__{key}": None for key in ("format", "inputs", "sites", "torch")},
+    )
     edited(package, folder / "format_2.pt2", sag__format="2")
     edited(package, folder / "torch_2_6.pt2", sag__torch="2.6.0")
     edited(package, folder / "cuda.pt2", sag__device="cuda", sag__gpu="9.0", AOTI_DEVICE_KEY="cuda")
     edited(package, folder / "ppc.pt2", AOTI_MACHINE="ppc64le")
     edited(package, folder / "no_inputs.pt2", sag__inputs=None)
-    edited(package, folder / "odd_inputs.pt2", sag__inputs="x float32 1-4 4 six 6-24/0\ntimesteps float32 1-4")
-    edited(package, folder / "one_site.pt2", sag__sites="2 middle_block.1.transformer_blocks.0.attn1")
+    edited(
+        package,
+        folder / "odd_inputs.pt2",
+        sag__inputs="x float32 1-4 4 six 6-24/0\ntimesteps float32 1-4",
+    )
+    edited(
+        package, folder / "one_site.pt2", sag__sites="2 middle_block.1.transformer_blocks.0.attn1"
+    )
     edited(package, folder / "other_model.pt2", sag__model="0123456789abcdef")
     whole = package.read_bytes()
     (folder / "truncated.pt2").write_bytes(whole[: len(whole) // 2])
     with zipfile.ZipFile(folder / "zip.pt2", "w") as archive:
         archive.writestr("hello.txt", "no package")
     torch.save({"x": torch.ones(2)}, folder / "tensors.pt2")
-    torch.export.save(torch.export.export(unet, tuple(example().values()), strict=False), folder / "exported.pt2")
+    torch.export.save(
+        torch.export.export(unet, tuple(example().values()), strict=False), folder / "exported.pt2"
+    )
 
 
 def write_other_weights(folder, unet):
@@ -186,7 +205,10 @@ def write_other_weights(folder, unet):
     name = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     variants = {
         "doubled": {**tensors, "out.weight": tensors["out.weight"] * 2},
-        "heavy": {**tensors, name: torch.ones(1 << 24)[: WIDTH * WIDTH].view(WIDTH, WIDTH)},  # saved with its storage
+        "heavy": {
+            **tensors,
+            name: torch.ones(1 << 24)[: WIDTH * WIDTH].view(WIDTH, WIDTH),
+        },  # saved with its storage
         "lacking": {key: value for key, value in tensors.items() if key != name},
         "small": {**tensors, name: torch.ones(3, 3)},
         "half": {**tensors, name: tensors[name].half()},

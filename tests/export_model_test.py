@@ -1,4 +1,4 @@
-"""tools/export_model.py: what it writes, what it refuses, and that sag-sample draws with it."""
+"""sag-export: what it writes, what it refuses, and that sag-sample draws with it."""
 
 import contextlib
 import io
@@ -21,14 +21,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from transformers import CLIPTokenizerFast
 
-import export_model
 import make_tiny_pipeline
-from export import archive, compiled, text
-from export.description import from_scheduler
-from export.mistake import Mistake
-from export.source import open_source
-from export.tokenizer import ClipTokenizer
+from sag_export import archive, compiled, export, text
+from sag_export.cli import parse
+from sag_export.description import from_scheduler
+from sag_export.mistake import Mistake
+from sag_export.source import open_source
+from sag_export.tokenizer import ClipTokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
 
 
@@ -51,7 +52,7 @@ class Case(unittest.TestCase):
         """The written directory and its model.json."""
         out = self.folder / name
         with contextlib.redirect_stderr(io.StringIO()):
-            export_model.run(export_model.parse([str(source), "--out", str(out), *arguments]))
+            export.export_model(parse([str(source), "--out", str(out), *arguments]))
         self.assertFalse(out.with_name(name + ".partial").exists())
         return out, json.loads((out / "model.json").read_text())
 
@@ -59,7 +60,9 @@ class Case(unittest.TestCase):
         """The sentence that refuses; nothing is left behind."""
         before = sorted(self.folder.iterdir())
         with self.assertRaises(Mistake) as caught, contextlib.redirect_stderr(io.StringIO()):
-            export_model.run(export_model.parse([str(source), "--out", str(self.folder / "refused"), *arguments]))
+            export.export_model(
+                parse([str(source), "--out", str(self.folder / "refused"), *arguments])
+            )
         self.assertEqual(sorted(self.folder.iterdir()), before)
         sentence = str(caught.exception)
         self.assertNotIn("\n", sentence)
@@ -230,16 +233,30 @@ class Tokenizer(Case):
 
     def texts(self, count):
         chance = random.Random(0)
-        assigned = [chr(c) for c in range(0x30000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
-        assigned.remove("\u1df6")  # a mark that Unicode gave another class after the reference's tables were made
-        yield from ("", " ", "'", "a" * 3000, "thecat" * 500, "ü" * 200, "A photo of the cat's red hat, 4k!!")
+        assigned = [
+            chr(c) for c in range(0x30000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+        ]
+        assigned.remove(
+            "\u1df6"
+        )  # a mark that Unicode gave another class after the reference's tables were made
+        yield from (
+            "",
+            " ",
+            "'",
+            "a" * 3000,
+            "thecat" * 500,
+            "ü" * 200,
+            "A photo of the cat's red hat, 4k!!",
+        )
         for i in range(count):
             alphabet = (*self.ALPHABETS, assigned)[i % (len(self.ALPHABETS) + 1)]
             yield "".join(chance.choice(alphabet) for _ in range(chance.randrange(40)))
 
     def test_ids_are_the_references(self):
         for padding in ("<|endoftext|>", "!"):
-            reference = make_tiny_pipeline.write_tokenizer(self.folder / f"tokenizer{len(padding)}", padding)
+            reference = make_tiny_pipeline.write_tokenizer(
+                self.folder / f"tokenizer{len(padding)}", padding
+            )
             scripted = torch.jit.script(ClipTokenizer(reference, 77))
             different = [
                 prompt
@@ -274,7 +291,8 @@ class Tokenizer(Case):
         chance = random.Random(0)
         for _ in range(300):
             values = bytes(
-                chance.choice((0x41, 0x80, 0xBF, 0xC0, 0xC3, 0xE2, 0xED, 0xA0, 0xF0, 0xF4, 0xFF)) for _ in range(6)
+                chance.choice((0x41, 0x80, 0xBF, 0xC0, 0xC3, 0xE2, 0xED, 0xA0, 0xF0, 0xF4, 0xFF))
+                for _ in range(6)
             )
             self.assertEqual(scripted.from_bytes(list(values)).shape, (1, 77))
             try:
@@ -302,7 +320,10 @@ class Pipelines(Case):
         encoder = torch.jit.load(str(out / "text_encoder.ts"))
         for prompt in ["red cat!", "", "the cat's — über-schnell 🚀", "x " * 90] * 8:
             if kind == "sdxl":
-                got, expected = encoder.encode(prompt, 5, 7), text.expected(prompt, *parts, size=(40, 56))
+                got, expected = (
+                    encoder.encode(prompt, 5, 7),
+                    text.expected(prompt, *parts, size=(40, 56)),
+                )
                 self.assertEqual(got[1][0, -6:].tolist(), [40, 56, 0, 0, 40, 56])
             else:
                 got, expected = [encoder.encode(prompt)], [text.expected(prompt, *parts)]
@@ -321,7 +342,11 @@ class Pipelines(Case):
             with torch.no_grad():
                 if kind == "sdxl":
                     y = torch.cat(
-                        [torch.randn(rows, 32), torch.tensor([[128.0, 192, 0, 0, 128, 192]]).expand(rows, -1)], 1
+                        [
+                            torch.randn(rows, 32),
+                            torch.tensor([[128.0, 192, 0, 0, 128, 192]]).expand(rows, -1),
+                        ],
+                        1,
                     )
                     added = {"text_embeds": y[:, :32], "time_ids": y[:, 32:]}
                     got, expected = (
@@ -329,7 +354,10 @@ class Pipelines(Case):
                         unet(x, timesteps, context, added_cond_kwargs=added).sample,
                     )
                 else:
-                    got, expected = traced(x, timesteps, context), unet(x, timesteps, context).sample
+                    got, expected = (
+                        traced(x, timesteps, context),
+                        unet(x, timesteps, context).sample,
+                    )
             self.assertLessEqual((got - expected).abs().max(), 2e-5 * expected.abs().max())
 
     def check_vae(self, kind, out):
@@ -340,12 +368,22 @@ class Pipelines(Case):
         with torch.no_grad():
             decoded = vae.decode(latent / vae.config.scaling_factor).sample
             encoded = vae.encode(picture).latent_dist.mean * vae.config.scaling_factor
-            for name, given, expected in (("decoder", latent, decoded), ("encoder", picture, encoded)):
+            for name, given, expected in (
+                ("decoder", latent, decoded),
+                ("encoder", picture, encoded),
+            ):
                 got = torch.jit.load(str(out / f"{name}.ts"))(given)
-                self.assertLessEqual((got - expected).abs().max(), 2e-5 * expected.abs().max(), name)
+                self.assertLessEqual(
+                    (got - expected).abs().max(), 2e-5 * expected.abs().max(), name
+                )
 
     def test_every_kind(self):
-        table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timesteps": 1000}
+        table = {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "timesteps": 1000,
+        }
         expected = {
             "sd1": {"prediction": "eps", **table, "zero_terminal_snr": False},
             "sd2": {"prediction": "v", **table, "zero_terminal_snr": True},
@@ -355,9 +393,17 @@ class Pipelines(Case):
         for kind in make_tiny_pipeline.KINDS:
             with self.subTest(kind):
                 out, model = self.export(self.pipeline(kind), kind)
-                files = {name: f"{name}.ts" for name in ("unet", "text_encoder", "decoder", "encoder")}
-                rest = {"sample": {"shape": [4, 16, 16], "multiple": 1}, "site": "middle.0.0", "files": files}
-                self.assertEqual(model, {"format": 1, "name": f"pipeline-{kind}", **expected[kind], **rest})
+                files = {
+                    name: f"{name}.ts" for name in ("unet", "text_encoder", "decoder", "encoder")
+                }
+                rest = {
+                    "sample": {"shape": [4, 16, 16], "multiple": 1},
+                    "site": "middle.0.0",
+                    "files": files,
+                }
+                self.assertEqual(
+                    model, {"format": 1, "name": f"pipeline-{kind}", **expected[kind], **rest}
+                )
                 self.check_texts(kind, out)
                 self.check_unet(kind, out)
                 self.check_vae(kind, out)
@@ -385,7 +431,9 @@ class Pipelines(Case):
         self.assertEqual(model["prediction"], "v")
         self.assertIs(model["zero_terminal_snr"], True)
         self.assertEqual(model["beta_schedule"], "linear")
-        self.assertEqual(model["site"], "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1")
+        self.assertEqual(
+            model["site"], "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+        )
         self.assertEqual(model["name"], "mine")
         self.assertEqual(model["sample"]["shape"], [4, 24, 8])
 
@@ -411,14 +459,21 @@ class Pipelines(Case):
             folder = self.plain_unet(f"sides-{written[1]}", size, halvings=2)
             _, model = self.export(folder, folder.name + "-out", "--prediction", "eps")
             self.assertEqual(model["sample"], {"shape": written, "multiple": 4})
-        self.assertIn("multiples of 4 for", self.mistake(folder, "--prediction", "eps", "--sample", "3x33x33"))
+        self.assertIn(
+            "multiples of 4 for", self.mistake(folder, "--prediction", "eps", "--sample", "3x33x33")
+        )
         _, model = self.export(folder, "sides-wide", "--prediction", "eps", "--sample", "3x32x36")
         self.assertEqual(model["sample"]["shape"], [3, 32, 36])
 
     def test_unets_without_text(self):
         self.plain_unet("plain", 16)
         out, model = self.export(
-            self.folder / "plain", "plain-out", "--prediction", "eps", "--constant", "beta_schedule=linear"
+            self.folder / "plain",
+            "plain-out",
+            "--prediction",
+            "eps",
+            "--constant",
+            "beta_schedule=linear",
         )
         self.assertEqual(model["sample"], {"shape": [3, 16, 16], "multiple": 2})
         self.assertEqual(model["site"], "unet.mid_block.attentions.0")
@@ -457,20 +512,33 @@ class Pipelines(Case):
         notes = []
 
         def described(scheduler, given=None):
-            return from_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config}, notes.append, given)
+            return from_scheduler(
+                {"_class_name": type(scheduler).__name__, **scheduler.config}, notes.append, given
+            )
 
         self.assertEqual(
             described(EDMEulerScheduler(sigma_max=70.0)),
             {"prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 70.0},
         )
-        self.assertEqual(described(PNDMScheduler(prediction_type="v_prediction"))["prediction"], "v")
+        self.assertEqual(
+            described(PNDMScheduler(prediction_type="v_prediction"))["prediction"], "v"
+        )
         self.assertEqual(notes, [])
-        flow = described(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, num_train_timesteps=500))
+        flow = described(
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, num_train_timesteps=500)
+        )
         self.assertEqual(flow, {"prediction": "flow", "shift": 1.0, "timestep_multiplier": 500})
         self.assertEqual(len(notes), 1)
-        edm = described(EDMEulerScheduler(sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction"), "edm")
-        self.assertEqual(edm, {"prediction": "edm", "sigma_data": 1.0, "sigma_min": 0.002, "sigma_max": 120.0})
-        self.assertEqual(described(FlowMatchEulerDiscreteScheduler(shift=3.0), "flow")["shift"], 3.0)
+        edm = described(
+            EDMEulerScheduler(sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction"),
+            "edm",
+        )
+        self.assertEqual(
+            edm, {"prediction": "edm", "sigma_data": 1.0, "sigma_min": 0.002, "sigma_max": 120.0}
+        )
+        self.assertEqual(
+            described(FlowMatchEulerDiscreteScheduler(shift=3.0), "flow")["shift"], 3.0
+        )
         self.assertEqual(len(notes), 1)
         self.assertEqual(described(FlowMatchEulerDiscreteScheduler(), "eps"), {"prediction": "eps"})
         self.assertIn("FlowMatchEulerDiscreteScheduler, tells no table", notes[-1])
@@ -481,10 +549,14 @@ class Pipelines(Case):
         scheduler = "scheduler/scheduler_config.json"
         folder = self.edited("sd2", "given", scheduler, num_train_timesteps=500)
         _, said = self.export(folder, "given-none", "--unet-only")
-        _, given = self.export(folder, "given-v", "--unet-only", "--name", said["name"], "--prediction", "v")
+        _, given = self.export(
+            folder, "given-v", "--unet-only", "--name", said["name"], "--prediction", "v"
+        )
         self.assertEqual(given, said)
         self.assertEqual((given["timesteps"], given["zero_terminal_snr"]), (500, True))
-        _, eps = self.export(folder, "given-eps", "--unet-only", "--name", said["name"], "--prediction", "eps")
+        _, eps = self.export(
+            folder, "given-eps", "--unet-only", "--name", said["name"], "--prediction", "eps"
+        )
         self.assertEqual(eps, {**said, "prediction": "eps"})
         shifted = self.edited("flow", "given-shift", scheduler, shift=2.5)
         _, flow = self.export(shifted, "given-flow", "--unet-only", "--prediction", "flow")
@@ -507,14 +579,20 @@ class Pipelines(Case):
     def test_networks_that_are_told_no_place_in_a_table_are_refused(self):
         config = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
         for given in (None, "v"):
-            with self.assertRaisesRegex(Mistake, '"timestep_type" must be discrete, got continuous'):
+            with self.assertRaisesRegex(
+                Mistake, '"timestep_type" must be discrete, got continuous'
+            ):
                 from_scheduler({**config, "prediction_type": "v_prediction"}, self.fail, given)
         edm = from_scheduler({**config, "sigma_max": 700.0, "sigma_min": None}, self.fail, "edm")
-        self.assertEqual(edm, {"prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 700.0})
+        self.assertEqual(
+            edm, {"prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 700.0}
+        )
 
     def test_a_vae_by_its_older_name(self):
         """As latent diffusion's first text-to-image pipelines have it."""
-        folder = self.edited("sd1", "older", "model_index.json", vae=None, vqvae=["diffusers", "AutoencoderKL"])
+        folder = self.edited(
+            "sd1", "older", "model_index.json", vae=None, vqvae=["diffusers", "AutoencoderKL"]
+        )
         (folder / "vae").rename(folder / "vqvae")
         out, model = self.export(folder, "older-out")
         self.assertEqual(model["files"]["decoder"], "decoder.ts")
@@ -540,8 +618,8 @@ class Pipelines(Case):
         """600: the small vocabulary has a token for almost every letter, CLIP's for every word of Long CLIP's 248."""
         for read, given, tokens in ((600, 600, 600), (248, 77, 77)):
             folder = self.with_tokens(f"long-{given}", read, given)
-            options = export_model.parse([str(folder), "--out", "x"])
-            export_model.complete(options)
+            options = parse([str(folder), "--out", "x"])
+            export.complete(options)
             self.assertEqual(open_source(options).network.context, (tokens, 32))
             out, _ = self.export(folder, f"long-{given}-out")
             encoder = torch.jit.load(str(out / "text_encoder.ts"))
@@ -555,7 +633,10 @@ class Pipelines(Case):
                 wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
                 found = {p.dtype for p in torch.jit.load(str(out / f"{name}.ts")).parameters()}
                 self.assertEqual(found, {wanted}, name)
-            self.assertEqual({p.dtype for p in torch.jit.load(str(out / "decoder.ts")).parameters()}, {torch.float32})
+            self.assertEqual(
+                {p.dtype for p in torch.jit.load(str(out / "decoder.ts")).parameters()},
+                {torch.float32},
+            )
 
     def test_an_existing_directory_is_replaced_only_when_asked_to(self):
         unet = self.pipeline("sd1") / "unet"
@@ -585,15 +666,24 @@ class Pipelines(Case):
         self.assertIn(
             "has no UNet, but a FluxTransformer2DModel",
             self.mistake(
-                self.edited("sd1", "flux", index, unet=None, transformer=["diffusers", "FluxTransformer2DModel"])
+                self.edited(
+                    "sd1",
+                    "flux",
+                    index,
+                    unet=None,
+                    transformer=["diffusers", "FluxTransformer2DModel"],
+                )
             ),
         )
         self.assertIn(
             "Only CLIP's text encoders",
-            self.mistake(self.edited("sd1", "t5", index, text_encoder=["transformers", "T5EncoderModel"])),
+            self.mistake(
+                self.edited("sd1", "t5", index, text_encoder=["transformers", "T5EncoderModel"])
+            ),
         )
         self.assertIn(
-            "Only an AutoencoderKL", self.mistake(self.edited("sd1", "vq", index, vae=["diffusers", "VQModel"]))
+            "Only an AutoencoderKL",
+            self.mistake(self.edited("sd1", "vq", index, vae=["diffusers", "VQModel"])),
         )
         scheduler = "scheduler/scheduler_config.json"
         self.assertIn(
@@ -601,14 +691,17 @@ class Pipelines(Case):
             self.mistake(self.edited("sd1", "ve", scheduler, _class_name="KarrasVeScheduler")),
         )
         self.assertIn(
-            "squaredcos_cap_v2", self.mistake(self.edited("sd1", "cos", scheduler, beta_schedule="squaredcos_cap_v2"))
+            "squaredcos_cap_v2",
+            self.mistake(self.edited("sd1", "cos", scheduler, beta_schedule="squaredcos_cap_v2")),
         )
         self.assertIn(
-            '"prediction_type" must be', self.mistake(self.edited("sd1", "kind", scheduler, prediction_type="noise"))
+            '"prediction_type" must be',
+            self.mistake(self.edited("sd1", "kind", scheduler, prediction_type="noise")),
         )
         unet = "unet/config.json"
         self.assertIn(
-            "takes 9 and returns 4", self.mistake(self.edited("sd1", "paint", unet, in_channels=9), "--unet-only")
+            "takes 9 and returns 4",
+            self.mistake(self.edited("sd1", "paint", unet, in_channels=9), "--unet-only"),
         )
         self.assertIn(
             '"time_cond_proj_dim": 256: guidance was distilled',
@@ -619,14 +712,17 @@ class Pipelines(Case):
             self.mistake(self.edited("sd1", "wide", unet, block_out_channels=[8, 8])),
         )
         self.assertIn(
-            "Only CLIP's text encoders", self.mistake(self.edited("sdxl", "refiner", index, text_encoder=None))
+            "Only CLIP's text encoders",
+            self.mistake(self.edited("sdxl", "refiner", index, text_encoder=None)),
         )
         self.assertIn(
             "give 32 numbers a token, but the UNet takes 64",
             self.mistake(self.edited("sdxl", "half", index, text_encoder_2=None)),
         )
         (self.folder / "empty").mkdir()
-        self.assertIn("must be the folder of a diffusers pipeline", self.mistake(self.folder / "empty"))
+        self.assertIn(
+            "must be the folder of a diffusers pipeline", self.mistake(self.folder / "empty")
+        )
         (self.folder / "damaged").mkdir()
         (self.folder / "damaged" / "config.json").write_text("{")
         self.assertIn("is no JSON", self.mistake(self.folder / "damaged", "--prediction", "eps"))
@@ -640,16 +736,26 @@ class Pipelines(Case):
             "must name one of shift, timestep_multiplier",
             self.mistake(unet, "--prediction", "flow", "--constant", "beta_start=1"),
         )
-        self.assertIn("shift cannot be", self.mistake(unet, "--prediction", "flow", "--constant", "shift=-1"))
+        self.assertIn(
+            "shift cannot be", self.mistake(unet, "--prediction", "flow", "--constant", "shift=-1")
+        )
         self.assertIn(
             "names none of them. Its self-attentions are #0 unet.down",
             self.mistake(unet, "--prediction", "eps", "--site", "middle.7.0"),
         )
-        self.assertIn("for --format aoti", self.mistake(unet, "--prediction", "eps", "--rows", "1,2"))
-        self.assertIn("4 channels", self.mistake(unet, "--prediction", "eps", "--sample", "3x64x64"))
-        self.assertIn("for MODULE:FACTORY", self.mistake(unet, "--prediction", "eps", "--context", "77x32"))
+        self.assertIn(
+            "for --format aoti", self.mistake(unet, "--prediction", "eps", "--rows", "1,2")
+        )
+        self.assertIn(
+            "4 channels", self.mistake(unet, "--prediction", "eps", "--sample", "3x64x64")
+        )
+        self.assertIn(
+            "for MODULE:FACTORY", self.mistake(unet, "--prediction", "eps", "--context", "77x32")
+        )
         if not torch.cuda.is_available():
-            self.assertIn("no CUDA device", self.mistake(unet, "--prediction", "eps", "--device", "cuda"))
+            self.assertIn(
+                "no CUDA device", self.mistake(unet, "--prediction", "eps", "--device", "cuda")
+            )
         with self.assertRaisesRegex(Mistake, "there is no folder"):
             self.export(unet, "no/where", "--prediction", "eps")
         for arguments in (
@@ -660,8 +766,11 @@ class Pipelines(Case):
             ["--sample", "4x64"],
             ["--nothing"],
         ):
-            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as printed:
-                export_model.parse([str(unet), "--out", "x", *arguments])
+            with (
+                self.assertRaises(SystemExit) as caught,
+                contextlib.redirect_stderr(io.StringIO()) as printed,
+            ):
+                parse([str(unet), "--out", "x", *arguments])
             self.assertEqual(caught.exception.code, 1)
             self.assertEqual(printed.getvalue().count("\n"), 1)
 
@@ -683,7 +792,11 @@ class OwnModules(Case):
         inputs = torch.randn(3, 4, 10, 6), torch.tensor([1.0, 2.0, 3.0]), torch.randn(3, 5, 6)
         with torch.no_grad():
             self.assertTrue(
-                torch.allclose(torch.jit.load(str(out / "unet.ts"))(*inputs), own_modules.Net()(*inputs), atol=1e-6)
+                torch.allclose(
+                    torch.jit.load(str(out / "unet.ts"))(*inputs),
+                    own_modules.Net()(*inputs),
+                    atol=1e-6,
+                )
             )
 
     def test_an_attention_in_no_module_of_its_own_goes_by_its_ordinal(self):
@@ -695,7 +808,10 @@ class OwnModules(Case):
 
     def test_modules_of_pytorchs_own_keep_their_attention(self):
         """In eval mode their fast path calls one op for everything."""
-        for made, site, count in (("Multihead", "heads", 1), ("Encoding", "mid_block.layers.0.self_attn", 2)):
+        for made, site, count in (
+            ("Multihead", "heads", 1),
+            ("Encoding", "mid_block.layers.0.self_attn", 2),
+        ):
             out, model = self.export(f"{self.name}:{made}", made, *self.ARGUMENTS, "--site", site)
             self.assertEqual(model["site"], site)
             called = str(torch.jit.load(str(out / "unet.ts")).inlined_graph)
@@ -705,8 +821,12 @@ class OwnModules(Case):
             self.assertTrue(torch.backends.mha.get_fastpath_enabled())
             if SAMPLE:
                 command = [SAMPLE, "--model", out, "--list-sites", "--device", "cpu"]
-                self.assertIn(site, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        self.assertIn("with need_weights=False", self.mistake(f"{self.name}:Weighing", *self.ARGUMENTS))
+                self.assertIn(
+                    site, subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                )
+        self.assertIn(
+            "with need_weights=False", self.mistake(f"{self.name}:Weighing", *self.ARGUMENTS)
+        )
 
     def test_traces_that_differ_leave_nothing(self):
         for made in ("Branching", "Timed", "Large", "Random"):
@@ -715,17 +835,27 @@ class OwnModules(Case):
                 self.assertIn("unet.ts differs from the network", said)
 
     def test_missing_packages_are_named_in_one_sentence(self):
-        tools = pathlib.Path(export_model.__file__).parent
-        for name, *arguments in (
-            ("export_model.py", "nowhere", "--out", "x"),
-            ("make_tiny_pipeline.py", "sd1", "x"),
-            ("make_benchmark_unet.py", "--shape", "sd15", "--out", "x"),
-        ):
+        programs = (
+            ("sag-export", ROOT / "exporter", "-m", "sag_export", "nowhere", "--out", "x"),
+            ("make_tiny_pipeline.py", ROOT, "tools/make_tiny_pipeline.py", "sd1", "x"),
+            (
+                "make_benchmark_unet.py",
+                ROOT,
+                "tools/make_benchmark_unet.py",
+                "--shape",
+                "sd15",
+                "--out",
+                "x",
+            ),
+        )
+        for name, folder, *arguments in programs:
             with self.subTest(name):  # -S and -E: without installed packages
-                command = [sys.executable, "-S", "-E", tools / name, *arguments]
-                run = subprocess.run(command, capture_output=True, text=True)
+                command = [sys.executable, "-S", "-E", *arguments]
+                run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
                 self.assertEqual(run.returncode, 1)
-                self.assertRegex(run.stderr, rf"\A{name}: The package torch is missing: pip install .+\n\Z")
+                self.assertRegex(
+                    run.stderr, rf"\A{name}: The package torch is missing: pip install .+\n\Z"
+                )
 
     def test_modules_that_do_not_fit_are_refused(self):
         name, fits = self.name, self.ARGUMENTS
@@ -737,18 +867,23 @@ class OwnModules(Case):
         self.assertIn("own_modules.py has no nothing", self.mistake(f"{name}:nothing", *fits))
         self.assertIn('complex "turns"', self.mistake(f"{name}:Turning", *fits))
         self.assertIn("is TorchScript already", self.mistake(f"{name}:scripted", *fits))
-        self.assertIn("multiples of --multiple", self.mistake(f"{name}:Net", *fits, "--multiple", "3"))
+        self.assertIn(
+            "multiples of --multiple", self.mistake(f"{name}:Net", *fits, "--multiple", "3")
+        )
         size = ("--multiple", "4", "--format", "aoti", "--size", "8x6")
         self.assertIn("multiple of 4", self.mistake(f"{name}:Net", *fits, *size))
         self.assertIn("cannot be called", self.mistake("nowhere_at_all:Net", *fits))
-        self.assertIn("The network fails for x [2, 4, 2, 3]", self.mistake(f"{name}:Net", *fits[:-1], "5x7"))
+        self.assertIn(
+            "The network fails for x [2, 4, 2, 3]", self.mistake(f"{name}:Net", *fits[:-1], "5x7")
+        )
         self.assertIn("--sample is needed", self.mistake(f"{name}:Net", "--prediction", "eps"))
         self.assertIn("--prediction is needed", self.mistake(f"{name}:Net", *fits[2:]))
 
 
 def png(path, width, height):
     rows = b"".join(
-        b"\0" + bytes((x * 3 + y * 5 + c * 60) % 256 for x in range(width) for c in range(3)) for y in range(height)
+        b"\0" + bytes((x * 3 + y * 5 + c * 60) % 256 for x in range(width) for c in range(3))
+        for y in range(height)
     )
     parts = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
@@ -756,7 +891,8 @@ def png(path, width, height):
         (b"IEND", b""),
     )
     chunks = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
     )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
@@ -765,7 +901,9 @@ def png(path, width, height):
 class Command(Case):
     def sample(self, *arguments, code=0):
         run = subprocess.run(
-            [SAMPLE, *map(str, arguments), "--device", "cpu", "--threads", "1"], capture_output=True, text=True
+            [SAMPLE, *map(str, arguments), "--device", "cpu", "--threads", "1"],
+            capture_output=True,
+            text=True,
         )
         self.assertEqual(run.returncode, code, run.stderr)
         return run.stdout if code == 0 else run.stderr
@@ -817,7 +955,9 @@ class Command(Case):
         self.sample(*arguments, "--save-latent", out)
         self.assertEqual(torch.load(out, weights_only=True).shape, (1, 4, 9, 17))
         png(self.folder / "photo.png", 137, 72)
-        self.assertIn("out of 72 x 137 pixels", self.sample(*arguments, "--save-latent", out, code=1))
+        self.assertIn(
+            "out of 72 x 137 pixels", self.sample(*arguments, "--save-latent", out, code=1)
+        )
 
     def test_its_encoder_gives_the_contexts_of_the_file(self):
         """By the prompt, and by the tensors that Python gets from the same file."""
@@ -829,8 +969,14 @@ class Command(Case):
         torch.save(tensors, self.folder / "text.pt")
         both = ("--steps", "2", "--quiet", "--save-latent")
         self.sample("--model", model, "--prompt", "It's — 🚀", *both, self.folder / "a.pt")
-        given = [f"{self.folder / 'text.pt'}:{name}" for name in ("cond", "uncond", "cond_y", "uncond_y")]
-        options = [part for pair in zip(("--cond", "--uncond", "--cond-y", "--uncond-y"), given) for part in pair]
+        given = [
+            f"{self.folder / 'text.pt'}:{name}" for name in ("cond", "uncond", "cond_y", "uncond_y")
+        ]
+        options = [
+            part
+            for pair in zip(("--cond", "--uncond", "--cond-y", "--uncond-y"), given)
+            for part in pair
+        ]
         self.sample("--model", model, *options, *both, self.folder / "b.pt")
         a, b = (torch.load(self.folder / name, weights_only=True) for name in ("a.pt", "b.pt"))
         self.assertLessEqual((a - b).abs().max(), 1e-6 * a.abs().max())
@@ -867,7 +1013,14 @@ class Compiled(Case):
     def test_it_draws_what_torchscript_draws(self):
         traced, _ = self.export(self.pipeline("sdxl"), "traced")
         package, model = self.export(
-            self.pipeline("sdxl"), "compiled", "--format", "aoti", "--rows", "1-3", "--size", "16x24"
+            self.pipeline("sdxl"),
+            "compiled",
+            "--format",
+            "aoti",
+            "--rows",
+            "1-3",
+            "--size",
+            "16x24",
         )
         self.assertEqual(model["files"]["unet"], "unet.pt2")
         self.assertEqual(model["sample"], {"shape": [4, 16, 24], "multiple": 2})
@@ -884,7 +1037,8 @@ class Compiled(Case):
         self.assertEqual(model["files"], {"unet": "unet"})
         self.assertEqual(model["sample"]["shape"], [4, 8, 6])
         self.assertEqual(
-            sorted(entry.name for entry in (out / "unet").iterdir()), ["rows2_8x6.pt2", "rows3-4_8x6.pt2", "weights.pt"]
+            sorted(entry.name for entry in (out / "unet").iterdir()),
+            ["rows2_8x6.pt2", "rows3-4_8x6.pt2", "weights.pt"],
         )
         self.assertEqual(model["site"], "mid_block")
 
@@ -897,17 +1051,24 @@ class Compiled(Case):
         self.assertIn("no.pt2 does not run: ", str(caught.exception))
 
     def test_a_program_that_died_says_how(self):
-        for code, text, said in ((-11, "", "signal 11"), (1, "Trace\nWrong: x.\n\n", "Wrong: x"), (3, "", "with 3")):
+        for code, text, said in (
+            (-11, "", "signal 11"),
+            (1, "Trace\nWrong: x.\n\n", "Wrong: x"),
+            (3, "", "with 3"),
+        ):
             self.assertIn(said, compiled.why(subprocess.CompletedProcess([], code, "", text)))
 
     def test_what_cannot_be_compiled_leaves_nothing(self):
         name = self.module("own_modules", MODULES)
         self.assertIn(
             "multiples of 2",
-            self.mistake(self.pipeline("sd1"), "--format", "aoti", "--unet-only", "--size", "17-32x16"),
+            self.mistake(
+                self.pipeline("sd1"), "--format", "aoti", "--unet-only", "--size", "17-32x16"
+            ),
         )
         self.assertIn(
-            "cannot be compiled", self.mistake(f"{name}:Branching", *OwnModules.ARGUMENTS, "--format", "aoti")
+            "cannot be compiled",
+            self.mistake(f"{name}:Branching", *OwnModules.ARGUMENTS, "--format", "aoti"),
         )
 
 

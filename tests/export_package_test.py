@@ -1,4 +1,4 @@
-"""tools/export/attention.py and package.py, without compiling anything."""
+"""attention.py and package.py of the exporter, without compiling anything."""
 
 import pathlib
 import tempfile
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import aoti_fixture
-from export.attention import marked, self_attentions
-from export.package import write_package, write_weights
+from sag_export.attention import marked, self_attentions
+from sag_export.package import write_package, write_weights
 
 MIDDLE = "middle_block.1.transformer_blocks.0.attn1"
 INPUT = "input_blocks.1.1.transformer_blocks.0.attn1"
@@ -82,11 +82,17 @@ class SelfAttentions(unittest.TestCase):
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         ).eval()
-        found = self_attentions(unet, (torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 3, 8)))
+        found = self_attentions(
+            unet, (torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 3, 8))
+        )
         middle = "mid_block.attentions.0.transformer_blocks.0.attn1"
         self.assertEqual(found[0], (0, "down_blocks.0.attentions.0.transformer_blocks.0.attn1"))
         self.assertIn((2, middle), found)
-        inputs = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.ones(2), "context": torch.randn(2, 3, 8)}
+        inputs = {
+            "sample": torch.randn(2, 4, 8, 8),
+            "timestep": torch.ones(2),
+            "context": torch.randn(2, 3, 8),
+        }
         sites, _ = called_sites(unet, inputs, [middle])
         self.assertEqual(sites, [middle])
 
@@ -111,7 +117,9 @@ class Marked(unittest.TestCase):
         class Masked(nn.Module):
             def forward(self, t):
                 mask = torch.ones(t.shape[-2], t.shape[-2], dtype=torch.bool).tril()
-                grouped = F.scaled_dot_product_attention(t, t[:, :1], t[:, :1], attn_mask=mask, enable_gqa=True)
+                grouped = F.scaled_dot_product_attention(
+                    t, t[:, :1], t[:, :1], attn_mask=mask, enable_gqa=True
+                )
                 return grouped + F.scaled_dot_product_attention(t, t, t, is_causal=True, scale=0.3)
 
         module, t = Masked(), torch.randn(2, 4, 5, 8)
@@ -163,19 +171,35 @@ class WritePackage(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
 
-    def refuses(self, pattern, unet=None, example=None, dims=None, name="unet.pt2", sites=(MIDDLE,), **options):
+    def refuses(
+        self,
+        pattern,
+        unet=None,
+        example=None,
+        dims=None,
+        name="unet.pt2",
+        sites=(MIDDLE,),
+        **options,
+    ):
         example = example or aoti_fixture.example()
         dims = {**aoti_fixture.ranges(), **(dims or {})}
         with self.assertRaisesRegex(ValueError, pattern) as raised:
             write_package(
-                unet or aoti_fixture.make_unet(), example, self.folder / name, sites=sites, dims=dims, **options
+                unet or aoti_fixture.make_unet(),
+                example,
+                self.folder / name,
+                sites=sites,
+                dims=dims,
+                **options,
             )
         self.assertNotIn("\n", str(raised.exception))
         self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_refuses_examples_that_do_not_fit(self):
-        self.refuses(r"example's x must be \[1-4 4 6-24/2 6-24/2\], got \[2, 4, 13, 16\]",
-                     example={**aoti_fixture.example(), "x": torch.ones(2, 4, 13, 16)})
+        self.refuses(
+            r"example's x must be \[1-4 4 6-24/2 6-24/2\], got \[2, 4, 13, 16\]",
+            example={**aoti_fixture.example(), "x": torch.ones(2, 4, 13, 16)},
+        )
         self.refuses("at least 2 where it may vary", example=aoti_fixture.example(rows=1))
         self.refuses("rows, must be the same", dims={"y": [2, aoti_fixture.FEATURES]})
         self.refuses("dims must be given for x, timesteps", dims={"z": [2]})
@@ -186,12 +210,16 @@ class WritePackage(unittest.TestCase):
         self.refuses("must end with .pt2", name="unet.pt")
         self.refuses("no module 'middle.0.0'", sites=["middle.0.0"])
         # It needs even sides.
-        self.refuses("cannot be exported with these dims", dims={"x": [(1, 4), 4, (6, 24), (6, 24)]})
+        self.refuses(
+            "cannot be exported with these dims", dims={"x": [(1, 4), 4, (6, 24), (6, 24)]}
+        )
 
     def test_refuses_to_leave_out_what_is_no_weight(self):
         unet = aoti_fixture.make_unet()
         unet.offset = torch.linspace(0, 1, 4 * 16)
-        unet.register_forward_pre_hook(lambda unet, args: (args[0] + unet.offset[:4, None, None], *args[1:]))
+        unet.register_forward_pre_hook(
+            lambda unet, args: (args[0] + unet.offset[:4, None, None], *args[1:])
+        )
         self.refuses("neither", unet=unet, weights=True)
 
     def test_writes_weights_as_they_lie(self):

@@ -7,7 +7,7 @@ import unittest
 import torch
 
 import aoti_fixture
-from export.attention import declare_op
+from sag_export.attention import declare_op
 
 PACKAGES = pathlib.Path(os.environ["SAG_PACKAGES"])
 
@@ -19,14 +19,18 @@ class OpsLibrary(unittest.TestCase):
     def test_the_op_is_attention(self):
         q, k, v = torch.randn(3, 2, 2, 5, 8).unbind()
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.4)
-        self.assertTrue(torch.equal(torch.ops.sag.attention(q, k, v, scale=0.4, site="middle.0.0"), expected))
+        self.assertTrue(
+            torch.equal(torch.ops.sag.attention(q, k, v, scale=0.4, site="middle.0.0"), expected)
+        )
 
     def test_the_op_passes_pytorchs_checks(self):
         q, k, v = torch.randn(3, 2, 2, 5, 8).unbind()
         strided = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
         for arguments in ((q, k, v), tuple(strided)):
             torch.library.opcheck(
-                torch.ops.sag.attention.default, arguments, test_utils=("test_schema", "test_faketensor")
+                torch.ops.sag.attention.default,
+                arguments,
+                test_utils=("test_schema", "test_faketensor"),
             )
 
     def test_packages_run_with_it(self):

@@ -2,7 +2,7 @@
 """Writes a full-size diffusers UNet with random weights, to measure with (scripts/bench.sh).
 
     tools/make_benchmark_unet.py --shape sd15 --out build/bench/sd15
-    tools/export_model.py build/bench/sd15 --prediction eps --out build/bench/sd15.compiled --format aoti --rows 1,2,3 \\
+    sag-export build/bench/sd15 --prediction eps --out build/bench/sd15.compiled --format aoti --rows 1,2,3 \\
         --size 64x64 --device cuda
 
 The configurations are those of Stable Diffusion 1.5 and SDXL base; nothing is downloaded. Beside the UNet lies
@@ -18,13 +18,15 @@ import time
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from export.needs import needed_packages  # noqa: E402
-
-with needed_packages("make_benchmark_unet.py"):
+try:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from export import unet as unets
+    from sag_export import unet as unets
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"make_benchmark_unet.py: The package {missing.name} is missing: pip install './exporter[diffusers]'"
+    )
 
 SD15 = dict(
     sample_size=64,
@@ -62,7 +64,9 @@ def reference(network):
     attention = network.module.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     seen = {}
     hooks = [
-        projection.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+        projection.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: output})
+        )
         for name, projection in (("query", attention.to_q), ("key", attention.to_k))
     ]
     inputs = network.example(3, *network.shape[1:])
@@ -70,11 +74,16 @@ def reference(network):
     for hook in hooks:
         hook.remove()
     sums = token_sums(seen["query"], seen["key"], attention.heads, attention.scale)
-    return {name: tensor.cpu() for name, tensor in {**inputs, "output": output.float(), "token_sums": sums}.items()}
+    return {
+        name: tensor.cpu()
+        for name, tensor in {**inputs, "output": output.float(), "token_sums": sums}.items()
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=["sd15", "sdxl"], required=True)
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")

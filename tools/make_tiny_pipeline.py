@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes a small diffusers pipeline of random weights, in the form of the real ones, to try tools/export_model.py with.
+"""Writes a small diffusers pipeline of random weights, in the form of the real ones, to try sag-export with.
 
     tools/make_tiny_pipeline.py sdxl /tmp/tiny-sdxl
-    tools/export_model.py /tmp/tiny-sdxl --out /tmp/tiny
+    sag-export /tmp/tiny-sdxl --out /tmp/tiny
 
 Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), flow (sd1 with a flow scheduler).
 """
@@ -10,10 +10,9 @@ Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), f
 import argparse
 import json
 import pathlib
+import sys
 
-from export.needs import needed_packages
-
-with needed_packages("make_tiny_pipeline.py"):
+try:
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -22,14 +21,25 @@ with needed_packages("make_tiny_pipeline.py"):
         FlowMatchEulerDiscreteScheduler,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizerFast,
+    )
 
-    from export.tokenizer import byte_characters
+    from sag_export.tokenizer import byte_characters
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"make_tiny_pipeline.py: The package {missing.name} is missing: pip install './exporter[diffusers]'"
+    )
 
 KINDS = ("sd1", "sd2", "sdxl", "flow")
 WIDTH = 32
 MERGES = "i n, t h, a n, r e, e r</w>, o n</w>, th e</w>, c a, ca t</w>, an d</w>, re d</w>, ' s</w>, . ., .. .</w>"
-TABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+TABLE = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+)
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline"}
 
 
@@ -52,7 +62,10 @@ def write_tokenizer(folder, padding="<|endoftext|>"):
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = CLIPTokenizerFast(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=padding, model_max_length=77
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        pad_token=padding,
+        model_max_length=77,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -83,7 +96,9 @@ def make_unet(kind):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     if kind != "sdxl":
-        return UNet2DConditionModel(**heads_and_blocks, cross_attention_dim=WIDTH, use_linear_projection=kind == "sd2")
+        return UNet2DConditionModel(
+            **heads_and_blocks, cross_attention_dim=WIDTH, use_linear_projection=kind == "sd2"
+        )
     return UNet2DConditionModel(
         **heads_and_blocks,
         cross_attention_dim=2 * WIDTH,
@@ -120,7 +135,9 @@ def make(kind, folder):
         scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
     ).save_pretrained(folder / "vae")
     make_scheduler(kind).save_pretrained(folder / "scheduler")
-    write_text_encoder(folder / "text_encoder", CLIPTextModel, write_tokenizer(folder / "tokenizer"))
+    write_text_encoder(
+        folder / "text_encoder", CLIPTextModel, write_tokenizer(folder / "tokenizer")
+    )
     index = {
         "_class_name": PIPELINES.get(kind, "StableDiffusionPipeline"),
         "scheduler": ["diffusers", type(make_scheduler(kind)).__name__],
@@ -131,7 +148,9 @@ def make(kind, folder):
     }
     if kind == "sdxl":
         write_text_encoder(
-            folder / "text_encoder_2", CLIPTextModelWithProjection, write_tokenizer(folder / "tokenizer_2", padding="!")
+            folder / "text_encoder_2",
+            CLIPTextModelWithProjection,
+            write_tokenizer(folder / "tokenizer_2", padding="!"),
         )
         index.update(
             text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
@@ -141,7 +160,9 @@ def make(kind, folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("folder")
     options = parser.parse_args()

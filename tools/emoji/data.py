@@ -1,4 +1,5 @@
 """The glyphs and their captions on the device, and random training batches of both."""
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,11 @@ class Glyphs:
     def __init__(self, path, device, limit=None):
         archive = np.load(path)
         captions = [line.split("|") for line in str(archive["captions"]).split("\n")]
-        chosen = np.arange(len(captions)) if not limit else np.linspace(0, len(captions) - 1, limit).astype(int)
+        chosen = (
+            np.arange(len(captions))
+            if not limit
+            else np.linspace(0, len(captions) - 1, limit).astype(int)
+        )
         pictures = torch.from_numpy(archive["pictures"][:, chosen]).to(device)
         self.captions = [captions[i] for i in chosen]
         self.sizes, self.count, self.side = *pictures.shape[:2], pictures.shape[2]
@@ -23,11 +28,15 @@ class Glyphs:
         """Random or given glyphs, some a little shifted and some a little smaller: pictures, glyph numbers."""
         device = self.padded.device
         glyph = torch.randint(self.count, (count,), device=device) if glyph is None else glyph
-        size = torch.randint(1, self.sizes, (count,), device=device) * (torch.rand(count, device=device) < scaled)
+        size = torch.randint(1, self.sizes, (count,), device=device) * (
+            torch.rand(count, device=device) < scaled
+        )
         moved = torch.rand(count, 2, device=device) < shifted
         offset = torch.randint(-shift, shift + 1, (count, 2), device=device) * moved + MARGIN
         rows, columns = (offset[..., None] + torch.arange(self.side, device=device)).unbind(1)
-        pictures = self.padded[(size * self.count + glyph)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        pictures = self.padded[
+            (size * self.count + glyph)[:, None, None], rows[:, :, None], columns[:, None, :]
+        ]
         return to_signed(pictures.permute(0, 3, 1, 2)), glyph
 
 
@@ -46,10 +55,14 @@ class Captions:
         words = torch.zeros(len(lines), encoder.tokens, dtype=torch.long)
         for line, (word_trigrams, word_buckets) in enumerate(tokenized):
             for i, (buckets, word) in enumerate(zip(word_trigrams, word_buckets)):
-                trigrams[line, i, :len(buckets)] = torch.tensor(buckets)
+                trigrams[line, i, : len(buckets)] = torch.tensor(buckets)
                 words[line, i] = word
         counts = torch.tensor([len(names) for names in captions])
-        self.trigrams, self.words, self.counts = trigrams.to(device), words.to(device), counts.to(device)
+        self.trigrams, self.words, self.counts = (
+            trigrams.to(device),
+            words.to(device),
+            counts.to(device),
+        )
         self.first = 1 + self.counts.cumsum(0) - self.counts
 
     def names(self, glyphs):
@@ -68,10 +81,18 @@ class Captions:
         tokens = words.shape[1]
         present = words > 0
         keep = (rand(count, tokens) < rand(count, 1) * 0.7 + 0.3) | (rand(count, 1) >= thinned)
-        one = F.one_hot(rand(count, tokens).masked_fill(~present, -1).argmax(1), tokens).bool()  # never lose all words by chance
+        one = F.one_hot(
+            rand(count, tokens).masked_fill(~present, -1).argmax(1), tokens
+        ).bool()  # never lose all words by chance
         keep = (keep | one) & present & (rand(count, 1) >= dropped)
-        place = torch.where(rand(count, 1) < shuffled, rand(count, tokens) * tokens, torch.arange(tokens, device=device).float())
+        place = torch.where(
+            rand(count, 1) < shuffled,
+            rand(count, tokens) * tokens,
+            torch.arange(tokens, device=device).float(),
+        )
         order = place.masked_fill(~keep, tokens + 1).argsort(1)
         words = (words * keep).gather(1, order)
-        trigrams = (self.trigrams[line] * keep[..., None]).gather(1, order[..., None].expand(-1, -1, self.trigrams.shape[2]))
+        trigrams = (self.trigrams[line] * keep[..., None]).gather(
+            1, order[..., None].expand(-1, -1, self.trigrams.shape[2])
+        )
         return trigrams, words

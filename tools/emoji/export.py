@@ -1,17 +1,15 @@
 """Write the trained model as the files that ship: unet.ts, text_encoder.ts, model.json, names.txt."""
+
 import argparse
 import json
 import pathlib
-import sys
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-import diffusion  # noqa: E402
-from export.archive import check_clean, save  # noqa: E402
-from train import Model  # noqa: E402
+import diffusion
+from sag_export.archive import check_clean, save
+from train import Model
 
 TRACED_WITH = ("red heart", "cat face")
 CHECKED_WITH = ("rocket", "", "an unseen wörd 7")
@@ -20,20 +18,29 @@ CHECKED_WITH = ("rocket", "", "an unseen wörd 7")
 def check_unet(path, unet):
     """The file against the module: another batch and size, cast to fp32, timesteps in fp32 beside fp16 inputs."""
     loaded = torch.jit.load(str(path), map_location="cpu")
-    x, timesteps, context = torch.randn(3, 3, 48, 80), torch.tensor([0.5, 0.1, -0.6]), torch.randn(3, 8, 128)
+    x, timesteps, context = (
+        torch.randn(3, 3, 48, 80),
+        torch.tensor([0.5, 0.1, -0.6]),
+        torch.randn(3, 8, 128),
+    )
     expected = unet(x, timesteps, context)
     half = loaded(x.half(), timesteps, context.half())
     single = loaded.float()(x, timesteps, context)
     assert half.dtype == torch.float16 and single.dtype == torch.float32
     scale = expected.abs().max().item()
     errors = [(got.float() - expected).abs().max().item() / scale for got in (half, single)]
-    print(f"unet.ts against the fp32 module: {errors[0]:.1e} in fp16, {errors[1]:.1e} in fp32, of the largest output", flush=True)
+    print(
+        f"unet.ts against the fp32 module: {errors[0]:.1e} in fp16, {errors[1]:.1e} in fp32, of the largest output",
+        flush=True,
+    )
     assert max(errors) < 0.05
 
 
 def check_text(path, encoder):
     loaded = torch.jit.load(str(path), map_location="cpu")
-    for prompt in CHECKED_WITH * 4:  # TorchScript optimises after a few runs; an earlier encoder then mixed up its lists
+    for prompt in (
+        CHECKED_WITH * 4
+    ):  # TorchScript optimises after a few runs; an earlier encoder then mixed up its lists
         got, expected = loaded.encode(prompt), encoder.encode(prompt)
         assert got.shape == (1, 8, 128) and got.dtype == torch.float16
         assert torch.allclose(got.float(), expected, atol=0.03), prompt
@@ -42,7 +49,11 @@ def check_text(path, encoder):
 @torch.no_grad()
 def export(model, folder):
     unet, encoder = model.unet, model.encoder
-    example = torch.randn(2, 3, 64, 64), torch.tensor([0.1, -0.3]), torch.cat([encoder.encode(prompt) for prompt in TRACED_WITH])
+    example = (
+        torch.randn(2, 3, 64, 64),
+        torch.tensor([0.1, -0.3]),
+        torch.cat([encoder.encode(prompt) for prompt in TRACED_WITH]),
+    )
     save(torch.jit.trace(unet, example, check_trace=False).half(), folder / "unet.ts")
     unet.float()  # the trace shares its parameters
     check_unet(folder / "unet.ts", unet)
@@ -64,7 +75,13 @@ def description():
         "sample": {"shape": [3, 64, 64], "multiple": 8},
         "site": "middle.0.0",
         "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts"},
-        "defaults": {"sampler": "euler", "schedule": "karras", "steps": 20, "cfg": 2.0, "sag": {"scale": 1.0, "blur_sigma": 2.0}},
+        "defaults": {
+            "sampler": "euler",
+            "schedule": "karras",
+            "steps": 20,
+            "cfg": 2.0,
+            "sag": {"scale": 1.0, "blur_sigma": 2.0},
+        },
     }
 
 

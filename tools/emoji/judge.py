@@ -1,4 +1,5 @@
 """The judge: a small network that names a glyph. Its last hidden layer is the space that distances are measured in."""
+
 import argparse
 import time
 
@@ -13,10 +14,21 @@ from data import Glyphs
 class Judge(nn.Module):
     def __init__(self, glyphs, widths=(32, 64, 96, 160), features=128):
         super().__init__()
-        layers, inputs = [nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()], widths[0]
+        layers, inputs = (
+            [
+                nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
+                nn.BatchNorm2d(widths[0]),
+                nn.ReLU(),
+            ],
+            widths[0],
+        )
         for width in widths:
             for source, stride in ((inputs, 2), (width, 1)):
-                layers += [nn.Conv2d(source, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(source, width, 3, stride, 1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
             inputs = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(4 * inputs, features), nn.BatchNorm1d(features))
@@ -32,7 +44,9 @@ class Judge(nn.Module):
 def look(judge, pictures):
     """Features and the named glyph of each picture."""
     results = [judge(part.clamp(-1, 1)) for part in pictures.split(512)]
-    return torch.cat([features for features, _ in results]), torch.cat([scores.argmax(1) for _, scores in results])
+    return torch.cat([features for features, _ in results]), torch.cat(
+        [scores.argmax(1) for _, scores in results]
+    )
 
 
 def load(path, device):
@@ -44,7 +58,7 @@ def load(path, device):
 
 def disturbed(pictures):
     """A little noise and contrast, so that a generated picture is not foreign to the judge."""
-    strength = torch.rand(len(pictures), 1, 1, 1, device=pictures.device)**2 * 0.15
+    strength = torch.rand(len(pictures), 1, 1, 1, device=pictures.device) ** 2 * 0.15
     contrast = 0.9 + 0.2 * torch.rand(len(pictures), 1, 1, 1, device=pictures.device)
     return ((pictures + torch.randn_like(pictures) * strength - 1) * contrast + 1).clamp(-1, 1)
 
@@ -65,7 +79,10 @@ def train(glyphs, steps, batch, seed, minutes):
         loss.backward()
         optimizer.step()
         if step % 200 == 0:
-            print(f"judge step {step} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"judge step {step} loss {loss.item():.3f} {time.time() - started:.0f} s",
+                flush=True,
+            )
     return judge.eval()
 
 
@@ -83,7 +100,12 @@ def main():
     glyphs = Glyphs(options.glyphs, device, options.limit)
     judge = train(glyphs, options.steps, options.batch, options.seed, options.minutes)
     torch.save({key: value.cpu() for key, value in judge.state_dict().items()}, options.out)
-    right = (look(judge, glyphs.real)[1] == torch.arange(glyphs.count, device=device)).float().mean().item()
+    right = (
+        (look(judge, glyphs.real)[1] == torch.arange(glyphs.count, device=device))
+        .float()
+        .mean()
+        .item()
+    )
     print(f"judge names {right:.4%} of the real glyphs", flush=True)
 
 

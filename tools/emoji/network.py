@@ -1,4 +1,5 @@
 """The UNet, with the module names of Stable Diffusion's, so that middle_block.1.transformer_blocks.0.attn1 is where everybody looks for it."""
+
 import math
 
 import torch
@@ -20,10 +21,14 @@ def zeroed(module):
 class ResBlock(nn.Module):
     def __init__(self, inputs, outputs, embedding):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(8, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(8, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * outputs))
         self.out_norm = nn.GroupNorm(8, outputs)
-        self.out_layers = nn.Sequential(nn.SiLU(), zeroed(nn.Conv2d(outputs, outputs, 3, padding=1)))
+        self.out_layers = nn.Sequential(
+            nn.SiLU(), zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        )
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x, emb):
@@ -45,13 +50,12 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, HEAD)).transpose(1, 2)
 
     def forward(self, x, context):
-        q, k, v = self.split_heads(self.to_q(x)), self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+        q, k, v = (
+            self.split_heads(self.to_q(x)),
+            self.split_heads(self.to_k(context)),
+            self.split_heads(self.to_v(context)),
+        )
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def attention_map(self, x):
-        """What SAG reads of self-attention: head mean and query sum of the softmax, [B, tokens], mean 1."""
-        q, k = self.split_heads(self.to_q(x)).float(), self.split_heads(self.to_k(x)).float()
-        return (q @ k.transpose(-1, -2) * HEAD**-0.5).softmax(-1).mean(1).sum(1)
 
 
 class GEGLU(nn.Module):
@@ -67,7 +71,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 2 * channels), nn.Identity(), nn.Linear(2 * channels, channels))
+        self.net = nn.Sequential(
+            GEGLU(channels, 2 * channels), nn.Identity(), nn.Linear(2 * channels, channels)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -79,7 +85,11 @@ class BasicTransformerBlock(nn.Module):
         self.attn1 = CrossAttention(channels, channels)
         self.ff = FeedForward(channels)
         self.attn2 = CrossAttention(channels, context)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(channels), nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.norm1, self.norm2, self.norm3 = (
+            nn.LayerNorm(channels),
+            nn.LayerNorm(channels),
+            nn.LayerNorm(channels),
+        )
 
     def forward(self, x, context):
         tokens = self.norm1(x)
@@ -139,20 +149,35 @@ class UNet(nn.Module):
     Inputs may be of any floating type: they are cast to the weights', the timesteps in fp32 up to their sines.
     """
 
-    def __init__(self, channels=(64, 96, 160), blocks=(2, 1, 1), attention=(False, True, True), embedding=192, context=text.WIDTH):
+    def __init__(
+        self,
+        channels=(64, 96, 160),
+        blocks=(2, 1, 1),
+        attention=(False, True, True),
+        embedding=192,
+        context=text.WIDTH,
+    ):
         super().__init__()
         frequencies = torch.exp(torch.linspace(math.log(0.5), math.log(60.0), 32))
-        self.register_buffer("frequencies", frequencies.half().float())  # exact in fp16, where the file keeps them
-        self.time_embed = nn.Sequential(nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.register_buffer(
+            "frequencies", frequencies.half().float()
+        )  # exact in fp16, where the file keeps them
+        self.time_embed = nn.Sequential(
+            nn.Linear(64, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
         self.context_embed = nn.Sequential(nn.LayerNorm(context), nn.Linear(context, embedding))
         pixels = 3 * UNSHUFFLE**2
         width, skips = channels[0], [channels[0]]
 
         def block(inputs, level):
             layers = [ResBlock(inputs, channels[level], embedding)]
-            return layers + ([SpatialTransformer(channels[level], context)] if attention[level] else [])
+            return layers + (
+                [SpatialTransformer(channels[level], context)] if attention[level] else []
+            )
 
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(pixels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(nn.Conv2d(pixels, width, 3, padding=1))]
+        )
         for level, count in enumerate(blocks):
             for _ in range(count):
                 self.input_blocks.append(TimestepEmbedSequential(*block(width, level)))
@@ -161,8 +186,11 @@ class UNet(nn.Module):
             if level + 1 < len(channels):
                 self.input_blocks.append(TimestepEmbedSequential(Downsample(width)))
                 skips.append(width)
-        self.middle_block = TimestepEmbedSequential(ResBlock(width, width, embedding), SpatialTransformer(width, context),
-                                                    ResBlock(width, width, embedding))
+        self.middle_block = TimestepEmbedSequential(
+            ResBlock(width, width, embedding),
+            SpatialTransformer(width, context),
+            ResBlock(width, width, embedding),
+        )
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(channels))):
             for i in range(blocks[level] + 1):
@@ -171,7 +199,9 @@ class UNet(nn.Module):
                 if level > 0 and i == blocks[level]:
                     layers.append(Upsample(width))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
-        self.out = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1)))
+        self.out = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
+        )
 
     def embed(self, timesteps, context):
         angles = timesteps.float()[:, None] * self.frequencies.float()
@@ -190,18 +220,3 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], 1), emb, context)
         return F.pixel_shuffle(self.out(h), UNSHUFFLE).type_as(x)
-
-
-class WithMap(nn.Module):
-    """The same network, also returning the attention map of the middle block's self-attention."""
-
-    def __init__(self, unet):
-        super().__init__()
-        self.unet = unet
-        unet.middle_block[1].transformer_blocks[0].attn1.register_forward_pre_hook(self.keep)
-
-    def keep(self, attention, inputs):
-        self.map = attention.attention_map(inputs[0])
-
-    def forward(self, x, timesteps, context):
-        return self.unet(x, timesteps, context), self.map

@@ -3,6 +3,7 @@
 The archive holds `pictures` uint8 [sizes, glyphs, 64, 64, 3] (the same glyph drawn at each of SIZES on white) and `captions`, one line
 a glyph, its names separated by '|': the CLDR short name first, then the Unicode name where that differs.
 """
+
 import argparse
 import re
 import unicodedata
@@ -18,13 +19,26 @@ STRIKE = 109  # the one bitmap size that the font holds
 CELL = 144  # its 136x128 bitmaps and a small margin
 
 # Not pictures of their own: joiners, keycap parts, variation selectors, halves of flags, bare skin tones, private use, tags.
-NOT_GLYPHS = ((0x00, 0xA8), (0x200D, 0x200D), (0x20E3, 0x20E3), (0xFE00, 0xFE0F), (0x1F1E6, 0x1F1FF), (0x1F3FB, 0x1F3FF),
-              (0xE000, 0xF8FF), (0xE0000, 0x10FFFF))
+NOT_GLYPHS = (
+    (0x00, 0xA8),
+    (0x200D, 0x200D),
+    (0x20E3, 0x20E3),
+    (0xFE00, 0xFE0F),
+    (0x1F1E6, 0x1F1FF),
+    (0x1F3FB, 0x1F3FF),
+    (0xE000, 0xF8FF),
+    (0xE0000, 0x10FFFF),
+)
 
 
 def plain(name):
     """Lower-case ASCII words: what the text encoder can read."""
-    ascii_name = unicodedata.normalize("NFKD", re.sub("['’]", "", name)).encode("ascii", "ignore").decode().lower()
+    ascii_name = (
+        unicodedata.normalize("NFKD", re.sub("['’]", "", name))
+        .encode("ascii", "ignore")
+        .decode()
+        .lower()
+    )
     return " ".join(re.findall(r"[a-z0-9]+", ascii_name))
 
 
@@ -40,7 +54,10 @@ def short_names():
 
 def names_of(code_point, short):
     """A Unicode name that is the short name of another emoji ("grinning face with smiling eyes") is left out."""
-    short_name, unicode_name = short.get(code_point, ""), plain(unicodedata.name(chr(code_point), ""))
+    short_name, unicode_name = (
+        short.get(code_point, ""),
+        plain(unicodedata.name(chr(code_point), "")),
+    )
     names = [short_name] if unicode_name in short.values() else [short_name, unicode_name]
     return [name for name in names if name]
 
@@ -84,13 +101,19 @@ def render(font_path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--font", required=True)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     pictures, captions = render(options.font)
-    np.savez_compressed(options.out, pictures=pictures, captions="\n".join("|".join(names) for names in captions))
-    print(f"{len(captions)} glyphs, {sum(map(len, captions))} captions, {len({n for names in captions for n in names})} different")
+    np.savez_compressed(
+        options.out, pictures=pictures, captions="\n".join("|".join(names) for names in captions)
+    )
+    print(
+        f"{len(captions)} glyphs, {sum(map(len, captions))} captions, {len({n for names in captions for n in names})} different"
+    )
 
 
 if __name__ == "__main__":

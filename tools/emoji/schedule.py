@@ -1,4 +1,5 @@
 """How far a training is, and its learning rate there."""
+
 import math
 import time
 

@@ -1,4 +1,5 @@
 """Train the UNet and the text encoder together."""
+
 import argparse
 import time
 
@@ -71,19 +72,33 @@ def train(glyphs, options):
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()  # skips a broken step without waiting for the device
+        optimizer.grad_scale, optimizer.found_inf = (
+            None,
+            (~norm.isfinite()).float(),
+        )  # skips a broken step without waiting for the device
         optimizer.step()
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - min(DECAY, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(
+            average,
+            [parameter.detach() for parameter in parameters],
+            1 - min(DECAY, (1 + step) / (10 + step)),
+        )
         total += loss.detach()
         if (step + 1) % 100 == 0:
             torch.cuda.synchronize() if device.type == "cuda" else None  # or the clock of schedule.steps runs ahead of the device
         if (step + 1) % options.report == 0:
             pace = (step + 1) * options.batch / (time.time() - started)
-            print(f"step {step + 1} loss {total.item() / options.report:.4f} {pace:.0f} pictures/s {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step + 1} loss {total.item() / options.report:.4f} {pace:.0f} pictures/s {time.time() - started:.0f} s",
+                flush=True,
+            )
             total.zero_()
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
-    return model, {"steps": step + 1, "pictures": (step + 1) * options.batch, "seconds": round(time.time() - started)}
+    return model, {
+        "steps": step + 1,
+        "pictures": (step + 1) * options.batch,
+        "seconds": round(time.time() - started),
+    }
 
 
 def main():

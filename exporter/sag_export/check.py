@@ -2,7 +2,7 @@
 
 import torch
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -10,7 +10,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 def check_equal(what, got, expected, dtype):
     """Throws Mistake unless the tensors are equal to the dtype's precision, relative to the largest value."""
     if got.shape != expected.shape:
-        raise Mistake(f"{what} differs from the network: it returns {list(got.shape)}, not {list(expected.shape)}.")
+        raise Mistake(
+            f"{what} differs from the network: it returns {list(got.shape)}, not {list(expected.shape)}."
+        )
     largest = expected.abs().max().item()
     difference = (got.float() - expected.float()).abs().max().item()
     if not difference <= TOLERANCES[dtype] * largest:  # nor NaN
@@ -30,5 +32,7 @@ def check_calls(what, loaded, module, calls, dtype):
         except RuntimeError as error:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in call)
             last = [line for line in str(error).splitlines() if line.strip()][-1]
-            raise Mistake(f"{what} fails for inputs of {shapes}, where the network does not: {last}") from error
+            raise Mistake(
+                f"{what} fails for inputs of {shapes}, where the network does not: {last}"
+            ) from error
         check_equal(what, got, expected, dtype)

@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import tempfile
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 
 @contextlib.contextmanager
@@ -15,7 +15,9 @@ def new_folder(out, force):
     replaced."""
     out = pathlib.Path(out).resolve()
     check(out, force)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=out.name + ".", suffix=".partial", dir=out.parent))
+    partial = pathlib.Path(
+        tempfile.mkdtemp(prefix=out.name + ".", suffix=".partial", dir=out.parent)
+    )
     os.chmod(partial, 0o755)
     try:
         yield partial

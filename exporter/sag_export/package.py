@@ -21,7 +21,7 @@ import tempfile
 
 import torch
 
-from export.attention import marked
+from sag_export.attention import marked
 
 
 def write_package(module, example, out, *, sites, dims, weights=None, inductor_configs=None):
@@ -57,7 +57,9 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
         }
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".sag-") as folder:
             whole = os.path.join(folder, out.name)
-            torch._inductor.aoti_compile_and_package(program, package_path=whole, inductor_configs=configs)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=whole, inductor_configs=configs
+            )
             os.replace(whole, out)
 
 
@@ -98,15 +100,21 @@ def _check(module, example, out, dims, sites):
     if set(dims) != set(example):
         raise ValueError(f"dims must be given for {', '.join(example)}, got {', '.join(dims)}")
     if any(not path or path.split() != [path] for path in sites):
-        raise ValueError("an attention that is marked must be in a module with a name, without blanks in it")
+        raise ValueError(
+            "an attention that is marked must be in a module with a name, without blanks in it"
+        )
     if len({specs[0] for specs in dims.values()}) != 1:
         raise ValueError("the first dimension, the rows, must be the same for every input")
     for name, tensor in example.items():
         text = " ".join(_spec_text(spec) for spec in dims[name])
         if tensor.dim() != len(dims[name]) or not all(map(_fits, tensor.shape, dims[name])):
             raise ValueError(f"the example's {name} must be [{text}], got {list(tensor.shape)}")
-        if any(not isinstance(spec, int) and size < 2 for size, spec in zip(tensor.shape, dims[name])):
-            raise ValueError(f"the example's {name} must be at least 2 where it may vary, got {list(tensor.shape)}")
+        if any(
+            not isinstance(spec, int) and size < 2 for size, spec in zip(tensor.shape, dims[name])
+        ):
+            raise ValueError(
+                f"the example's {name} must be at least 2 where it may vary, got {list(tensor.shape)}"
+            )
 
 
 def bounds(spec):
@@ -129,7 +137,9 @@ def _symbol(name, spec):
     if low == high:
         return torch.export.Dim.STATIC
     if low % multiple or high % multiple:
-        raise ValueError(f"the bounds of {name} must be multiples of {multiple}, got {low} and {high}")
+        raise ValueError(
+            f"the bounds of {name} must be multiples of {multiple}, got {low} and {high}"
+        )
     symbol = torch.export.Dim(name, min=low // multiple, max=high // multiple)
     return multiple * symbol if multiple > 1 else symbol
 
@@ -137,11 +147,17 @@ def _symbol(name, spec):
 def _export(module, example, dims):
     rows = _symbol("rows", next(iter(dims.values()))[0])
     shapes = tuple(
-        {0: rows, **{i: _symbol(f"{name}_{i}", dims[name][i]) for i in range(1, len(dims[name]))}} for name in example
+        {0: rows, **{i: _symbol(f"{name}_{i}", dims[name][i]) for i in range(1, len(dims[name]))}}
+        for name in example
     )
     try:
-        return torch.export.export(module, tuple(example.values()), dynamic_shapes=shapes, strict=False)
-    except (torch._dynamo.exc.UserError, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode) as error:
+        return torch.export.export(
+            module, tuple(example.values()), dynamic_shapes=shapes, strict=False
+        )
+    except (
+        torch._dynamo.exc.UserError,
+        torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+    ) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the module cannot be exported with these dims: {reason}") from error
 
@@ -157,7 +173,8 @@ def _metadata(example, dims, ordinals):
             for name, tensor in example.items()
         ),
         "sag.sites": "\n".join(
-            f"{ordinal} {path}" for path, ordinal in sorted(ordinals.items(), key=lambda site: site[1])
+            f"{ordinal} {path}"
+            for path, ordinal in sorted(ordinals.items(), key=lambda site: site[1])
         ),
     }
     if device.type == "cuda":
@@ -173,7 +190,11 @@ def _describe_weights(module, program):
     own = _tensors(module)
     for name in (*program.state_dict, *program.constants):
         if name not in own:
-            raise ValueError(f"weights can be left out if all are parameters or buffers, but '{name}' is neither")
+            raise ValueError(
+                f"weights can be left out if all are parameters or buffers, but '{name}' is neither"
+            )
         tensor = own[name]
-        sizes, strides = (",".join(map(str, numbers)) for numbers in (tensor.shape, tensor.stride()))
+        sizes, strides = (
+            ",".join(map(str, numbers)) for numbers in (tensor.shape, tensor.stride())
+        )
         yield f"{name} {_dtype_name(tensor.dtype)} {sizes} {strides}"

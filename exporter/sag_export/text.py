@@ -5,8 +5,8 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
-from export.mistake import Mistake
-from export.tokenizer import ClipTokenizer
+from sag_export.mistake import Mistake
+from sag_export.tokenizer import ClipTokenizer
 
 
 class LastState(nn.Module):
@@ -101,7 +101,10 @@ def make_text_and_size_encoder(tokenizer, model, tokenizer_2, model_2, factor):
     if tokens != tokens_of(tokenizer_2, model_2):
         raise Mistake("The two text encoders must read as many tokens as each other.")
     first, second = (torch.jit.script(ClipTokenizer(t, tokens)) for t in (tokenizer, tokenizer_2))
-    models = traced(StateBeforeLast(model), first), traced(StateBeforeLastAndPooled(model_2), second)
+    models = (
+        traced(StateBeforeLast(model), first),
+        traced(StateBeforeLastAndPooled(model_2), second),
+    )
     return torch.jit.script(TextAndSizeEncoder(first, models[0], second, models[1], factor))
 
 
@@ -120,4 +123,6 @@ def expected(prompt, tokenizer, model, tokenizer_2=None, model_2=None, size=None
     first = model(ids(tokenizer, model), output_hidden_states=True).hidden_states[-2]
     second = model_2(ids(tokenizer_2, model_2), output_hidden_states=True)
     numbers = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
-    return torch.cat([first, second.hidden_states[-2]], dim=-1), torch.cat([second[0], numbers], dim=-1)
+    return torch.cat([first, second.hidden_states[-2]], dim=-1), torch.cat(
+        [second[0], numbers], dim=-1
+    )

@@ -2,8 +2,8 @@
 
 import torch
 
-from export.mistake import Mistake
-from export.network import Network
+from sag_export.mistake import Mistake
+from sag_export.network import Network
 
 TIME_IDS = 6  # original height and width, top and left crop, target height and width
 
@@ -50,13 +50,20 @@ def wrap(unet, tokens=77):
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     halvings = 2 ** (len(config.block_out_channels) - 1)
     if type(unet).__name__ == "UNet2DModel":
-        shape = (config.in_channels, *(max(side // halvings, 1) * halvings for side in (height, width)))
-        return Network(PlainUNet(unet).eval(), shape, None, None, multiple=halvings, fastest_multiple=halvings)
+        shape = (
+            config.in_channels,
+            *(max(side // halvings, 1) * halvings for side in (height, width)),
+        )
+        return Network(
+            PlainUNet(unet).eval(), shape, None, None, multiple=halvings, fastest_multiple=halvings
+        )
     shape = (config.in_channels, height, width)
     context = (tokens, config.cross_attention_dim)
     if config.addition_embed_type == "text_time":
         features = pooled_width(config) + TIME_IDS
-        return Network(TextAndSizeUNet(unet).eval(), shape, context, features, fastest_multiple=halvings)
+        return Network(
+            TextAndSizeUNet(unet).eval(), shape, context, features, fastest_multiple=halvings
+        )
     return Network(TextUNet(unet).eval(), shape, context, None, fastest_multiple=halvings)
 
 
@@ -68,7 +75,10 @@ def check_supported(config):
         raise Mistake(
             f"The network must be a UNet2DConditionModel or UNet2DModel, got {kind}; export others as MODULE:FACTORY."
         )
-    channels = [config.get(key, 4 if kind == "UNet2DConditionModel" else 3) for key in ("in_channels", "out_channels")]
+    channels = [
+        config.get(key, 4 if kind == "UNet2DConditionModel" else 3)
+        for key in ("in_channels", "out_channels")
+    ]
     if channels[0] != channels[1]:
         raise Mistake(
             f"The UNet must return as many channels as it takes, but takes {channels[0]} and returns {channels[1]}: "
@@ -76,18 +86,27 @@ def check_supported(config):
         )
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
         if config.get(key) is not None:
-            raise Mistake(f'The UNet must take text alone, but its config.json has "{key}": {config[key]!r}.')
+            raise Mistake(
+                f'The UNet must take text alone, but its config.json has "{key}": {config[key]!r}.'
+            )
     if config.get("time_cond_proj_dim") is not None:
         raise Mistake(
             'The UNet must leave guidance to the sampler, but its config.json has "time_cond_proj_dim": '
             f"{config['time_cond_proj_dim']!r}: guidance was distilled into it, and its scale is a further input."
         )
     if not isinstance(config.get("cross_attention_dim", 1280), int):
-        raise Mistake(f'The UNet\'s "cross_attention_dim" must be one number, got {config["cross_attention_dim"]!r}.')
+        raise Mistake(
+            f'The UNet\'s "cross_attention_dim" must be one number, got {config["cross_attention_dim"]!r}.'
+        )
     if config.get("addition_embed_type") not in (None, "text_time"):
         raise Mistake(
             f'The UNet\'s "addition_embed_type" must be absent or "text_time", got {config["addition_embed_type"]!r}.'
         )
-    sizes = [config.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")]
+    sizes = [
+        config.get(key)
+        for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    ]
     if config.get("addition_embed_type") and (None in sizes or sizes[0] <= TIME_IDS * sizes[1]):
-        raise Mistake("The UNet's size embedding must take six numbers and the pooled text, as SDXL's does.")
+        raise Mistake(
+            "The UNet's size embedding must take six numbers and the pooled text, as SDXL's does."
+        )

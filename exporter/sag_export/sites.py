@@ -2,9 +2,11 @@
 
 import re
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
-LDM = re.compile(r"(?:.*\.)?(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)\.attn1")
+LDM = re.compile(
+    r"(?:.*\.)?(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)\.attn1"
+)
 DIFFUSERS = re.compile(r"(?:.*\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.attn1")
 
 
@@ -30,7 +32,9 @@ def choose(wanted, sites):
     ]
     if not wanted:
         if not middle:
-            raise Mistake(f"The network has no middle block: choose its attention with --site. {listed(sites)}")
+            raise Mistake(
+                f"The network has no middle block: choose its attention with --site. {listed(sites)}"
+            )
         return middle[:1]
     paths = []
     for name in wanted:
@@ -43,7 +47,9 @@ def unique_name(path, sites):
     """The short name if no other site has it, else the path; "#ordinal" of an attention in no module of its own."""
     short = short_name(path)
     alone = len({other for _, other in sites if short_name(other) == short}) == 1
-    return (short if alone else path) or "#" + str(next(ordinal for ordinal, other in sites if other == path))
+    return (short if alone else path) or "#" + str(
+        next(ordinal for ordinal, other in sites if other == path)
+    )
 
 
 def named(name, sites):
@@ -51,9 +57,15 @@ def named(name, sites):
     found = exact or {path for _, path in sites if path.endswith("." + name)}
     if len(found) != 1:
         several = f"{len(found)} of them" if found else "none of them"
-        raise Mistake(f'--site must name one self-attention, but "{name}" names {several}. {listed(sites)}')
+        raise Mistake(
+            f'--site must name one self-attention, but "{name}" names {several}. {listed(sites)}'
+        )
     return list(found)
 
 
 def listed(sites):
-    return "Its self-attentions are " + ", ".join(f"#{ordinal} {short_name(path)}" for ordinal, path in sites) + "."
+    return (
+        "Its self-attentions are "
+        + ", ".join(f"#{ordinal} {short_name(path)}" for ordinal, path in sites)
+        + "."
+    )

@@ -1,10 +1,10 @@
-"""What model.json says of a model; examples/sample/model_directory.h documents it."""
+"""What model.json says about a model. docs/model-json.md documents it."""
 
 import inspect
 import json
 import math
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # Schedulers of networks with a table of noise levels. They differ in how they sample, which sag-sample decides.
@@ -29,7 +29,11 @@ DISCRETE = {
     "TCDScheduler",
     "UniPCMultistepScheduler",
 }
-FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
+FLOW = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+}
 EDM = {"EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"}
 # Which constants model.json takes beside which prediction.
 TABLE = ("beta_start", "beta_end", "beta_schedule", "timesteps", "zero_terminal_snr")
@@ -74,12 +78,18 @@ def predicted(config):
         return "flow"
     if kind in EDM:
         if predicted != "epsilon":
-            raise Mistake(f'An EDM scheduler\'s "prediction_type" must be epsilon, got {predicted}.')
+            raise Mistake(
+                f'An EDM scheduler\'s "prediction_type" must be epsilon, got {predicted}.'
+            )
         return "edm"
     if kind not in DISCRETE:
-        raise Mistake(f"The pipeline's scheduler, {kind}, is not known; give --prediction and its --constant.")
+        raise Mistake(
+            f"The pipeline's scheduler, {kind}, is not known; give --prediction and its --constant."
+        )
     if predicted not in PREDICTIONS:
-        raise Mistake(f'The scheduler\'s "prediction_type" must be one of {", ".join(PREDICTIONS)}, got {predicted}.')
+        raise Mistake(
+            f'The scheduler\'s "prediction_type" must be one of {", ".join(PREDICTIONS)}, got {predicted}.'
+        )
     return PREDICTIONS[predicted]
 
 
@@ -95,7 +105,9 @@ def from_flow(config, note):
 
 def from_edm(config):
     defaults = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
-    return {key: value if config.get(key) is None else config[key] for key, value in defaults.items()}
+    return {
+        key: value if config.get(key) is None else config[key] for key, value in defaults.items()
+    }
 
 
 def from_table(config):
@@ -106,7 +118,9 @@ def from_table(config):
             "the logarithm of the noise level, and not its place in a table."
         )
     if config.get("trained_betas") is not None:
-        raise Mistake('The scheduler must have betas by a rule, but it lists them ("trained_betas").')
+        raise Mistake(
+            'The scheduler must have betas by a rule, but it lists them ("trained_betas").'
+        )
     if config["beta_schedule"] not in ("linear", "scaled_linear"):
         raise Mistake(
             f'The scheduler\'s "beta_schedule" must be linear or scaled_linear, got {config["beta_schedule"]}.'
@@ -123,11 +137,18 @@ def defaults_of(kind):
     import diffusers
 
     # Where a library is missing that the scheduler needs, diffusers has a class without parameters in its place.
-    table = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+    table = {
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+    }
     if kind == "DPMSolverSDEScheduler":
         table.update(beta_start=0.00085, beta_end=0.012)
     parameters = inspect.signature(getattr(diffusers, kind, object).__init__).parameters
-    return {key: parameters[key].default if key in parameters else value for key, value in table.items()}
+    return {
+        key: parameters[key].default if key in parameters else value for key, value in table.items()
+    }
 
 
 def with_constants(prediction, constants):
@@ -155,7 +176,12 @@ def check_constant(key, value, text):
     elif key == "zero_terminal_snr":
         good = isinstance(value, bool)
     else:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        good = (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and value > 0
+        )
         good = good and (key != "timesteps" or isinstance(value, int))
     if not good:
         raise Mistake(f'--constant {key} cannot be "{text}".')

@@ -2,11 +2,11 @@
 
 import torch
 
-from export import archive, text, vae
-from export.attention import without_fast_path
-from export.check import check_calls, check_equal
-from export.mistake import Mistake
-from export.network import first_line
+from sag_export import archive, text, vae
+from sag_export.attention import without_fast_path
+from sag_export.check import check_calls, check_equal
+from sag_export.mistake import Mistake
+from sag_export.network import first_line
 
 PROMPTS = ("", "a cat", "It's 2 o'clock — über-schnell! 🚀")
 
@@ -25,19 +25,34 @@ def write_unet(network, path):
     tried = ((1, other), (3, traced_with), (1, network.shape[1:]))
     calls = [tuple(network.example(rows, *size, seed=1).values()) for rows, size in tried]
     weight = calls[0][0]
-    check_calls(path.name, torch.jit.load(str(path), map_location=weight.device), network.module, calls, weight.dtype)
+    check_calls(
+        path.name,
+        torch.jit.load(str(path), map_location=weight.device),
+        network.module,
+        calls,
+        weight.dtype,
+    )
 
 
 @torch.no_grad()
 def write_vae(autoencoder, folder):
     """decoder.ts and encoder.ts."""
     channels, factor = autoencoder.config.latent_channels, vae.factor_of(autoencoder)
-    parts = (("decoder", vae.Decoder(autoencoder), channels, 1), ("encoder", vae.Encoder(autoencoder), 3, factor))
+    parts = (
+        ("decoder", vae.Decoder(autoencoder), channels, 1),
+        ("encoder", vae.Encoder(autoencoder), 3, factor),
+    )
     for name, module, depth, scale in parts:
         module.eval()
         path = folder / f"{name}.ts"
-        archive.save(torch.jit.trace(module, torch.randn(1, depth, 6 * scale, 5 * scale), check_trace=False), path)
-        calls = [(torch.randn(2, depth, 4 * scale, 7 * scale),), (torch.randn(1, depth, 9 * scale, 3 * scale),)]
+        archive.save(
+            torch.jit.trace(module, torch.randn(1, depth, 6 * scale, 5 * scale), check_trace=False),
+            path,
+        )
+        calls = [
+            (torch.randn(2, depth, 4 * scale, 7 * scale),),
+            (torch.randn(1, depth, 9 * scale, 3 * scale),),
+        ]
         check_calls(path.name, torch.jit.load(str(path)), module, calls, torch.float32)
 
 
@@ -62,7 +77,10 @@ def write_text_encoder(source, path, dtype):
 
 def check_text_encoder(source, loaded, name):
     too_long = "many words " * text.tokens_of(*text_parts(source)[:2])
-    for prompt in (*PROMPTS, too_long) * 4:  # TorchScript optimizes after a few runs, and has mixed up lists then
+    for prompt in (
+        *PROMPTS,
+        too_long,
+    ) * 4:  # TorchScript optimizes after a few runs, and has mixed up lists then
         if len(source.text_models) == 1:
             got = [loaded.encode(prompt)]
             expected = [text.expected(prompt, *text_parts(source))]

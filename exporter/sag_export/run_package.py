@@ -1,11 +1,10 @@
-"""Runs a compiled package: run_package.py PACKAGE WEIGHTS CALLS RESULTS. compiled.py calls it.
+"""Runs a compiled package: python -m sag_export.run_package PACKAGE WEIGHTS CALLS RESULTS. compiled.py calls it.
 
 WEIGHTS is weights.pt, or empty; CALLS a list of calls, each a tuple of tensors; RESULTS gets a tensor for each.
 """
 
 import contextlib
 import ctypes
-import pathlib
 import sys
 
 if sys.platform == "linux":
@@ -16,8 +15,7 @@ if sys.platform == "linux":
 
 import torch  # noqa: E402
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from export.attention import declare_op  # noqa: E402
+from sag_export.attention import declare_op  # noqa: E402
 
 
 @torch.no_grad()
@@ -27,7 +25,9 @@ def main(package, weights, calls, results):
     loaded = torch._inductor.aoti_load_package(package, run_single_threaded=True)
     if weights:
         known = torch.load(weights, map_location=calls[0][0].device)
-        loaded.load_constants({name: known[name] for name in loaded.get_constant_fqns()}, check_full_update=True)
+        loaded.load_constants(
+            {name: known[name] for name in loaded.get_constant_fqns()}, check_full_update=True
+        )
     torch.save([loaded(*call) for call in calls], results)
 
 

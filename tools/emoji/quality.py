@@ -4,9 +4,10 @@
 sag-sample draws every picture; here they are only judged. Within a noise set all rows share noise and names, so their differences are paired. Needs
 tools/emoji/requirements.txt; the glyphs and the judge are made when they are not there. Finished rows stay in --work, and a second call goes on from there.
 
-    tools/quality.py --minutes 9 --doc docs/quality.md    # on a GPU
-    tools/quality.py --smoke                              # a try on a CPU, in a minute or two
+    tools/emoji/quality.py --minutes 9 --doc docs/quality.md    # on a GPU
+    tools/emoji/quality.py --smoke                              # a try on a CPU, in a minute or two
 """
+
 import argparse
 import concurrent.futures
 import datetime
@@ -20,11 +21,12 @@ import time
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools/emoji"))
-import evaluate  # noqa: E402
-import judge as judging  # noqa: E402
-import report  # noqa: E402
+import judge as judging
+from gallery import Gallery, distance, gaussian
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+# The table goes between these two lines of a document.
+MARKS = "<!-- measured -->", "<!-- end of measured -->"
 
 PARTS = 20  # that a noise set is cut into for the standard errors
 BASES = ("unconditional", "cfg 1", "cfg 2")
@@ -74,18 +76,31 @@ def digest(path):
 
 
 def settings_of(options):
-    return {name: getattr(options, name) for name in ("sets", "pictures", "steps", "scale", "real", "seed", "limit")} | {
-        "unet": digest(options.model / "unet.ts"), "judge": digest(options.judge), "glyphs": digest(options.glyphs)}
+    return {
+        name: getattr(options, name)
+        for name in ("sets", "pictures", "steps", "scale", "real", "seed", "limit")
+    } | {
+        "unet": digest(options.model / "unet.ts"),
+        "judge": digest(options.judge),
+        "glyphs": digest(options.glyphs),
+    }
 
 
 def make_judge(options):
     """What is missing of the glyphs and the judge."""
-    tools = ROOT / "tools/emoji"
+    tools = pathlib.Path(__file__).parent
     short = ["--limit", options.limit, "--steps", 40, "--batch", 32] if options.smoke else []
-    for path, command in ((options.glyphs, ["render.py", "--font", options.font]), (options.judge, ["judge.py", "--glyphs", options.glyphs, *short])):
+    for path, command in (
+        (options.glyphs, ["render.py", "--font", options.font]),
+        (options.judge, ["judge.py", "--glyphs", options.glyphs, *short]),
+    ):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([sys.executable, *map(str, [tools / command[0], *command[1:], "--out", path])], check=True, stdout=sys.stderr)
+            subprocess.run(
+                [sys.executable, *map(str, [tools / command[0], *command[1:], "--out", path])],
+                check=True,
+                stdout=sys.stderr,
+            )
 
 
 class Sampler:
@@ -93,24 +108,54 @@ class Sampler:
 
     def __init__(self, options, gallery):
         self.options = options
-        self.glyphs, self.noise = zip(*[gallery.noise_set(number) for number in range(options.sets)])
-        self.names = [gallery.glyphs.captions[glyph][0] for glyphs in self.glyphs for glyph in glyphs.tolist()]
+        self.glyphs, self.noise = zip(
+            *[gallery.noise_set(number) for number in range(options.sets)]
+        )
+        self.names = [
+            gallery.glyphs.captions[glyph][0] for glyphs in self.glyphs for glyph in glyphs.tolist()
+        ]
         self.files = {}
 
     def noise_file(self, copies):
         if copies not in self.files:
             self.files[copies] = self.options.work / f"noise-{copies}.pt"
-            torch.save(torch.cat([noise.cpu() for noise in self.noise] * copies), self.files[copies])
+            torch.save(
+                torch.cat([noise.cpu() for noise in self.noise] * copies), self.files[copies]
+            )
         return self.files[copies]
 
     def draw(self, arguments, cfg, bases, number):
         """The pictures of each base, and the command's report. An empty prompt draws without words."""
         options = self.options
-        prompts = [f"--prompt={'' if base == 'unconditional' else name}" for base in bases for name in self.names]
+        prompts = [
+            f"--prompt={'' if base == 'unconditional' else name}"
+            for base in bases
+            for name in self.names
+        ]
         files = [options.work / f"pictures-{number % 2}.pt", options.work / "report.json"]
-        command = [options.sag_sample, "--model", options.model, "--noise", self.noise_file(len(bases)), "--cfg", cfg, "--sampler", "euler",
-                   "--schedule", "karras", "--steps", options.steps, "--max-rows", options.max_rows, "--no-cuda-graph", "--quiet",
-                   "--save-latent", files[0], "--json", files[1]]
+        command = [
+            options.sag_sample,
+            "--model",
+            options.model,
+            "--noise",
+            self.noise_file(len(bases)),
+            "--cfg",
+            cfg,
+            "--sampler",
+            "euler",
+            "--schedule",
+            "karras",
+            "--steps",
+            options.steps,
+            "--max-rows",
+            options.max_rows,
+            "--no-cuda-graph",
+            "--quiet",
+            "--save-latent",
+            files[0],
+            "--json",
+            files[1],
+        ]
         if subprocess.run([*map(str, command), *arguments, *prompts]).returncode:
             sys.exit(f"{options.sag_sample} failed with {' '.join(arguments)}")
         return files[0], json.loads(files[1].read_text())
@@ -119,7 +164,10 @@ class Sampler:
 def costs(run, pictures):
     """UNet rows a picture, and the share that was blurred. Time follows the rows, and is measured elsewhere (scripts/bench.sh)."""
     masked = [step["masked"] for step in run["steps"] if step["masked"] is not None]
-    return {"unet_rows": run["rows"] / pictures, "masked": sum(masked) / len(masked) if masked else None}
+    return {
+        "unet_rows": run["rows"] / pictures,
+        "masked": sum(masked) / len(masked) if masked else None,
+    }
 
 
 def device_name():
@@ -131,13 +179,15 @@ class Judgement:
 
     def __init__(self, gallery, sampler, rows):
         self.gallery, self.sampler, self.rows = gallery, sampler, rows
-        self.real = evaluate.gaussian(gallery.real.cpu())
+        self.real = gaussian(gallery.real.cpu())
 
     def distances(self, features):
         """Of a noise set, and of it without each of its parts."""
         part = torch.arange(len(features)) % min(PARTS, len(features))
         kept = [part != number for number in range(int(part.max()) + 1)]
-        whole, *without = [evaluate.distance(evaluate.gaussian(features[keep]), self.real) for keep in [part >= 0, *kept]]
+        whole, *without = [
+            distance(gaussian(features[keep]), self.real) for keep in [part >= 0, *kept]
+        ]
         return whole, without
 
     def judge(self, base, pictures):
@@ -154,11 +204,24 @@ class Judgement:
     @torch.no_grad()
     def __call__(self, variant, bases, file, command_report):
         pictures = torch.load(file, weights_only=True).chunk(len(bases))
-        for number, base in enumerate(bases):
-            run = next(run for run in command_report["runs"] if run["pictures"][0] == number * len(pictures[0]))
-            row = {"date": datetime.date.today().isoformat(), "device": device_name(), **self.judge(base, pictures[number]), **costs(run, len(pictures[0]))}
+        for place, base in enumerate(bases):
+            run = next(
+                run
+                for run in command_report["runs"]
+                if run["pictures"][0] == place * len(pictures[0])
+            )
+            row = {
+                "date": datetime.date.today().isoformat(),
+                "device": device_name(),
+                **self.judge(base, pictures[place]),
+                **costs(run, len(pictures[0])),
+            }
             self.rows.keep(base, variant, row)
-            print(f"{base}, {variant}: FD {sum(row['fd']) / len(row['fd']):.3f}", file=sys.stderr, flush=True)
+            print(
+                f"{base}, {variant}: FD {sum(row['fd']) / len(row['fd']):.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def measure(options, sampler, judgement, rows):
@@ -167,7 +230,12 @@ def measure(options, sampler, judgement, rows):
         judged = []
         for variant, arguments in variants(options.scale).items():
             for cfg, of_call in CALLS:
-                bases = [base for base in of_call if re.search(options.rows, f"{base}, {variant}") and not rows.find(base, variant)]
+                bases = [
+                    base
+                    for base in of_call
+                    if re.search(options.rows, f"{base}, {variant}")
+                    and not rows.find(base, variant)
+                ]
                 if not bases or time.time() - options.started > 60 * options.minutes:
                     continue
                 drawn = sampler.draw(arguments, cfg, bases, len(judged))
@@ -182,40 +250,80 @@ def spread(row, other=None):
     """Mean over the sets, of a row or its difference to another, and the standard error: the jackknife over the parts of every set."""
     whole, without = (torch.tensor(row[key], dtype=torch.double) for key in ("fd", "fd_without"))
     if other:
-        whole, without = (value - torch.tensor(other[key], dtype=torch.double) for value, key in ((whole, "fd"), (without, "fd_without")))
+        whole, without = (
+            value - torch.tensor(other[key], dtype=torch.double)
+            for value, key in ((whole, "fd"), (without, "fd_without"))
+        )
     variances = (without.shape[1] - 1) * without.var(1, correction=0)
     return whole.mean().item(), variances.sum().sqrt().item() / len(whole)
 
 
+def number(pair, digits, sign=""):
+    mean, error = pair
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def insert(table, document):
+    between = re.compile(re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1]), re.S)
+    document.write_text(
+        between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", document.read_text())
+    )
+
+
 def line(base, variant, row, none, exact):
     def against(other, itself):
-        return report.number(spread(row, other), 3, "+") if other and variant not in itself else ""
+        return number(spread(row, other), 3, "+") if other and variant not in itself else ""
 
     top1 = ""
     if row["top1"]:
-        mean, count = sum(row["top1"]) / len(row["top1"]), row["settings"]["sets"] * row["settings"]["pictures"]
-        top1 = report.number((mean, (mean * (1 - mean) / count)**0.5), 3)
-    cells = [f"{base}, {variant}", report.number(spread(row), 2), against(none, ("none",)), against(exact, ("none", "exact")), top1,
-             f"{row['unet_rows']:.0f}"]
+        mean, count = (
+            sum(row["top1"]) / len(row["top1"]),
+            row["settings"]["sets"] * row["settings"]["pictures"],
+        )
+        top1 = number((mean, (mean * (1 - mean) / count) ** 0.5), 3)
+    cells = [
+        f"{base}, {variant}",
+        number(spread(row), 2),
+        against(none, ("none",)),
+        against(exact, ("none", "exact")),
+        top1,
+        f"{row['unet_rows']:.0f}",
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
 def table(options, rows, facts):
-    found = [(base, variant, row) for base in BASES for variant in variants(options.scale) if (row := rows.find(base, variant))]
-    dates, devices = (" and ".join(sorted({row[key] for _, _, row in found})) for key in ("date", "device"))
-    lines = [f"Measured {dates} on {devices}: {options.sets} noise sets of {options.pictures} pictures, Euler, {options.steps} steps, "
-             f"scale {options.scale:g}, ± one standard error. The judge names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. "
-             f"Real pictures measured in the same way have FD {report.number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and "
-             f"{report.number(facts['floors']['at_random'], 2)} where glyphs come at random, as in the unconditional rows.", "",
-             "| row | FD | change | minus exact | top-1 | UNet rows a picture |", "|---|---|---|---|---|---|"]
-    lines += [line(base, variant, row, rows.find(base, "none"), rows.find(base, "exact")) for base, variant, row in found]
+    found = [
+        (base, variant, row)
+        for base in BASES
+        for variant in variants(options.scale)
+        if (row := rows.find(base, variant))
+    ]
+    dates, devices = (
+        " and ".join(sorted({row[key] for _, _, row in found})) for key in ("date", "device")
+    )
+    lines = [
+        f"Measured {dates} on {devices}: {options.sets} noise sets of {options.pictures} pictures, Euler, {options.steps} steps, "
+        f"scale {options.scale:g}, ± one standard error. The judge names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. "
+        f"Real pictures measured in the same way have FD {number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and "
+        f"{number(facts['floors']['at_random'], 2)} where glyphs come at random, as in the unconditional rows.",
+        "",
+        "| row | FD | change | minus exact | top-1 | UNet rows a picture |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        line(base, variant, row, rows.find(base, "none"), rows.find(base, "exact"))
+        for base, variant, row in found
+    ]
     return "\n".join(lines)
 
 
 def read_options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--sag-sample", type=pathlib.Path, default=ROOT / "build/release/examples/sag-sample")
+    add("--sag-sample", type=pathlib.Path, default=ROOT / "build/release/command/sag-sample")
     add("--model", type=pathlib.Path, default=ROOT / "models/emoji")
     add("--glyphs", type=pathlib.Path, default=ROOT / "build/emoji/glyphs.npz")
     add("--judge", type=pathlib.Path, help="default: judge.pt beside the glyphs")
@@ -225,7 +333,12 @@ def read_options():
     add("--rows", default="", metavar="REGEX", help="only these, as in 'cfg 1|none'")
     add("--sets", type=int, default=3)
     add("--pictures", type=int, default=2000, help="in a noise set")
-    add("--minutes", type=float, default=float("inf"), help="begin no row after this time; 0: print what is there")
+    add(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="begin no row after this time; 0: print what is there",
+    )
     add("--steps", type=int, default=20)
     add("--scale", type=float, default=1.0)
     add("--real", type=int, default=20000, help="pictures that stand for the real distribution")
@@ -235,9 +348,19 @@ def read_options():
     options = parser.parse_args()
     options.started, options.limit = time.time(), None
     if options.smoke:
-        options.limit, options.sets, options.pictures, options.steps, options.real = 24, 2, 8, 4, 1000
-    options.work = options.work or ROOT / ("build/quality-smoke" if options.smoke else "build/quality")
-    options.judge = options.judge or (options.work / "judge.pt" if options.smoke else options.glyphs.with_name("judge.pt"))
+        options.limit, options.sets, options.pictures, options.steps, options.real = (
+            24,
+            2,
+            8,
+            4,
+            1000,
+        )
+    options.work = options.work or ROOT / (
+        "build/quality-smoke" if options.smoke else "build/quality"
+    )
+    options.judge = options.judge or (
+        options.work / "judge.pt" if options.smoke else options.glyphs.with_name("judge.pt")
+    )
     return options
 
 
@@ -247,14 +370,14 @@ def main():
     options.work.mkdir(parents=True, exist_ok=True)
     make_judge(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gallery = evaluate.Gallery(options, device)
+    gallery = Gallery(options, device)
     rows = Rows(options.work, settings_of(options))
     sampler = Sampler(options, gallery)
     measure(options, sampler, Judgement(gallery, sampler, rows), rows)
     text = table(options, rows, gallery.facts)
     print(text)
     if options.doc:
-        report.insert(text, options.doc)
+        insert(text, options.doc)
 
 
 if __name__ == "__main__":

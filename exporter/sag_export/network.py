@@ -5,8 +5,8 @@ from typing import Optional, Tuple
 
 import torch
 
-from export.attention import self_attentions
-from export.mistake import Mistake
+from sag_export.attention import self_attentions
+from sag_export.mistake import Mistake
 
 
 @dataclasses.dataclass
@@ -19,7 +19,9 @@ class Network:
     context: Optional[Tuple[int, int]]  # tokens and width
     features: Optional[int]  # of y
     multiple: int = 1  # that height and width must be multiples of
-    fastest_multiple: int = 1  # with which the module takes no detour: compiled packages take nothing else
+    fastest_multiple: int = (
+        1  # with which the module takes no detour: compiled packages take nothing else
+    )
 
     def example(self, rows, height, width, seed=0):
         """Name → tensor, random, in the order of forward, where the module's weights are and in their dtype. Timesteps
@@ -52,9 +54,12 @@ class Network:
         return self_attentions(self.module, tuple(self.example(1, *self.small_sizes()[0]).values()))
 
     def convolution_share(self):
-        convolutions = [m for m in self.module.modules() if isinstance(m, torch.nn.modules.conv._ConvNd)]
-        total = sum(p.numel() for p in self.module.parameters())
-        return sum(m.weight.numel() for m in convolutions) / total
+        """The share of the parameters that channels last lays out differently, those of four dimensions. It is the rule
+        of sag's convolution_share, in C++."""
+        parameters = list(self.module.parameters())
+        return sum(p.numel() for p in parameters if p.dim() == 4) / sum(
+            p.numel() for p in parameters
+        )
 
     def check(self):
         """Throws Mistake unless the module runs and returns numbers of x's shape."""
@@ -68,7 +73,9 @@ class Network:
         if not isinstance(out, torch.Tensor):
             raise Mistake(f"The network's forward must return a tensor, got {type(out).__name__}.")
         if out.shape != inputs["x"].shape:
-            raise Mistake(f"The network must return x's shape, {list(inputs['x'].shape)}, got {list(out.shape)}.")
+            raise Mistake(
+                f"The network must return x's shape, {list(inputs['x'].shape)}, got {list(out.shape)}."
+            )
         if not out.isfinite().all():
             raise Mistake(
                 "The network must return finite numbers, but gives NaN or infinity for random inputs; "

@@ -11,11 +11,23 @@ from typing import Dict, Final, List, Tuple
 import torch
 from torch import Tensor, nn
 
-from export.mistake import Mistake
+from sag_export.mistake import Mistake
 
 SPACE, LETTER, NUMBER, OTHER = 0, 1, 2, 3
 # Unicode's White_Space.
-SPACES = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+SPACES = {
+    *range(0x09, 0x0E),
+    0x20,
+    0x85,
+    0xA0,
+    0x1680,
+    *range(0x2000, 0x200B),
+    0x2028,
+    0x2029,
+    0x202F,
+    0x205F,
+    0x3000,
+}
 HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by rule, not by table
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 NORMALIZERS = [
@@ -67,7 +79,11 @@ def unicode_tables():
 
 def byte_characters() -> List[str]:
     """The characters that stand for the 256 bytes in a byte-level vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
@@ -123,7 +139,9 @@ class ClipTokenizer(nn.Module):
                     f'The tokenizer\'s added token "{content}" must be found anywhere and in lower case '
                     "(single_word and normalized as they are by default)."
                 )
-        longest_first = sorted(description["added_tokens"], key=lambda token: -len(token["content"]))
+        longest_first = sorted(
+            description["added_tokens"], key=lambda token: -len(token["content"])
+        )
         self.added = [codes(normalize(token["content"])) for token in longest_first]
         self.added_ids = [token["id"] for token in longest_first]
         self.class_starts, self.classes = class_ranges()
@@ -297,7 +315,13 @@ class ClipTokenizer(nn.Module):
             return 0xAC00 + (leading * 21 + vowel) * 28
         syllable = first - 0xAC00
         trailing = second - 0x11A7
-        if syllable >= 0 and syllable < 11172 and syllable % 28 == 0 and trailing > 0 and trailing < 28:
+        if (
+            syllable >= 0
+            and syllable < 11172
+            and syllable % 28 == 0
+            and trailing > 0
+            and trailing < 28
+        ):
             return first + trailing
         return self.compositions.get((first << 21) + second, -1)
 
@@ -343,7 +367,14 @@ class ClipTokenizer(nn.Module):
             elif code < 0x10000:
                 out.extend([0xE0 + code // 4096, 0x80 + code // 64 % 64, 0x80 + code % 64])
             else:
-                out.extend([0xF0 + code // 262144, 0x80 + code // 4096 % 64, 0x80 + code // 64 % 64, 0x80 + code % 64])
+                out.extend(
+                    [
+                        0xF0 + code // 262144,
+                        0x80 + code // 4096 % 64,
+                        0x80 + code // 64 % 64,
+                        0x80 + code % 64,
+                    ]
+                )
         return out
 
     def encoded(self, text: List[int]) -> str:
@@ -355,7 +386,11 @@ class ClipTokenizer(nn.Module):
 
 def check_is_clip(description):
     """Throws Mistake unless CLIP's normalization, words and byte pair encoding are what the tokenizer does."""
-    model, normalizer, words = description["model"], description["normalizer"] or {}, description["pre_tokenizer"] or {}
+    model, normalizer, words = (
+        description["model"],
+        description["normalizer"] or {},
+        description["pre_tokenizer"] or {},
+    )
     split = (words.get("pretokenizers") or [{}])[0]
     same = (
         model["type"] == "BPE"

@@ -9,10 +9,10 @@ import tempfile
 
 import torch
 
-from export.check import check_calls
-from export.mistake import Mistake
-from export.network import first_line
-from export.package import bounds, write_package, write_weights
+from sag_export.check import check_calls
+from sag_export.mistake import Mistake
+from sag_export.network import first_line
+from sag_export.package import bounds, write_package, write_weights
 
 # A dim is a number, (low, high), or (low, high, multiple), as write_package takes them.
 
@@ -50,7 +50,9 @@ def write_unet(network, folder, rows, sizes, sites, say):
     write_weights(network.module, weights)
     for dim, height, width in variants:
         name = f"rows{text_of(dim)}_{text_of(height)}x{text_of(width)}.pt2"
-        compile_and_check(network, folder / "unet" / name, (dim, height, width), sites, weights, say)
+        compile_and_check(
+            network, folder / "unet" / name, (dim, height, width), sites, weights, say
+        )
     return "unet"
 
 
@@ -68,11 +70,15 @@ def compile_and_check(network, path, dims, sites, weights, say):
             weights=None if weights is None else True,
         )
     except Exception as error:  # of a module, or a compiler, that is not ours
-        raise Mistake(f"The network cannot be compiled: {first_line(error).removesuffix('.')}.") from error
+        raise Mistake(
+            f"The network cannot be compiled: {first_line(error).removesuffix('.')}."
+        ) from error
     say(f"checking {path.name}")
     sizes = {tuple(bounds(dim)[0] for dim in dims), tuple(tried(dim)[1] for dim in dims)}
     calls = [tuple(network.example(*size, seed=1).values()) for size in sorted(sizes)]
-    check_calls(path.name, OtherProcess(path, weights, calls), network.module, calls, example["x"].dtype)
+    check_calls(
+        path.name, OtherProcess(path, weights, calls), network.module, calls, example["x"].dtype
+    )
 
 
 class OtherProcess:
@@ -83,15 +89,34 @@ class OtherProcess:
         with tempfile.TemporaryDirectory() as folder:
             given, results = (os.path.join(folder, name) for name in ("calls.pt", "results.pt"))
             torch.save(calls, given)
-            program = pathlib.Path(__file__).with_name("run_package.py")
-            command = [sys.executable, program, package, weights or "", given, results]
-            done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            command = [
+                sys.executable,
+                "-m",
+                "sag_export.run_package",
+                package,
+                weights or "",
+                given,
+                results,
+            ]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path())}
+            done = subprocess.run(
+                [*map(str, command)], capture_output=True, text=True, env=environment
+            )
             if done.returncode:
                 raise Mistake(f"{package.name} does not run: {why(done)}.")
             self.results = iter(torch.load(results, map_location=calls[0][0].device))
 
     def __call__(self, *call):
         return next(self.results)
+
+
+def python_path():
+    """Folders where the other process finds this package, which need not be installed."""
+    inherited = os.environ.get("PYTHONPATH")
+    return [
+        str(pathlib.Path(__file__).resolve().parent.parent),
+        *([inherited] if inherited else []),
+    ]
 
 
 def why(done):

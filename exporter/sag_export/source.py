@@ -10,9 +10,9 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from export import description, text, unet
-from export.mistake import Mistake
-from export.network import Network, first_line
+from sag_export import description, text, unet
+from sag_export.mistake import Mistake
+from sag_export.network import Network, first_line
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
@@ -40,14 +40,20 @@ def read_json(path):
 
 def load(kind, folder, **options):
     """`kind`: a diffusers or transformers class; its weights may be of the fp16 variant only."""
-    names = [entry.name for entry in pathlib.Path(folder).iterdir()] if pathlib.Path(folder).is_dir() else []
+    names = (
+        [entry.name for entry in pathlib.Path(folder).iterdir()]
+        if pathlib.Path(folder).is_dir()
+        else []
+    )
     weights = [name for name in names if name.startswith(WEIGHTS) and not name.endswith(".json")]
     if weights and all(".fp16." in name for name in weights):
         options["variant"] = "fp16"
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # whatever a damaged file makes of it
-        raise Mistake(f'"{folder}" cannot be read as a {kind.__name__}: {first_line(error)}') from error
+        raise Mistake(
+            f'"{folder}" cannot be read as a {kind.__name__}: {first_line(error)}'
+        ) from error
 
 
 def read_unet_config(folder):
@@ -77,19 +83,29 @@ def from_unet_folder(folder, options):
 def from_pipeline(folder, options):
     index = read_json(folder / "model_index.json")
     check_has_unet(folder, index)
-    parts = {key: value[1] for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+    parts = {
+        key: value[1]
+        for key, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[1]
+    }
     prediction = {"prediction": options.prediction}
     if "scheduler" in parts:
         config = read_json(folder / "scheduler" / "scheduler_config.json")
         prediction = description.from_scheduler(config, options.note, options.prediction)
     elif options.prediction is None:
-        raise Mistake(f'"{folder}" has no scheduler that says what the network predicts; give --prediction.')
+        raise Mistake(
+            f'"{folder}" has no scheduler that says what the network predicts; give --prediction.'
+        )
     source = Source(folder.resolve().name, None, prediction)
     if not options.unet_only:
         add_texts(source, folder, parts)
         add_vae(source, folder, parts)
-    tokens = text.tokens_of(source.tokenizers[0], source.text_models[0]) if source.text_models else 77
-    source.network = unet.wrap(load_unet(folder / "unet", options.torch_dtype, options.device), tokens)
+    tokens = (
+        text.tokens_of(source.tokenizers[0], source.text_models[0]) if source.text_models else 77
+    )
+    source.network = unet.wrap(
+        load_unet(folder / "unet", options.torch_dtype, options.device), tokens
+    )
     check_parts_fit(source)
     return source
 
@@ -97,9 +113,15 @@ def from_pipeline(folder, options):
 def check_has_unet(folder, index):
     if isinstance(index.get("unet"), list) and index["unet"][1]:
         return
-    other = [value[1] for value in index.values() if isinstance(value, list) and value[1] and "Transformer" in value[1]]
+    other = [
+        value[1]
+        for value in index.values()
+        if isinstance(value, list) and value[1] and "Transformer" in value[1]
+    ]
     what = f"but a {other[0]}" if other else "in its model_index.json"
-    raise Mistake(f'"{folder}" has no UNet, {what}; a network of another kind is exported as MODULE:FACTORY.')
+    raise Mistake(
+        f'"{folder}" has no UNet, {what}; a network of another kind is exported as MODULE:FACTORY.'
+    )
 
 
 def add_texts(source, folder, parts):
@@ -115,13 +137,20 @@ def add_texts(source, folder, parts):
             "--unet-only exports the UNet, for sag-sample's --cond and --uncond."
         )
     for key, kind in zip(wanted, kinds):
-        model = load(getattr(transformers, kind), folder / key, attn_implementation="eager", dtype=torch.float32)
+        model = load(
+            getattr(transformers, kind),
+            folder / key,
+            attn_implementation="eager",
+            dtype=torch.float32,
+        )
         if getattr(model.config, "use_attention_mask", False):
             raise Mistake(
                 "A text encoder that hides the padding (use_attention_mask) cannot be exported; try --unet-only."
             )
         source.text_models += (model.eval().requires_grad_(False),)
-        source.tokenizers += (load(transformers.CLIPTokenizerFast, folder / key.replace("text_encoder", "tokenizer")),)
+        source.tokenizers += (
+            load(transformers.CLIPTokenizerFast, folder / key.replace("text_encoder", "tokenizer")),
+        )
 
 
 def add_vae(source, folder, parts):
@@ -134,7 +163,9 @@ def add_vae(source, folder, parts):
         raise Mistake(
             f"Only an AutoencoderKL can be exported as decoder, but the pipeline has a {parts[key]}; try --unet-only."
         )
-    vae = load(diffusers.AutoencoderKL, folder / key, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    vae = load(
+        diffusers.AutoencoderKL, folder / key, torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
     source.vae = vae.eval().requires_grad_(False)
 
 
@@ -142,7 +173,9 @@ def check_parts_fit(source):
     network = source.network
     width = sum(model.config.hidden_size for model in source.text_models)
     if source.text_models and not network.context:
-        raise Mistake("The pipeline has a text encoder, but its UNet takes no text; try --unet-only.")
+        raise Mistake(
+            "The pipeline has a text encoder, but its UNet takes no text; try --unet-only."
+        )
     if source.text_models and width != network.context[1]:
         raise Mistake(
             f"The text encoders give {width} numbers a token, but the UNet takes {network.context[1]}; try --unet-only."
@@ -161,7 +194,9 @@ def check_parts_fit(source):
             "try --unet-only."
         )
     if network.features and source.text_models and source.vae is None:
-        raise Mistake("SDXL's text encoder needs the VAE, to know the picture's size; try --unet-only.")
+        raise Mistake(
+            "SDXL's text encoder needs the VAE, to know the picture's size; try --unet-only."
+        )
     if source.vae is not None and source.vae.config.latent_channels != network.shape[0]:
         raise Mistake(
             f"The VAE's latents have {source.vae.config.latent_channels} channels, the UNet's {network.shape[0]}."
@@ -178,12 +213,20 @@ def from_factory(spec, options):
         raise Mistake(f"{spec} must return a module with floating point parameters.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_complex():
-            raise Mistake(f'{spec} has a complex "{name}", which --dtype would spoil: keep it as two real tensors.')
+            raise Mistake(
+                f'{spec} has a complex "{name}", which --dtype would spoil: keep it as two real tensors.'
+            )
     module = module.to(options.device, options.torch_dtype).eval().requires_grad_(False)
     if any(side % options.multiple for side in options.sample[1:]):
-        raise Mistake(f"--sample must have a height and width that are multiples of --multiple, {options.multiple}.")
-    network = Network(module, options.sample, options.context, options.y, options.multiple, options.multiple)
-    return Source(spec.partition(":")[0].rpartition(".")[2], network, {"prediction": options.prediction})
+        raise Mistake(
+            f"--sample must have a height and width that are multiples of --multiple, {options.multiple}."
+        )
+    network = Network(
+        module, options.sample, options.context, options.y, options.multiple, options.multiple
+    )
+    return Source(
+        spec.partition(":")[0].rpartition(".")[2], network, {"prediction": options.prediction}
+    )
 
 
 def call_factory(spec):
@@ -193,11 +236,15 @@ def call_factory(spec):
         make = getattr(importlib.import_module(module_name), function, None)
         made = None if make is None else make()
     except Exception as error:  # it is the user's code
-        raise Mistake(f"{spec} cannot be called: {type(error).__name__}: {first_line(error)}") from error
+        raise Mistake(
+            f"{spec} cannot be called: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if make is None:
         raise Mistake(f"{spec}: {module_name}.py has no {function}.")
     if isinstance(made, torch.jit.ScriptModule):
-        raise Mistake(f"{spec} is TorchScript already: put its file beside a model.json (docs/models.md).")
+        raise Mistake(
+            f"{spec} is TorchScript already: put its file beside a model.json (docs/models.md)."
+        )
     if not isinstance(made, torch.nn.Module):
         raise Mistake(f"{spec} must return a torch.nn.Module, got {type(made).__name__}.")
     return made
@@ -226,7 +273,9 @@ def open_source(options):
 
 def check_sample(network, sample):
     if sample[0] != network.shape[0]:
-        raise Mistake(f"--sample must have the network's {network.shape[0]} channels, got {sample[0]}.")
+        raise Mistake(
+            f"--sample must have the network's {network.shape[0]} channels, got {sample[0]}."
+        )
     if any(side % network.multiple for side in sample[1:]):
         raise Mistake(
             f"--sample must have a height and width that are multiples of {network.multiple} for this network, got "

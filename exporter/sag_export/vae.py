@@ -9,11 +9,18 @@ class Scale(torch.nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.factor, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+        self.factor, self.shift = (
+            float(config.scaling_factor),
+            float(config.get("shift_factor") or 0.0),
+        )
         mean, std = config.get("latents_mean"), config.get("latents_std")
         self.normal = mean is not None and std is not None
-        self.register_buffer("mean", torch.tensor(mean if self.normal else [0.0]).reshape(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std if self.normal else [1.0]).reshape(1, -1, 1, 1))
+        self.register_buffer(
+            "mean", torch.tensor(mean if self.normal else [0.0]).reshape(1, -1, 1, 1)
+        )
+        self.register_buffer(
+            "std", torch.tensor(std if self.normal else [1.0]).reshape(1, -1, 1, 1)
+        )
 
     def to_unet(self, latent):
         if self.normal:

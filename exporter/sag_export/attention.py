@@ -30,7 +30,16 @@ def declare_op():
 
 
 def _plain_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, site=""
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    *,
+    scale=None,
+    enable_gqa=False,
+    site="",
 ):
     out = torch.ops.aten.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -66,7 +75,9 @@ def marked(module, paths):
         yield ordinals
     for path in paths:
         if path not in ordinals:
-            raise ValueError(f"the module '{path}' has no scaled_dot_product_attention of its own that ran")
+            raise ValueError(
+                f"the module '{path}' has no scaled_dot_product_attention of its own that ran"
+            )
 
 
 def self_attentions(module, inputs):

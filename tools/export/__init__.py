@@ -1,1 +1,0 @@
-"""What tools/export_model.py is made of."""
