@@ -208,7 +208,12 @@ TEST(SagOnePass, WantsTheRunsSigmas) {
         SelfAttentionGuidanceOptions{.interval = 2}}) {
     const auto model = apply_self_attention_guidance(
         {std::make_shared<ToyUNet>(), ModelSampling::discrete()}, options);
-    EXPECT_THROW(CfgGuider(model, {toy_prompt(1)}, {toy_prompt(-1)}), c10::ValueError);
+    CfgGuider guider(model, {toy_prompt(1)}, {toy_prompt(-1)});
+    const auto x = fill({1, 4, 16, 24}, .7, .3, 15);
+    EXPECT_THROW(guider(x, 4), c10::ValueError);
+    EXPECT_TRUE(guider.report().evaluations.empty());
+    guider.begin_run({4, 0});
+    EXPECT_NO_THROW(guider(x, 4));
   }
 }
 

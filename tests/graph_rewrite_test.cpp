@@ -6,6 +6,7 @@
 #include <torch/csrc/jit/ir/irparser.h>
 #include <torch/torch.h>
 
+#include "sag/attention.h"
 #include "sag/attention_scope.h"
 #include "sag/step_context.h"
 #include "support/torchscript_fixture.h"

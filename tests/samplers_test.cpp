@@ -211,7 +211,8 @@ TEST_P(EverySampler, RefusesLatentsThatAreNone) {
   EXPECT_THROW(sampler(model, {}, sigmas, {}), c10::ValueError);
   EXPECT_THAT([&] { sampler(model, x[0], sigmas, {}); },
               ThrowsMessage<c10::ValueError>(
-                  HasSubstr("x must be [images, channels, height, width], got [4, 3, 5].")));
+                  HasSubstr("x must have shape [images, channels, height, width], none of them 0, "
+                            "got [4, 3, 5].")));
   EXPECT_THROW(sampler(model, x.to(torch::kInt64), sigmas, {}), c10::TypeError);
   EXPECT_THROW(sampler(nullptr, x, sigmas, {}), c10::ValueError);
 }

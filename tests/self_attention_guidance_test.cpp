@@ -544,7 +544,9 @@ TEST(SagDefaults, AreComfyUis) {
   EXPECT_EQ(options.blur_sigma, 2.0);
   EXPECT_EQ(options.threshold, 1.0);
   EXPECT_EQ(options.kernel_size, 9);
-  EXPECT_EQ(options.site, (AttentionSite{"middle", 0, 0}));
+  // ComfyUI's key {"middle", 0, 0} in every UNet that has it, in others what stands in its place.
+  EXPECT_EQ(options.site, "middle");
+  EXPECT_EQ(resolve_attention_site(test::ToyUNet(), options.site), "middle.0.0");
 }
 
 // Level 1: the formula in float64 for every kind of noisy latent.
