@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from sag_export import archive, compiled, export, text
 from sag_export.cli import parse
 from sag_export.description import from_scheduler
 from sag_export.mistake import Mistake
+from sag_export.sites import short_name
 from sag_export.source import open_source
 from sag_export.tokenizer import ClipTokenizer
 
@@ -943,6 +945,23 @@ class Command(Case):
                 self.assertGreater(width, 24 * 8)
                 self.assertGreater(height, 2 * 16 * 8)
                 self.assertEqual(json.loads(report.read_text())["guided_steps"], 2)
+
+    def test_its_self_attentions_are_the_exporters(self):
+        """The exporter finds them by what modules are given, the library by projections in the
+        graph."""
+        name = self.module("own_modules", MODULES)
+        arguments = {f"{name}:{made}": OwnModules.ARGUMENTS for made in ("Multihead", "Encoding")}
+        arguments.update({self.pipeline(kind): ("--unet-only",) for kind in ("sd1", "sdxl")})
+        for source, rest in arguments.items():
+            options = parse([str(source), "--out", "x", *rest])
+            export.complete(options)
+            found = open_source(options).network.sites()
+            out, _ = self.export(source, f"sites-{len(found)}", *rest, "--site", f"#{found[0][0]}")
+            listed = re.findall(
+                r"^(\S+) +#(\d+)", self.sample("--model", out, "--list-sites"), re.M
+            )
+            wanted = [(short_name(path), str(ordinal)) for ordinal, path in found]
+            self.assertEqual(listed, wanted, source)
 
     def test_it_starts_from_a_picture(self):
         model, _ = self.export(self.pipeline("flow"), "flow")

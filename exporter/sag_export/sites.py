@@ -10,6 +10,9 @@ LDM = re.compile(
 )
 DIFFUSERS = re.compile(r"(?:.*\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.attn1")
 
+# Parts of a path that say that a module belongs to the middle block.
+MIDDLE_PARTS = {"mid", "middle", "middle_block", "mid_block", "mid_attn", "bottleneck"}
+
 
 def short_name(path):
     """ComfyUI's name, for example "middle.0.0", or the path if there is none."""
@@ -18,6 +21,15 @@ def short_name(path):
         return f"{block}.{found[3]}"
     found = DIFFUSERS.fullmatch(path)
     return f"middle.0.{found[1]}" if found else path
+
+
+def middle_sites(sites):
+    """The paths of the middle block's self-attentions, by the rule of sag's find_middle_attention:
+    middle.0.0 if there is one, the only attention if there is one, or what its path says."""
+    known = [path for _, path in sites if short_name(path) == "middle.0.0"]
+    if known or len(sites) == 1:
+        return known or [sites[0][1]]
+    return [path for _, path in sites if MIDDLE_PARTS.intersection(path.split("."))]
 
 
 def choose(wanted, sites):
@@ -32,16 +44,19 @@ def choose(wanted, sites):
             "scaled_dot_product_attention, as torch.nn.MultiheadAttention does with "
             "need_weights=False."
         )
-    middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [
-        p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)
-    ]
+    middle = middle_sites(sites)
     if not wanted:
         if not middle:
             raise Mistake(
                 "The network has no middle block: choose its attention with --site. "
                 f"{listed(sites)}"
             )
-        return middle[:1]
+        if len(middle) > 1:
+            raise Mistake(
+                f"The network has {len(middle)} self-attentions in its middle block: choose one "
+                f"with --site. {listed(sites)}"
+            )
+        return middle
     paths = []
     for name in wanted:
         found = middle[:1] + [path for _, path in sites] if name == "all" else named(name, sites)
