@@ -1,7 +1,9 @@
-"""Writes the packages that aoti_unet_test.cpp and ops_library_test.py read: python aoti_fixture.py <folder>
+"""Writes the packages that aoti_unet_test.cpp and ops_library_test.py read.
 
-Every compiled package costs some ten seconds of g++, so there are few, and what can be had by editing the metadata of
-one is not compiled. With a GPU, cuda/ is written too.
+    python aoti_fixture.py <folder>
+
+Every package costs some ten seconds of g++, so only a few are compiled; others are copies with
+edited metadata. With a GPU it also writes cuda/.
 """
 
 import json
@@ -63,7 +65,8 @@ class Transformer(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small UNet with LDM's names: a self-attention at input.1.0 and one at middle.0.0, both at half the size."""
+    """A small UNet with LDM's names: one self-attention at input.1.0 and one at middle.0.0, both at
+    half the size."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +105,8 @@ def make_unet():
     torch.manual_seed(1)
     unet = UNet().eval().requires_grad_(False)
     for parameter in unet.parameters():
-        parameter.mul_(1.5)  # attention that is not flat
+        # So that attention is not flat.
+        parameter.mul_(1.5)
     return unet
 
 
@@ -153,7 +157,7 @@ def write_plain(path):
 
 
 def edited(source, target, **changes):
-    """Copies a package with other metadata: None takes an entry out; a name with __ for every dot."""
+    """Copies a package with other metadata. A name has __ for every dot; None removes an entry."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
@@ -193,7 +197,7 @@ def write_foreign(folder, package, unet):
     whole = package.read_bytes()
     (folder / "truncated.pt2").write_bytes(whole[: len(whole) // 2])
     with zipfile.ZipFile(folder / "zip.pt2", "w") as archive:
-        archive.writestr("hello.txt", "no package")
+        archive.writestr("hello.txt", "not a package")
     torch.save({"x": torch.ones(2)}, folder / "tensors.pt2")
     torch.export.save(
         torch.export.export(unet, tuple(example().values()), strict=False), folder / "exported.pt2"

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from sag_export import archive, compiled, export, text
 from sag_export.cli import parse
 from sag_export.description import from_scheduler
 from sag_export.mistake import Mistake
+from sag_export.sites import short_name
 from sag_export.source import open_source
 from sag_export.tokenizer import ClipTokenizer
 
@@ -110,7 +112,8 @@ MODULES = """
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.into, self.out = torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 3, padding=1)
+            self.into = torch.nn.Conv2d(4, 8, 3, padding=1)
+            self.out = torch.nn.Conv2d(8, 4, 3, padding=1)
             self.mid_block = Attention()
             self.text = torch.nn.Linear(6, 8)
 
@@ -164,7 +167,8 @@ MODULES = """
             self.heads = torch.nn.MultiheadAttention(8, 2, batch_first=True)
 
         def forward(self, x, timesteps, context):
-            tokens = (self.into(x) + (timesteps / 1000)[:, None, None, None]).flatten(2).transpose(1, 2)
+            h = self.into(x) + (timesteps / 1000)[:, None, None, None]
+            tokens = h.flatten(2).transpose(1, 2)
             tokens = self.heads(tokens, tokens, tokens, need_weights=self.WEIGHTS)[0]
             tokens = tokens + self.text(context).mean(1, keepdim=True)
             return self.out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
@@ -185,7 +189,8 @@ MODULES = """
 
         def forward(self, x, timesteps):
             tokens = self.scale * x.flatten(2).transpose(1, 2).unflatten(2, (2, 2)).transpose(1, 2)
-            return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(2, 3).reshape(x.shape)
+            out = F.scaled_dot_product_attention(tokens, tokens, tokens)
+            return out.transpose(2, 3).reshape(x.shape)
 
     def scripted():
         return torch.jit.trace(Net(), (torch.ones(2, 4, 8, 8), torch.ones(2), torch.ones(2, 5, 6)))
@@ -281,12 +286,13 @@ class Tokenizer(Case):
         self.assertGreater(len(reference(kept + cut.split()[0]).input_ids), 77)
         self.assertEqual(scripted.cut("a " * 74 + "über"), "über", "no half words")
 
-    def test_texts_that_are_no_utf8_do_no_harm(self):
+    def test_texts_that_are_not_utf8_do_no_harm(self):
         """Python cannot pass such texts, C++ can."""
         reference = make_tiny_pipeline.write_tokenizer(self.folder / "tokenizer_bytes")
         scripted = torch.jit.script(ClipTokenizer(reference, 77))
         scripted.define(
-            "def from_bytes(self, values: List[int]):\n    return self.ids(''.join([chr(value) for value in values]))\n"
+            "def from_bytes(self, values: List[int]):\n"
+            "    return self.ids(''.join([chr(value) for value in values]))\n"
         )
         chance = random.Random(0)
         for _ in range(300):
@@ -304,7 +310,8 @@ class Tokenizer(Case):
 
 class Pipelines(Case):
     def check_texts(self, kind, out):
-        """The written text encoder against the pipeline's parts, often enough for TorchScript to optimize."""
+        """Compares the written text encoder with the pipeline's parts, often enough for TorchScript
+        to optimize."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         source = self.pipeline(kind)
@@ -327,7 +334,7 @@ class Pipelines(Case):
                 self.assertEqual(got[1][0, -6:].tolist(), [40, 56, 0, 0, 40, 56])
             else:
                 got, expected = [encoder.encode(prompt)], [text.expected(prompt, *parts)]
-            for one, other in zip(got, expected):
+            for one, other in zip(got, expected, strict=True):
                 self.assertEqual(one.shape, other.shape)
                 self.assertLessEqual((one - other).abs().max(), 1e-5 * other.abs().max())
 
@@ -576,7 +583,7 @@ class Pipelines(Case):
         for kind in ("LCMScheduler", "TCDScheduler"):
             self.assertEqual(table(kind), (0.00085, 0.012, "scaled_linear"), kind)
 
-    def test_networks_that_are_told_no_place_in_a_table_are_refused(self):
+    def test_networks_that_are_not_told_a_place_in_a_table_are_refused(self):
         config = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
         for given in (None, "v"):
             with self.assertRaisesRegex(
@@ -615,7 +622,8 @@ class Pipelines(Case):
         return folder
 
     def test_text_encoders_of_another_length(self):
-        """600: the small vocabulary has a token for almost every letter, CLIP's for every word of Long CLIP's 248."""
+        """600 tokens are many words: the small vocabulary has a token for almost every letter. The
+        second case is Long CLIP's text model with CLIP's tokenizer."""
         for read, given, tokens in ((600, 600, 600), (248, 77, 77)):
             folder = self.with_tokens(f"long-{given}", read, given)
             options = parse([str(folder), "--out", "x"])
@@ -657,7 +665,7 @@ class Pipelines(Case):
         self.assertEqual(json.loads((out / "model.json").read_text())["name"], "linked")
         (self.folder / "letters").mkdir()
         (self.folder / "letters" / "to-mother.txt").write_text("dear mother")
-        with self.assertRaisesRegex(Mistake, "is no model directory"):
+        with self.assertRaisesRegex(Mistake, "is not a model directory"):
             self.export(unet, "letters", *arguments, "--force")
         self.assertTrue((self.folder / "letters" / "to-mother.txt").exists())
 
@@ -725,7 +733,9 @@ class Pipelines(Case):
         )
         (self.folder / "damaged").mkdir()
         (self.folder / "damaged" / "config.json").write_text("{")
-        self.assertIn("is no JSON", self.mistake(self.folder / "damaged", "--prediction", "eps"))
+        self.assertIn(
+            "is not a JSON file", self.mistake(self.folder / "damaged", "--prediction", "eps")
+        )
 
     def test_options_that_do_not_fit_are_refused(self):
         unet = self.pipeline("sd1") / "unet"
@@ -936,6 +946,23 @@ class Command(Case):
                 self.assertGreater(height, 2 * 16 * 8)
                 self.assertEqual(json.loads(report.read_text())["guided_steps"], 2)
 
+    def test_its_self_attentions_are_the_exporters(self):
+        """The exporter finds them by what modules are given, the library by projections in the
+        graph."""
+        name = self.module("own_modules", MODULES)
+        arguments = {f"{name}:{made}": OwnModules.ARGUMENTS for made in ("Multihead", "Encoding")}
+        arguments.update({self.pipeline(kind): ("--unet-only",) for kind in ("sd1", "sdxl")})
+        for source, rest in arguments.items():
+            options = parse([str(source), "--out", "x", *rest])
+            export.complete(options)
+            found = open_source(options).network.sites()
+            out, _ = self.export(source, f"sites-{len(found)}", *rest, "--site", f"#{found[0][0]}")
+            listed = re.findall(
+                r"^(\S+) +#(\d+)", self.sample("--model", out, "--list-sites"), re.M
+            )
+            wanted = [(short_name(path), str(ordinal)) for ordinal, path in found]
+            self.assertEqual(listed, wanted, source)
+
     def test_it_starts_from_a_picture(self):
         model, _ = self.export(self.pipeline("flow"), "flow")
         png(self.folder / "photo.png", 136, 72)
@@ -974,7 +1001,7 @@ class Command(Case):
         ]
         options = [
             part
-            for pair in zip(("--cond", "--uncond", "--cond-y", "--uncond-y"), given)
+            for pair in zip(("--cond", "--uncond", "--cond-y", "--uncond-y"), given, strict=True)
             for part in pair
         ]
         self.sample("--model", model, *options, *both, self.folder / "b.pt")
@@ -1051,12 +1078,12 @@ class Compiled(Case):
         self.assertIn("no.pt2 does not run: ", str(caught.exception))
 
     def test_a_program_that_died_says_how(self):
-        for code, text, said in (
+        for code, printed, said in (
             (-11, "", "signal 11"),
             (1, "Trace\nWrong: x.\n\n", "Wrong: x"),
             (3, "", "with 3"),
         ):
-            self.assertIn(said, compiled.why(subprocess.CompletedProcess([], code, "", text)))
+            self.assertIn(said, compiled.why(subprocess.CompletedProcess([], code, "", printed)))
 
     def test_what_cannot_be_compiled_leaves_nothing(self):
         name = self.module("own_modules", MODULES)

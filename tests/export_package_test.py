@@ -151,18 +151,17 @@ class Marked(unittest.TestCase):
     def test_is_undone(self):
         plain = F.scaled_dot_product_attention
         module = Raising()
-        with self.assertRaisesRegex(RuntimeError, "on purpose"):
-            with marked(module, [""]):
-                module(torch.ones(1, 2, 4))
+        with self.assertRaisesRegex(RuntimeError, "on purpose"), marked(module, [""]):
+            module(torch.ones(1, 2, 4))
         self.assertIs(F.scaled_dot_product_attention, plain)
         self.assertFalse(module._forward_hooks or module._forward_pre_hooks)
 
     def test_refuses_what_it_cannot_mark(self):
         module, inputs = mixed()
         for path in ("unfused", "", "other.nothing"):
-            with self.subTest(path), self.assertRaisesRegex(ValueError, f"module '{path}'"):
-                with marked(module, [path]):
-                    module(*inputs)
+            refusal = self.assertRaisesRegex(ValueError, f"module '{path}'")
+            with self.subTest(path), refusal, marked(module, [path]):
+                module(*inputs)
 
 
 class WritePackage(unittest.TestCase):
@@ -214,7 +213,7 @@ class WritePackage(unittest.TestCase):
             "cannot be exported with these dims", dims={"x": [(1, 4), 4, (6, 24), (6, 24)]}
         )
 
-    def test_refuses_to_leave_out_what_is_no_weight(self):
+    def test_refuses_to_leave_out_what_is_not_a_weight(self):
         unet = aoti_fixture.make_unet()
         unet.offset = torch.linspace(0, 1, 4 * 16)
         unet.register_forward_pre_hook(

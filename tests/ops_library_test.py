@@ -7,7 +7,7 @@ import unittest
 import torch
 
 import aoti_fixture
-from sag_export.attention import declare_op
+from sag_export.attention import SCHEMA, declare_op
 
 PACKAGES = pathlib.Path(os.environ["SAG_PACKAGES"])
 
@@ -22,6 +22,10 @@ class OpsLibrary(unittest.TestCase):
         self.assertTrue(
             torch.equal(torch.ops.sag.attention(q, k, v, scale=0.4, site="middle.0.0"), expected)
         )
+
+    def test_the_exporter_declares_the_same_schema(self):
+        declared = torch._C.parse_schema("sag::" + SCHEMA)
+        self.assertEqual(str(declared), str(torch.ops.sag.attention.default._schema))
 
     def test_the_op_passes_pytorchs_checks(self):
         q, k, v = torch.randn(3, 2, 2, 5, 8).unbind()

@@ -2,12 +2,13 @@
 """Writes a full-size diffusers UNet with random weights, to measure with (scripts/bench.sh).
 
     tools/make_benchmark_unet.py --shape sd15 --out build/bench/sd15
-    sag-export build/bench/sd15 --prediction eps --out build/bench/sd15.compiled --format aoti --rows 1,2,3 \\
-        --size 64x64 --device cuda
+    sag-export build/bench/sd15 --out build/bench/sd15.compiled --prediction eps --device cuda \\
+        --format aoti --rows 1,2,3 --size 64x64
 
-The configurations are those of Stable Diffusion 1.5 and SDXL base; nothing is downloaded. Beside the UNet lies
-reference.pt for `step_benchmark --reference`: inputs of three rows, the output that diffusers gives, and the token sums
-of the middle block's self-attention, made in fp32 of the queries and keys that its projections return.
+The configurations are those of Stable Diffusion 1.5 and SDXL base. Nothing is downloaded. The
+folder also holds reference.pt for `step_benchmark --reference`: inputs of three rows, the output
+that diffusers gives, and the token sums of the middle block's self-attention, computed in fp32 from
+the queries and keys that its projections return.
 """
 
 import argparse
@@ -25,42 +26,44 @@ try:
     from sag_export import unet as unets
 except ModuleNotFoundError as missing:
     sys.exit(
-        f"make_benchmark_unet.py: The package {missing.name} is missing: pip install './exporter[diffusers]'"
+        f"make_benchmark_unet.py: The package {missing.name} is missing: "
+        "pip install './exporter[diffusers]'"
     )
 
-SD15 = dict(
-    sample_size=64,
-    cross_attention_dim=768,
-    attention_head_dim=8,
-    block_out_channels=(320, 640, 1280, 1280),
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-)
-SDXL = dict(
-    sample_size=128,
-    cross_attention_dim=2048,
-    attention_head_dim=(5, 10, 20),
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
+SD15 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+SDXL = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def token_sums(query, key, heads, scale):
-    """[rows, tokens, heads · width] twice → [rows, tokens]: what each token receives, the mean over heads."""
+    """[rows, tokens, heads · width] twice → [rows, tokens]: what each token receives, the mean over
+    heads."""
     query, key = (t.float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
     return (query @ key.transpose(-1, -2) * scale).softmax(-1).sum(-2).mean(1)
 
 
 @torch.no_grad()
 def reference(network):
-    """The inputs, and what the network makes of them."""
+    """The inputs, and what the network gives for them."""
     attention = network.module.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     seen = {}
     hooks = [
@@ -91,7 +94,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.out.exists():
-        sys.exit(f"{args.out} is there already.")
+        sys.exit(f"{args.out} exists already.")
 
     start = time.time()
     torch.manual_seed(args.seed)

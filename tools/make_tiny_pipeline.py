@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Writes a small diffusers pipeline of random weights, in the form of the real ones, to try sag-export with.
+"""Writes a small diffusers pipeline of random weights, in the form of the real ones, to try
+sag-export with.
 
     tools/make_tiny_pipeline.py sdxl /tmp/tiny-sdxl
     sag-export /tmp/tiny-sdxl --out /tmp/tiny
 
-Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), flow (sd1 with a flow scheduler).
+Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), flow (sd1 with a flow
+scheduler).
 """
 
 import argparse
@@ -31,20 +33,28 @@ try:
     from sag_export.tokenizer import byte_characters
 except ModuleNotFoundError as missing:
     sys.exit(
-        f"make_tiny_pipeline.py: The package {missing.name} is missing: pip install './exporter[diffusers]'"
+        f"make_tiny_pipeline.py: The package {missing.name} is missing: "
+        "pip install './exporter[diffusers]'"
     )
 
 KINDS = ("sd1", "sd2", "sdxl", "flow")
 WIDTH = 32
-MERGES = "i n, t h, a n, r e, e r</w>, o n</w>, th e</w>, c a, ca t</w>, an d</w>, re d</w>, ' s</w>, . ., .. .</w>"
-TABLE = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+MERGES = (
+    "i n, t h, a n, r e, e r</w>, o n</w>, th e</w>, c a, ca t</w>, an d</w>, re d</w>, ' s</w>, "
+    ". ., .. .</w>"
 )
+TABLE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline"}
 
 
 def vocabulary():
-    """Byte pairs in CLIP's form: all bytes, all bytes at the end of a word, what merges make, begin and end."""
+    """Byte pairs in CLIP's form: all bytes, all bytes at the end of a word, the results of
+    the merges, begin and end."""
     merges = [tuple(merge.split()) for merge in MERGES.split(",")]
     known = [*byte_characters(), *(c + "</w>" for c in byte_characters())]
     kept = []
@@ -86,15 +96,15 @@ def write_text_encoder(folder, kind, tokenizer):
 
 
 def make_unet(kind):
-    heads_and_blocks = dict(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=(2, 4),
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    heads_and_blocks = {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": (2, 4),
+        "sample_size": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     if kind != "sdxl":
         return UNet2DConditionModel(
             **heads_and_blocks, cross_attention_dim=WIDTH, use_linear_projection=kind == "sd2"

@@ -1,4 +1,5 @@
-"""TorchScript archives of nothing but code and weights, which tell nothing of the machine that made them."""
+"""TorchScript archives with code and weights only: nothing in them tells about the machine that
+made them."""
 
 import pathlib
 import re
@@ -6,8 +7,8 @@ import zipfile
 
 import torch
 
-# The writer adds an id of its own; debug records hold the paths of the machine that made them; example inputs are dead
-# weight.
+# The writer adds an id of its own. Debug records hold paths of this machine. Example inputs are
+# dead weight.
 LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$|^traced_inputs")
 
 
@@ -26,7 +27,8 @@ def save(module, path):
 
 
 def check_clean(path, *places):
-    """No debug record, nothing compressed, and no path of this machine, the given ones among them, in any record."""
+    """Checks that there is no debug record, that nothing is compressed, and that no record holds a
+    path of this machine or one of `places`."""
     places = (*places, pathlib.Path.home(), pathlib.Path.cwd(), torch.__file__)
     here = [str(pathlib.Path(place).resolve()).encode() for place in places]
     with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,7 @@
 """Finds the attentions of a module, and marks those that sag may hook.
 
-A marked attention calls torch.ops.sag.attention, which is scaled_dot_product_attention with the name of its site. What
-is exported while it is marked keeps that call, and the library finds it there.
+A marked attention calls torch.ops.sag.attention, which is scaled_dot_product_attention with the
+name of its site. What is exported while it is marked keeps that call, where the library finds it.
 """
 
 import contextlib
@@ -9,17 +9,20 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
+# As in src/attention/attention_op.cpp; tests/ops_library_test.py compares them.
 SCHEMA = (
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-    'bool is_causal=False, *, float? scale=None, bool enable_gqa=False, str site="") -> Tensor'
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+    'str site="") -> Tensor'
 )
 
-_library = None  # the declaration lives as long as this
+# The declaration lives as long as this.
+_library = None
 
 
 def declare_op():
-    """Declares torch.ops.sag.attention, unless it is there already: torch.ops.load_library(libsag_ops.so) is the other
-    way to get it, and has to come first."""
+    """Declares torch.ops.sag.attention unless it exists already. The other way to get it is
+    torch.ops.load_library("libsag_ops.so"), which must come first."""
     global _library
     if hasattr(torch.ops.sag, "attention"):
         return
@@ -53,10 +56,12 @@ def _attention_meta(query, key, value, *args, **kwargs):
 
 @contextlib.contextmanager
 def marked(module, paths):
-    """While active, the attention of the modules at these dotted paths calls torch.ops.sag.attention, with the path as
-    its site. Gives a dict that fills itself: path -> the place of that attention among all of a forward.
+    """While active, the attention of the modules at these dotted paths calls
+    torch.ops.sag.attention, with the path as its site. Gives a dict that a forward fills: path ->
+    the place of that attention among all of the forward's.
 
-    Raises ValueError at the end if the attention of a path did not run, or is not scaled_dot_product_attention.
+    Raises ValueError at the end if the attention of a path did not run, or is not
+    scaled_dot_product_attention.
     """
     declare_op()
     names = {path for path, _ in module.named_modules()}
@@ -81,11 +86,12 @@ def marked(module, paths):
 
 
 def self_attentions(module, inputs):
-    """Runs the module once. Returns its self-attentions in order of execution, as pairs: the place among all
-    attentions of a forward, counted from 0, and the dotted path of the module.
+    """Runs the module once. Returns its self-attentions in order of execution, as pairs: the place
+    among all attentions of a forward, counted from 0, and the dotted path of the module.
 
-    A module called attn1 attends to itself, attn2 does not; of another name, one does if it was given one tensor of
-    tokens, and has as many keys as queries.
+    A module called attn1 attends to itself, one called attn2 does not. A module with another name
+    does if it was given one tensor of tokens, and has as many keys as queries. (The library sees
+    only the graph: there the queries and the keys must be projections of the same tensor.)
     """
     found = []
 
@@ -109,8 +115,9 @@ def _is_self_attention(path, inputs, query, key):
 
 @contextlib.contextmanager
 def without_fast_path():
-    """While active, torch.nn.MultiheadAttention and what is built of it call scaled_dot_product_attention. In eval mode
-    they would call one op for everything, and what is traced then has no attention that could be hooked."""
+    """While active, torch.nn.MultiheadAttention and the modules built with it call
+    scaled_dot_product_attention. In eval mode they would call one op for everything, and a trace of
+    that has no attention that could be hooked."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -121,8 +128,9 @@ def without_fast_path():
 
 @contextlib.contextmanager
 def _every_attention(module, replacement):
-    """While active, F.scaled_dot_product_attention calls replacement(plain, ordinal, path, inputs, args, kwargs): the
-    path and the inputs are those of the innermost module that runs, args begin with query, key and value."""
+    """While active, F.scaled_dot_product_attention calls replacement(plain, ordinal, path, inputs,
+    args, kwargs). The path and the inputs are those of the innermost module that runs; args begin
+    with query, key and value."""
     plain = F.scaled_dot_product_attention
     running, count = [("", ())], 0
 
@@ -145,7 +153,8 @@ def _every_attention(module, replacement):
         )
 
     hooks = [hook for path, part in module.named_modules() for hook in watch(part, path)]
-    # By its name in torch.nn.functional, where diffusers, ComfyUI and most others look it up when they call it.
+    # Replaced in torch.nn.functional, where diffusers, ComfyUI and most others look it up when they
+    # call it.
     F.scaled_dot_product_attention = attention
     try:
         with without_fast_path():

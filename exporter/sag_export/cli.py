@@ -14,8 +14,9 @@ from sag_export.mistake import Mistake
 from sag_export.needs import needed_packages
 
 PROGRAM = "sag-export"
-DESCRIPTION = """Writes a model directory for sag-sample --model: the UNet, and what prompts and pictures
-need. From then on no Python is needed.
+DESCRIPTION = """\
+Writes a model directory for sag-sample --model: the UNet, and what prompts and pictures need. From
+then on no Python is needed.
 
 SOURCE is one of
 

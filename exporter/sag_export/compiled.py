@@ -22,7 +22,7 @@ def text_of(dim):
 
 
 def tried(dim):
-    """Two small values of a dim, not 1 if it can be helped; of a fixed one, it alone twice."""
+    """Two small values of a dim, greater than 1 if possible. A fixed dim gives its value twice."""
     low, high, multiple = bounds(dim)
     first = low if low > 1 else min(low + multiple, high)
     return first, min(first + multiple, high)
@@ -39,8 +39,8 @@ def dims_of(network, rows, height, width):
 
 
 def write_unet(network, folder, rows, sizes, sites, say):
-    """Compiles for all `rows` (dims) and `sizes` (pairs of dims). Returns the name for model.json: unet.pt2, or the
-    folder unet."""
+    """Compiles for all `rows` (dims) and `sizes` (pairs of dims). Returns the name for model.json:
+    unet.pt2, or unet, a folder."""
     variants = [(dim, height, width) for dim, (height, width) in itertools.product(rows, sizes)]
     if len(variants) == 1:
         compile_and_check(network, folder / "unet.pt2", variants[0], sites, None, say)
@@ -69,7 +69,8 @@ def compile_and_check(network, path, dims, sites, weights, say):
             dims=dims_of(network, *dims),
             weights=None if weights is None else True,
         )
-    except Exception as error:  # of a module, or a compiler, that is not ours
+    # The module and the compiler are not ours: they may raise anything.
+    except Exception as error:
         raise Mistake(
             f"The network cannot be compiled: {first_line(error).removesuffix('.')}."
         ) from error
@@ -82,8 +83,8 @@ def compile_and_check(network, path, dims, sites, weights, say):
 
 
 class OtherProcess:
-    """What a package returns for some calls, run in a process of its own (run_package.py), which imports no more than
-    PyTorch, as sag does. A package that crashes takes nobody along."""
+    """What a package returns for some calls. It runs in a process of its own (run_package.py),
+    which imports only PyTorch, as sag does. A package that crashes ends that process only."""
 
     def __init__(self, package, weights, calls):
         with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +112,7 @@ class OtherProcess:
 
 
 def python_path():
-    """Folders where the other process finds this package, which need not be installed."""
+    """Folders where the other process finds sag_export, also where it is not installed."""
     inherited = os.environ.get("PYTHONPATH")
     return [
         str(pathlib.Path(__file__).resolve().parent.parent),

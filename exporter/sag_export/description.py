@@ -7,7 +7,8 @@ import math
 from sag_export.mistake import Mistake
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# Schedulers of networks with a table of noise levels. They differ in how they sample, which sag-sample decides.
+# Schedulers of networks with a table of noise levels. They differ only in how they sample, and
+# sag-sample decides that.
 DISCRETE = {
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -35,7 +36,8 @@ FLOW = {
     "FlowMatchLCMScheduler",
 }
 EDM = {"EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"}
-# Which constants model.json takes beside which prediction.
+# The predictions, and the constants that model.json takes with each. The command refuses others;
+# tests/export_model_test.py compares the two.
 TABLE = ("beta_start", "beta_end", "beta_schedule", "timesteps", "zero_terminal_snr")
 CONSTANTS = {
     "eps": TABLE,
@@ -47,14 +49,15 @@ CONSTANTS = {
 
 
 def from_scheduler(config, note, given=None):
-    """The prediction and its constants from a scheduler_config.json. `given`: the prediction where the scheduler is not
-    to say it; constants that such a prediction has are the scheduler's all the same. note(text) tells the user
-    something."""
+    """The prediction and its constants from a scheduler_config.json.
+
+    given: the prediction, instead of the scheduler's. Its constants still come from the scheduler.
+    note: note(text) tells the user something."""
     prediction = given or predicted(config)
     if config.get("_class_name") in EDM and prediction != "edm":
         raise Mistake(
-            "Networks of an EDM scheduler are told the noise level's logarithm, which only edm gives them. For another "
-            "prediction give the UNet's own folder."
+            "Networks of an EDM scheduler are told the noise level's logarithm, which only edm "
+            "gives them. For another prediction give the UNet's own folder."
         )
     if prediction == "flow":
         constants = from_flow(config, note)
@@ -65,8 +68,8 @@ def from_scheduler(config, note, given=None):
     else:
         constants = {}
         note(
-            f"the scheduler, {config.get('_class_name')}, tells no table of noise levels that is known here, so Stable "
-            "Diffusion's is taken; --constant sets another"
+            f"the scheduler, {config.get('_class_name')}, tells no table of noise levels that is "
+            "known here, so Stable Diffusion's is used; --constant sets another"
         )
     return {"prediction": prediction, **constants}
 
@@ -88,7 +91,8 @@ def predicted(config):
         )
     if predicted not in PREDICTIONS:
         raise Mistake(
-            f'The scheduler\'s "prediction_type" must be one of {", ".join(PREDICTIONS)}, got {predicted}.'
+            f'The scheduler\'s "prediction_type" must be one of {", ".join(PREDICTIONS)}, '
+            f"got {predicted}."
         )
     return PREDICTIONS[predicted]
 
@@ -96,8 +100,8 @@ def predicted(config):
 def from_flow(config, note):
     if config.get("use_dynamic_shifting"):
         note(
-            "this scheduler shifts noise levels by the picture's size, but model.json holds one; sag-sample's "
-            "--shift sets another"
+            "this scheduler's shift depends on the picture's size, but model.json holds a single "
+            "one; sag-sample's --shift sets another"
         )
     shift = config.get("shift", config.get("flow_shift", 1.0))
     return {"shift": shift, "timestep_multiplier": config.get("num_train_timesteps", 1000)}
@@ -114,8 +118,8 @@ def from_table(config):
     config = {**defaults_of(config["_class_name"]), **config}
     if config.get("timestep_type", "discrete") != "discrete":
         raise Mistake(
-            f'The scheduler\'s "timestep_type" must be discrete, got {config["timestep_type"]}: such a network is told '
-            "the logarithm of the noise level, and not its place in a table."
+            f'The scheduler\'s "timestep_type" must be discrete, got {config["timestep_type"]}: '
+            "such a network is told the logarithm of the noise level, and not its place in a table."
         )
     if config.get("trained_betas") is not None:
         raise Mistake(
@@ -123,7 +127,8 @@ def from_table(config):
         )
     if config["beta_schedule"] not in ("linear", "scaled_linear"):
         raise Mistake(
-            f'The scheduler\'s "beta_schedule" must be linear or scaled_linear, got {config["beta_schedule"]}.'
+            'The scheduler\'s "beta_schedule" must be linear or scaled_linear, '
+            f"got {config['beta_schedule']}."
         )
     return {
         **{key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")},
@@ -133,10 +138,12 @@ def from_table(config):
 
 
 def defaults_of(kind):
-    """What diffusers takes for keys that a configuration lacks: a scheduler's class has its own."""
+    """What diffusers uses for keys that a configuration lacks: every scheduler class has its
+    own."""
     import diffusers
 
-    # Where a library is missing that the scheduler needs, diffusers has a class without parameters in its place.
+    # If a library is missing that the scheduler needs, diffusers puts a class without parameters in
+    # its place.
     table = {
         "beta_start": 0.0001,
         "beta_end": 0.02,
@@ -159,7 +166,8 @@ def with_constants(prediction, constants):
         key, _, text = constant.partition("=")
         if key not in known:
             raise Mistake(
-                f'--constant must name one of {", ".join(known)} for {prediction["prediction"]} models, got "{key}".'
+                f"--constant must name one of {', '.join(known)} for {prediction['prediction']} "
+                f'models, got "{key}".'
             )
         try:
             value = json.loads(text)

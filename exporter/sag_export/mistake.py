@@ -1,2 +1,2 @@
 class Mistake(Exception):
-    """What the user can mend, in one sentence. The tool prints it and leaves nothing behind."""
+    """One sentence about what the user can correct. It is printed, and nothing is written."""

@@ -1,4 +1,4 @@
-"""A folder that appears when everything in it is written, or not at all."""
+"""A folder that appears only when everything in it is written."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from sag_export.mistake import Mistake
 
 @contextlib.contextmanager
 def new_folder(out, force):
-    """Gives a new folder OUT.*.partial, which becomes OUT at the end. `force`: an OUT that holds a model.json is
-    replaced."""
+    """Gives a new folder OUT.*.partial, which becomes OUT at the end. `force` replaces an OUT that
+    holds a model.json."""
     out = pathlib.Path(out).resolve()
     check(out, force)
     partial = pathlib.Path(
@@ -35,4 +35,4 @@ def check(out, force):
     if out.exists() and not force:
         raise Mistake(f'--out: "{out}" exists; --force replaces a model directory.')
     if out.exists() and not (out / "model.json").is_file():
-        raise Mistake(f'--out: "{out}" is no model directory, which --force would replace.')
+        raise Mistake(f'--out: "{out}" is not a model directory; --force replaces nothing else.')

@@ -11,6 +11,6 @@ def needed_packages(program):
         yield
     except ModuleNotFoundError as missing:
         sys.exit(
-            f"{program}: The package {missing.name} is missing: pip install './exporter[diffusers]' "
-            "in the folder of sag installs it."
+            f"{program}: The package {missing.name} is missing: "
+            "pip install './exporter[diffusers]' in the folder of sag installs it."
         )

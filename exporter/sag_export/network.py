@@ -1,7 +1,6 @@
 """A network to export: a module, and what it takes."""
 
 import dataclasses
-from typing import Optional, Tuple
 
 import torch
 
@@ -11,21 +10,26 @@ from sag_export.mistake import Mistake
 
 @dataclasses.dataclass
 class Network:
-    """`module`'s forward takes x [rows, channels, height, width], timesteps [rows] fp32, then context [rows, tokens,
-    width] and y [rows, features] if there are any, and returns a tensor of x's shape."""
+    """`module`'s forward takes x [rows, channels, height, width], timesteps [rows] fp32, then
+    context [rows, tokens, width] and y [rows, features] if there are any, and returns a tensor of
+    x's shape."""
 
     module: torch.nn.Module
-    shape: Tuple[int, int, int]  # channels, height and width of a latent, by default
-    context: Optional[Tuple[int, int]]  # tokens and width
-    features: Optional[int]  # of y
-    multiple: int = 1  # that height and width must be multiples of
-    fastest_multiple: int = (
-        1  # with which the module takes no detour: compiled packages take nothing else
-    )
+    # Channels, height and width of the default latent.
+    shape: tuple[int, int, int]
+    # Tokens and width.
+    context: tuple[int, int] | None
+    # How many numbers y holds.
+    features: int | None
+    # Height and width must be multiples of it.
+    multiple: int = 1
+    # With multiples of this one the module takes no detour. Compiled packages take nothing else.
+    fastest_multiple: int = 1
 
     def example(self, rows, height, width, seed=0):
-        """Name → tensor, random, in the order of forward, where the module's weights are and in their dtype. Timesteps
-        rise instead of falling where a seed is given: a branch on them is not the traced one."""
+        """Name → random tensor, in the order of forward, with the device and dtype of the module's
+        weights. With a seed the timesteps rise, without one they fall, so that a branch on them
+        goes another way than in the trace."""
         weight = next(p for p in self.module.parameters() if p.is_floating_point())
         random = torch.Generator().manual_seed(seed)
 
@@ -42,8 +46,8 @@ class Network:
         return inputs
 
     def small_sizes(self):
-        """Two latent sizes (height, width) that cost little to try; the first, to trace with, takes every detour that
-        there is."""
+        """Two latent sizes (height, width) that cost little to try. The first one is for tracing:
+        it takes every detour that there is."""
         step = max(self.fastest_multiple, self.multiple)
         if self.multiple == step:
             return (2 * step, 3 * step), (4 * step, step * 2)
@@ -54,8 +58,8 @@ class Network:
         return self_attentions(self.module, tuple(self.example(1, *self.small_sizes()[0]).values()))
 
     def convolution_share(self):
-        """The share of the parameters that channels last lays out differently, those of four dimensions. It is the rule
-        of sag's convolution_share, in C++."""
+        """The share of parameters with four dimensions, which channels last lays out differently.
+        The library counts in the same way (convolution_share in src/unet)."""
         parameters = list(self.module.parameters())
         return sum(p.numel() for p in parameters if p.dim() == 4) / sum(
             p.numel() for p in parameters
@@ -74,12 +78,13 @@ class Network:
             raise Mistake(f"The network's forward must return a tensor, got {type(out).__name__}.")
         if out.shape != inputs["x"].shape:
             raise Mistake(
-                f"The network must return x's shape, {list(inputs['x'].shape)}, got {list(out.shape)}."
+                f"The network must return x's shape, {list(inputs['x'].shape)}, "
+                f"got {list(out.shape)}."
             )
         if not out.isfinite().all():
             raise Mistake(
-                "The network must return finite numbers, but gives NaN or infinity for random inputs; "
-                "try another --dtype."
+                "The network must return finite numbers, but gives NaN or infinity for random "
+                "inputs; try another --dtype."
             )
 
 

@@ -1,17 +1,19 @@
 """Compiles a UNet into a package (.pt2, AOTInductor) that sag::AotiUNet reads.
 
-The compiled code checks nothing of what it is given, so a package says what it takes, in its metadata:
+The compiled code does not check its inputs, so the metadata of a package says what it takes:
 
     sag.format   "1"
     sag.device   "cpu" or "cuda"
     sag.torch    the version of PyTorch that compiled it
     sag.model    a fingerprint of the network, the same for all packages of a folder
-    sag.gpu      the compute capability it was compiled for, "9.0" say; packages for CUDA only
-    sag.inputs   a line per input, in the order of forward: <name> <dtype> <dim> <dim> ...; a dim is "77", or "1-8", or
-                 "8-128/8": multiples of 8. The first is the rows, the same for all inputs
-    sag.sites    a line per marked attention: <its place among all attentions of a forward> <dotted path>
-    sag.weights  a line per tensor that weights.pt must hold: <name> <dtype> <sizes> <strides>, the last two with
-                 commas between; empty if the weights are inside
+    sag.gpu      the compute capability it was compiled for, "9.0" for example; only for CUDA
+    sag.inputs   a line for each input, in the order of forward: <name> <dtype> <dim> <dim> ...;
+                 a dim is "77", or "1-8", or "8-128/8": multiples of 8. The first dim is the rows,
+                 the same for all inputs
+    sag.sites    a line for each marked attention: <its place among all attentions of a forward>
+                 <dotted path>
+    sag.weights  a line for each tensor that weights.pt must hold: <name> <dtype> <sizes> <strides>,
+                 the last two with commas between the numbers; empty if the package has its weights
 """
 
 import hashlib
@@ -27,16 +29,18 @@ from sag_export.attention import marked
 def write_package(module, example, out, *, sites, dims, weights=None, inductor_configs=None):
     """Compiles a module and writes the package, whole or not at all.
 
-    module: in eval mode; its forward takes tensors. Convolutions keep the memory format that their weights have.
-    example: name -> tensor, in the order of forward; the names are those of UNetInput (x, timesteps, context, y) and
-        otherwise the argument's. A dimension that is to vary must be at least 2 here.
+    module: in eval mode; its forward takes tensors. Convolutions keep the memory format of their
+        weights.
+    example: name -> tensor, in the order of forward. The names are those of UNetInput (x,
+        timesteps, context, y), and the argument's name for other inputs. A dimension that may vary
+        must be at least 2 here.
     out: the path of the package, *.pt2.
     sites: the dotted paths of the attentions that hooks may be set on.
-    dims: name -> what each dimension may be: a number, (low, high), or (low, high, multiple). The first dimension is
-        the rows, the same for every input.
-    weights: None puts them into the package; True leaves them out, for packages that share one weights.pt
-        (write_weights), which lies beside them.
-    inductor_configs: further options of AOTInductor, {"max_autotune": True} say.
+    dims: name -> what each dimension may be: a number, (low, high), or (low, high, multiple). The
+        first dimension is the rows, the same for every input.
+    weights: None puts them into the package. True leaves them out, for packages that share one
+        weights.pt (write_weights) in the same folder.
+    inductor_configs: further options of AOTInductor, for example {"max_autotune": True}.
 
     Raises ValueError, in one sentence, if the module cannot be exported like this.
     """
@@ -49,7 +53,7 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
         metadata = {**_metadata(example, dims, ordinals), "sag.model": _fingerprint(module)}
         metadata["sag.weights"] = "\n".join(_describe_weights(module, program)) if weights else ""
         configs = {
-            # As many threads as the program that runs it has, not as many as compiled it.
+            # As many threads as the program that runs it has, not the one that compiled it.
             "cpp.dynamic_threads": True,
             "aot_inductor.package_constants_in_so": not weights,
             **(inductor_configs or {}),
@@ -64,8 +68,8 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
 
 
 def write_weights(module, path):
-    """Writes the parameters and buffers of a module, as packages without weights need them: a plain dict, in the
-    layouts that the tensors have."""
+    """Writes the parameters and buffers of a module for packages without weights: a plain dict, in
+    the layouts that the tensors have."""
     path = pathlib.Path(path)
     tensors = {name: tensor.detach().cpu() for name, tensor in _tensors(module).items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sag-") as folder:
@@ -82,7 +86,8 @@ def _tensors(module):
 
 
 def _fingerprint(module):
-    """Of the names, shapes and first values of all tensors: other weights of the same network have another."""
+    """Of the names, shapes and first values of all tensors: it differs for other weights of the
+    same network."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(module).items()):
         first = tensor.detach().flatten()[:16].double().tolist()
@@ -110,10 +115,12 @@ def _check(module, example, out, dims, sites):
         if tensor.dim() != len(dims[name]) or not all(map(_fits, tensor.shape, dims[name])):
             raise ValueError(f"the example's {name} must be [{text}], got {list(tensor.shape)}")
         if any(
-            not isinstance(spec, int) and size < 2 for size, spec in zip(tensor.shape, dims[name])
+            not isinstance(spec, int) and size < 2
+            for size, spec in zip(tensor.shape, dims[name], strict=True)
         ):
             raise ValueError(
-                f"the example's {name} must be at least 2 where it may vary, got {list(tensor.shape)}"
+                f"the example's {name} must be at least 2 where it may vary, "
+                f"got {list(tensor.shape)}"
             )
 
 

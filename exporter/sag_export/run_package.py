@@ -1,6 +1,7 @@
-"""Runs a compiled package: python -m sag_export.run_package PACKAGE WEIGHTS CALLS RESULTS. compiled.py calls it.
+"""Runs a compiled package: python -m sag_export.run_package PACKAGE WEIGHTS CALLS RESULTS.
 
-WEIGHTS is weights.pt, or empty; CALLS a list of calls, each a tuple of tensors; RESULTS gets a tensor for each.
+compiled.py starts it. WEIGHTS is the path of weights.pt, or empty. CALLS holds a list of calls,
+each a tuple of tensors; RESULTS gets a list of tensors, one for each call.
 """
 
 import contextlib
@@ -8,14 +9,15 @@ import ctypes
 import sys
 
 if sys.platform == "linux":
-    # A compiler that links libstdc++ into what it makes leaves a package with two of them, its own and PyTorch's, which
-    # Python keeps from it: it died in its first regex. Made global, PyTorch's serves both, as in a C++ program.
+    # Some compilers link libstdc++ into the package. Python hides PyTorch's libstdc++ from it, so
+    # there are two of them, and such a package crashed in its first regex. A global one serves
+    # both, as in a C++ program.
     with contextlib.suppress(OSError):
         ctypes.CDLL("libstdc++.so.6", ctypes.RTLD_GLOBAL)
 
-import torch  # noqa: E402
+import torch
 
-from sag_export.attention import declare_op  # noqa: E402
+from sag_export.attention import declare_op
 
 
 @torch.no_grad()

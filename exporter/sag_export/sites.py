@@ -1,4 +1,5 @@
-"""Names of attentions, as src/unet/attention_sites.cpp gives them."""
+"""Names of attentions, the same as the library's: tests/golden/site_names.json holds both to
+them."""
 
 import re
 
@@ -9,9 +10,12 @@ LDM = re.compile(
 )
 DIFFUSERS = re.compile(r"(?:.*\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.attn1")
 
+# Parts of a path that say that a module belongs to the middle block.
+MIDDLE_PARTS = {"mid", "middle", "middle_block", "mid_block", "mid_attn", "bottleneck"}
+
 
 def short_name(path):
-    """ComfyUI's name, "middle.0.0" say, or the path where there is none."""
+    """ComfyUI's name, for example "middle.0.0", or the path if there is none."""
     if found := LDM.fullmatch(path):
         block = f"{found[1]}.{found[2]}" if found[1] else "middle.0"
         return f"{block}.{found[3]}"
@@ -19,23 +23,40 @@ def short_name(path):
     return f"middle.0.{found[1]}" if found else path
 
 
+def middle_sites(sites):
+    """The paths of the middle block's self-attentions, by the rule of sag's find_middle_attention:
+    middle.0.0 if there is one, the only attention if there is one, or what its path says."""
+    known = [path for _, path in sites if short_name(path) == "middle.0.0"]
+    if known or len(sites) == 1:
+        return known or [sites[0][1]]
+    return [path for _, path in sites if MIDDLE_PARTS.intersection(path.split("."))]
+
+
 def choose(wanted, sites):
-    """The dotted paths of the sites that are asked for by name, path (without the wrapper's prefix, too), "#ordinal" or
-    "all"; without any, the middle block's. The first is the one to watch. `sites`: [(ordinal, path)]."""
+    """The dotted paths of the sites that are wanted; the first one is to be watched.
+
+    wanted: names, paths (also without the wrapper's prefix), "#ordinal" or "all". If it is empty,
+        the middle block's site is chosen.
+    sites: [(ordinal, path)]."""
     if not sites:
         raise Mistake(
-            "The network has no self-attention that could be hooked: it must call scaled_dot_product_attention, as "
-            "torch.nn.MultiheadAttention does with need_weights=False."
+            "The network has no self-attention that could be hooked: it must call "
+            "scaled_dot_product_attention, as torch.nn.MultiheadAttention does with "
+            "need_weights=False."
         )
-    middle = [p for _, p in sites if short_name(p) == "middle.0.0"] or [
-        p for _, p in sites if re.search(r"\bmid(dle)?_block\b", p)
-    ]
+    middle = middle_sites(sites)
     if not wanted:
         if not middle:
             raise Mistake(
-                f"The network has no middle block: choose its attention with --site. {listed(sites)}"
+                "The network has no middle block: choose its attention with --site. "
+                f"{listed(sites)}"
             )
-        return middle[:1]
+        if len(middle) > 1:
+            raise Mistake(
+                f"The network has {len(middle)} self-attentions in its middle block: choose one "
+                f"with --site. {listed(sites)}"
+            )
+        return middle
     paths = []
     for name in wanted:
         found = middle[:1] + [path for _, path in sites] if name == "all" else named(name, sites)
@@ -44,7 +65,8 @@ def choose(wanted, sites):
 
 
 def unique_name(path, sites):
-    """The short name if no other site has it, else the path; "#ordinal" of an attention in no module of its own."""
+    """The short name if no other site has it, else the path; "#ordinal" of an attention that has no
+    module of its own."""
     short = short_name(path)
     alone = len({other for _, other in sites if short_name(other) == short}) == 1
     return (short if alone else path) or "#" + str(

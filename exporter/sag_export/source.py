@@ -1,4 +1,5 @@
-"""What can be exported: a diffusers pipeline's folder, a UNet's folder, or a module that the user's function makes."""
+"""What can be exported: the folder of a diffusers pipeline, the folder of a UNet, or a module that
+a function of the user makes."""
 
 import dataclasses
 import importlib
@@ -6,7 +7,7 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 
@@ -21,9 +22,10 @@ WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 class Source:
     name: str
     network: Network
-    prediction: Dict[str, Any]  # and its constants, as in model.json
-    # For prompts and pictures; none: the UNet alone. Modules in fp32 on the CPU.
-    vae: Optional[torch.nn.Module] = None
+    # The prediction and its constants, as in model.json.
+    prediction: dict[str, Any]
+    # For prompts and pictures: modules in fp32 on the CPU. Without them the UNet is exported alone.
+    vae: torch.nn.Module | None = None
     tokenizers: tuple = ()
     text_models: tuple = ()
 
@@ -32,14 +34,16 @@ def read_json(path):
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Mistake(f'"{path}" is no JSON file that can be read: {first_line(error)}') from error
+        raise Mistake(
+            f'"{path}" is not a JSON file that can be read: {first_line(error)}'
+        ) from error
     if not isinstance(content, dict):
         raise Mistake(f'"{path}" must hold a JSON object.')
     return content
 
 
 def load(kind, folder, **options):
-    """`kind`: a diffusers or transformers class; its weights may be of the fp16 variant only."""
+    """`kind`: a class of diffusers or transformers. The weights may exist as fp16 variant only."""
     names = (
         [entry.name for entry in pathlib.Path(folder).iterdir()]
         if pathlib.Path(folder).is_dir()
@@ -50,7 +54,8 @@ def load(kind, folder, **options):
         options["variant"] = "fp16"
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # whatever a damaged file makes of it
+    # A damaged file may raise anything.
+    except Exception as error:
         raise Mistake(
             f'"{folder}" cannot be read as a {kind.__name__}: {first_line(error)}'
         ) from error
@@ -71,10 +76,12 @@ def load_unet(folder, dtype, device):
 
 
 def from_unet_folder(folder, options):
-    read_unet_config(folder)  # before anything is asked for
+    # An unsupported network is refused before an option is asked for.
+    read_unet_config(folder)
     if options.prediction is None:
         raise Mistake(
-            "--prediction is needed: a UNet's folder does not say what the network predicts; its pipeline's does."
+            "--prediction is needed: the folder of a UNet does not say what the network predicts; "
+            "the folder of its pipeline does."
         )
     network = unet.wrap(load_unet(folder, options.torch_dtype, options.device))
     return Source(folder.resolve().name, network, {"prediction": options.prediction})
@@ -133,10 +140,11 @@ def add_texts(source, folder, parts):
     kinds = [parts[key] for key in wanted]
     if kinds not in (["CLIPTextModel"], ["CLIPTextModel", "CLIPTextModelWithProjection"]):
         raise Mistake(
-            f"Only CLIP's text encoders, one or SDXL's two, can be exported, but the pipeline has {', '.join(kinds)}; "
-            "--unet-only exports the UNet, for sag-sample's --cond and --uncond."
+            "Only CLIP's text encoders, one or SDXL's two, can be exported, but the pipeline has "
+            f"{', '.join(kinds)}; --unet-only exports the UNet, for sag-sample's --cond and "
+            "--uncond."
         )
-    for key, kind in zip(wanted, kinds):
+    for key, kind in zip(wanted, kinds, strict=True):
         model = load(
             getattr(transformers, kind),
             folder / key,
@@ -145,7 +153,8 @@ def add_texts(source, folder, parts):
         )
         if getattr(model.config, "use_attention_mask", False):
             raise Mistake(
-                "A text encoder that hides the padding (use_attention_mask) cannot be exported; try --unet-only."
+                "A text encoder that hides the padding (use_attention_mask) cannot be exported; "
+                "try --unet-only."
             )
         source.text_models += (model.eval().requires_grad_(False),)
         source.tokenizers += (
@@ -161,7 +170,8 @@ def add_vae(source, folder, parts):
         return
     if parts[key] != "AutoencoderKL":
         raise Mistake(
-            f"Only an AutoencoderKL can be exported as decoder, but the pipeline has a {parts[key]}; try --unet-only."
+            "Only an AutoencoderKL can be exported as decoder, but the pipeline has a "
+            f"{parts[key]}; try --unet-only."
         )
     vae = load(
         diffusers.AutoencoderKL, folder / key, torch_dtype=torch.float32, low_cpu_mem_usage=False
@@ -178,11 +188,13 @@ def check_parts_fit(source):
         )
     if source.text_models and width != network.context[1]:
         raise Mistake(
-            f"The text encoders give {width} numbers a token, but the UNet takes {network.context[1]}; try --unet-only."
+            f"The text encoders give {width} numbers a token, but the UNet takes "
+            f"{network.context[1]}; try --unet-only."
         )
     if source.text_models and (len(source.text_models) == 2) != (network.features is not None):
         raise Mistake(
-            "A UNet with SDXL's size embedding needs SDXL's two text encoders, and no other has them; try --unet-only."
+            "SDXL's two text encoders and its size embedding belong together, but the pipeline has "
+            "only one of them; try --unet-only."
         )
     if (
         network.features
@@ -190,8 +202,8 @@ def check_parts_fit(source):
         and source.text_models[1].config.projection_dim + unet.TIME_IDS != network.features
     ):
         raise Mistake(
-            "The UNet takes other numbers beside the pooled text than SDXL's six sizes (a refiner does); "
-            "try --unet-only."
+            "The UNet takes the pooled text with other numbers than SDXL's six sizes, as a refiner "
+            "does; try --unet-only."
         )
     if network.features and source.text_models and source.vae is None:
         raise Mistake(
@@ -199,7 +211,8 @@ def check_parts_fit(source):
         )
     if source.vae is not None and source.vae.config.latent_channels != network.shape[0]:
         raise Mistake(
-            f"The VAE's latents have {source.vae.config.latent_channels} channels, the UNet's {network.shape[0]}."
+            f"The VAE's latents have {source.vae.config.latent_channels} channels, but the UNet's "
+            f"have {network.shape[0]}."
         )
 
 
@@ -214,12 +227,14 @@ def from_factory(spec, options):
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_complex():
             raise Mistake(
-                f'{spec} has a complex "{name}", which --dtype would spoil: keep it as two real tensors.'
+                f'{spec} has a complex "{name}", which --dtype would spoil: keep it as two real '
+                "tensors."
             )
     module = module.to(options.device, options.torch_dtype).eval().requires_grad_(False)
     if any(side % options.multiple for side in options.sample[1:]):
         raise Mistake(
-            f"--sample must have a height and width that are multiples of --multiple, {options.multiple}."
+            "--sample must have a height and width that are multiples of --multiple, "
+            f"{options.multiple}."
         )
     network = Network(
         module, options.sample, options.context, options.y, options.multiple, options.multiple
@@ -235,7 +250,8 @@ def call_factory(spec):
     try:
         make = getattr(importlib.import_module(module_name), function, None)
         made = None if make is None else make()
-    except Exception as error:  # it is the user's code
+    # It is the user's code: it may raise anything.
+    except Exception as error:
         raise Mistake(
             f"{spec} cannot be called: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -243,7 +259,8 @@ def call_factory(spec):
         raise Mistake(f"{spec}: {module_name}.py has no {function}.")
     if isinstance(made, torch.jit.ScriptModule):
         raise Mistake(
-            f"{spec} is TorchScript already: put its file beside a model.json (docs/models.md)."
+            f"{spec} is TorchScript already: put its file into a folder with a model.json "
+            "(docs/models.md)."
         )
     if not isinstance(made, torch.nn.Module):
         raise Mistake(f"{spec} must return a torch.nn.Module, got {type(made).__name__}.")
@@ -260,8 +277,8 @@ def open_source(options):
         source = from_factory(options.source, options)
     else:
         raise Mistake(
-            f'"{folder}" must be the folder of a diffusers pipeline (with model_index.json) or UNet (with '
-            "config.json), or MODULE:FACTORY."
+            f'"{folder}" must be the folder of a diffusers pipeline (with model_index.json) or '
+            "UNet (with config.json), or MODULE:FACTORY."
             + (" For a checkpoint in one file see docs/models.md." if folder.is_file() else "")
         )
     if options.sample:
@@ -278,6 +295,6 @@ def check_sample(network, sample):
         )
     if any(side % network.multiple for side in sample[1:]):
         raise Mistake(
-            f"--sample must have a height and width that are multiples of {network.multiple} for this network, got "
-            f"{sample[1]} x {sample[2]}."
+            f"--sample must have a height and width that are multiples of {network.multiple} for "
+            f"this network, got {sample[1]} x {sample[2]}."
         )

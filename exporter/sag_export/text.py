@@ -1,6 +1,5 @@
-"""Text encoders that C++ can call with a prompt: CLIP's tokenizer, scripted, before the text models, traced."""
-
-from typing import Tuple
+"""Text encoders that C++ can call with a prompt: CLIP's tokenizer, scripted, and then the text
+models, traced."""
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +67,9 @@ class TextAndSizeEncoder(nn.Module):
         self.factor = factor
 
     @torch.jit.export
-    def encode(self, prompt: str, height: int, width: int) -> Tuple[Tensor, Tensor]:
-        """The context, and y: the pooled text and the picture's size, for a latent of this height and width."""
+    def encode(self, prompt: str, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The context, and y: the pooled text and the picture's size, for a latent of this height
+        and width."""
         context, pooled = self.model_2(self.tokenizer_2.ids(prompt))
         context = torch.cat([self.model(self.tokenizer.ids(prompt)), context], dim=-1)
         high, wide = float(height * self.factor), float(width * self.factor)
@@ -99,7 +99,7 @@ def make_text_encoder(tokenizer, model):
 def make_text_and_size_encoder(tokenizer, model, tokenizer_2, model_2, factor):
     tokens = tokens_of(tokenizer, model)
     if tokens != tokens_of(tokenizer_2, model_2):
-        raise Mistake("The two text encoders must read as many tokens as each other.")
+        raise Mistake("The two text encoders must read the same number of tokens.")
     first, second = (torch.jit.script(ClipTokenizer(t, tokens)) for t in (tokenizer, tokenizer_2))
     models = (
         traced(StateBeforeLast(model), first),
@@ -110,7 +110,8 @@ def make_text_and_size_encoder(tokenizer, model, tokenizer_2, model_2, factor):
 
 @torch.no_grad()
 def expected(prompt, tokenizer, model, tokenizer_2=None, model_2=None, size=None):
-    """What diffusers' pipelines compute: the context; for SDXL context and y, for a `size` (height, width)."""
+    """What diffusers' pipelines compute: the context; for SDXL the context and y, for a picture of
+    this `size` (height, width)."""
 
     def ids(tokenizer, model):
         length = tokens_of(tokenizer, model)

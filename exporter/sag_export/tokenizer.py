@@ -1,12 +1,13 @@
-"""CLIP's tokenizer as a TorchScript module: what CLIPTokenizerFast does, in tables that are built when it is exported.
+"""CLIP's tokenizer as a TorchScript module. It does what CLIPTokenizerFast does, with tables that
+are made at the export.
 
-TorchScript's texts are UTF-8 bytes, so the module decodes them to code points, and everything works on lists of those.
+A text in TorchScript is UTF-8 bytes, so the module decodes it and works on lists of code points.
 """
 
 import json
 import sys
 import unicodedata
-from typing import Dict, Final, List, Tuple
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ SPACES = {
     0x205F,
     0x3000,
 }
-HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by rule, not by table
+# Composed by a rule, not by a table.
+HANGUL = range(0xAC00, 0xAC00 + 11172)
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 NORMALIZERS = [
     {"type": "NFC"},
@@ -38,7 +40,7 @@ NORMALIZERS = [
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def codes(text: str) -> List[int]:
+def codes(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
@@ -47,7 +49,7 @@ def class_of(code: int) -> int:
     return SPACE if code in SPACES else {"L": LETTER, "N": NUMBER}.get(category, OTHER)
 
 
-def class_ranges() -> Tuple[List[int], List[int]]:
+def class_ranges() -> tuple[list[int], list[int]]:
     """The first code point of every range of one class, and the classes."""
     starts, classes = [], []
     for code in range(sys.maxunicode + 1):
@@ -59,7 +61,8 @@ def class_ranges() -> Tuple[List[int], List[int]]:
 
 
 def unicode_tables():
-    """Lower case, canonical decompositions, combining classes, and compositions by first · 2²¹ + second."""
+    """Lower case, canonical decompositions, combining classes, and compositions by first · 2²¹ +
+    second."""
     lower, decompositions, combining, compositions = {}, {}, {}, {}
     for code in range(sys.maxunicode + 1):
         character = chr(code)
@@ -77,7 +80,7 @@ def unicode_tables():
     return lower, decompositions, combining, compositions
 
 
-def byte_characters() -> List[str]:
+def byte_characters() -> list[str]:
     """The characters that stand for the 256 bytes in a byte-level vocabulary."""
     printable = [
         *range(ord("!"), ord("~") + 1),
@@ -95,18 +98,18 @@ class ClipTokenizer(nn.Module):
     NUMBER: Final[int] = NUMBER
 
     vocabulary_size: int
-    merges: Dict[int, int]
-    byte_ids: List[int]
-    last_byte_ids: List[int]
-    added: List[List[int]]
-    added_ids: List[int]
-    class_starts: List[int]
-    classes: List[int]
-    lower: Dict[int, List[int]]
-    decompositions: Dict[int, List[int]]
-    combining: Dict[int, int]
-    compositions: Dict[int, int]
-    contractions: List[List[int]]
+    merges: dict[int, int]
+    byte_ids: list[int]
+    last_byte_ids: list[int]
+    added: list[list[int]]
+    added_ids: list[int]
+    class_starts: list[int]
+    classes: list[int]
+    lower: dict[int, list[int]]
+    decompositions: dict[int, list[int]]
+    combining: dict[int, int]
+    compositions: dict[int, int]
+    contractions: list[list[int]]
 
     def __init__(self, tokenizer, tokens: int):
         """`tokenizer`: a CLIPTokenizerFast; `tokens`: how many the text model reads."""
@@ -123,7 +126,8 @@ class ClipTokenizer(nn.Module):
         missing = [c for c in characters if c not in vocabulary or c + "</w>" not in vocabulary]
         if missing:
             raise Mistake(
-                f'The tokenizer\'s vocabulary must hold every byte, with and without "</w>"; it lacks "{missing[0]}".'
+                'The tokenizer\'s vocabulary must hold every byte, with and without "</w>"; it '
+                f'lacks "{missing[0]}".'
             )
         self.byte_ids = [vocabulary[c] for c in characters]
         self.last_byte_ids = [vocabulary[c + "</w>"] for c in characters]
@@ -136,8 +140,8 @@ class ClipTokenizer(nn.Module):
             content = token["content"]
             if token["single_word"] or (not token["normalized"] and normalize(content) != content):
                 raise Mistake(
-                    f'The tokenizer\'s added token "{content}" must be found anywhere and in lower case '
-                    "(single_word and normalized as they are by default)."
+                    f'The tokenizer\'s added token "{content}" must be found anywhere and in lower '
+                    "case (with the defaults of single_word and normalized)."
                 )
         longest_first = sorted(
             description["added_tokens"], key=lambda token: -len(token["content"])
@@ -163,7 +167,8 @@ class ClipTokenizer(nn.Module):
 
     @torch.jit.export
     def cut(self, text: str) -> str:
-        """The part of the text, from a word on, that does not fit; in lower case, as it is read. "": all fits."""
+        """The part of the text that does not fit, from the beginning of a word, in lower case. ""
+        if all of it fits."""
         words, starts = self.words(text)
         left = self.tokens - 2
         for i in range(len(words)):
@@ -173,11 +178,11 @@ class ClipTokenizer(nn.Module):
         return ""
 
     @torch.jit.export
-    def words(self, text: str) -> Tuple[List[List[int]], List[int]]:
+    def words(self, text: str) -> tuple[list[list[int]], list[int]]:
         """The ids of every word, and where it begins in the normalized text."""
         text_codes = self.normalized(text)
-        words: List[List[int]] = []
-        starts: List[int] = []
+        words: list[list[int]] = []
+        starts: list[int] = []
         start = 0
         while start < len(text_codes):
             added = self.added_at(text_codes, start)
@@ -193,8 +198,9 @@ class ClipTokenizer(nn.Module):
             start = end
         return words, starts
 
-    def word_end(self, text: List[int], start: int) -> int:
-        """'s 't 're 've 'm 'll 'd, a run of letters, one number, or a run of anything else but spaces."""
+    def word_end(self, text: list[int], start: int) -> int:
+        """'s 't 're 've 'm 'll 'd, a run of letters, one digit, or a run of other characters that
+        are not spaces."""
         for contraction in self.contractions:
             if text[start : start + len(contraction)] == contraction:
                 return start + len(contraction)
@@ -209,8 +215,8 @@ class ClipTokenizer(nn.Module):
             end += 1
         return end
 
-    def added_at(self, text: List[int], start: int) -> int:
-        """Which of the added tokens, <|endoftext|> say, stands here; -1: none."""
+    def added_at(self, text: list[int], start: int) -> int:
+        """Which of the added tokens (<|endoftext|> for example) begins here; -1 if none does."""
         for i in range(len(self.added)):
             added = self.added[i]
             if text[start] == added[0] and text[start : start + len(added)] == added:
@@ -228,8 +234,9 @@ class ClipTokenizer(nn.Module):
                 high = middle
         return self.classes[low]
 
-    def merged(self, word: List[int]) -> List[int]:
-        """Byte pair encoding: the pair that merges first, the leftmost of equals, until none does."""
+    def merged(self, word: list[int]) -> list[int]:
+        """Byte pair encoding: joins the pair with the lowest rank, the leftmost of equal ones,
+        until no pair can be joined."""
         never = 1 << 62
         characters = self.utf8(word)
         ids = [self.byte_ids[byte] for byte in characters]
@@ -253,9 +260,9 @@ class ClipTokenizer(nn.Module):
         """Rank · vocabulary size + id of the pair."""
         return self.merges.get(left * self.vocabulary_size + right, 1 << 62)
 
-    def normalized(self, text: str) -> List[int]:
-        """Composed (NFC), every run of spaces one space, in lower case."""
-        normal: List[int] = []
+    def normalized(self, text: str) -> list[int]:
+        """Composed (NFC), in lower case, with one space for every run of spaces."""
+        normal: list[int] = []
         for code in self.composed(self.decoded(text)):
             if self.class_at(code) == self.SPACE:
                 if len(normal) == 0 or normal[-1] != 32:
@@ -266,17 +273,18 @@ class ClipTokenizer(nn.Module):
                 normal.append(code)
         return normal
 
-    def composed(self, text: List[int]) -> List[int]:
+    def composed(self, text: list[int]) -> list[int]:
         """Unicode's normalization form C."""
         if len(text) == 0 or max(text) < 0x300:
             return text
-        parts: List[int] = []
+        parts: list[int] = []
         for code in text:
             self.append_in_order(parts, code)
         return self.compose(parts)
 
-    def append_in_order(self, parts: List[int], code: int):
-        """Appends the canonical decomposition, marks in the order of their combining classes."""
+    def append_in_order(self, parts: list[int], code: int):
+        """Appends the canonical decomposition, with marks in the order of their combining
+        classes."""
         syllable = code - 0xAC00
         if syllable >= 0 and syllable < 11172:
             parts.extend([0x1100 + syllable // 588, 0x1161 + syllable % 588 // 28])
@@ -290,9 +298,9 @@ class ClipTokenizer(nn.Module):
                 place -= 1
             parts.insert(place, part)
 
-    def compose(self, parts: List[int]) -> List[int]:
-        """Joins every starter with what follows it and is not blocked."""
-        out: List[int] = []
+    def compose(self, parts: list[int]) -> list[int]:
+        """Joins every starter with what follows it, unless it is blocked."""
+        out: list[int] = []
         starter = -1
         last_mark = 0
         for code in parts:
@@ -325,9 +333,9 @@ class ClipTokenizer(nn.Module):
             return first + trailing
         return self.compositions.get((first << 21) + second, -1)
 
-    def decoded(self, text: str) -> List[int]:
-        """UTF-8 to code points; what is none becomes U+FFFD."""
-        out: List[int] = []
+    def decoded(self, text: str) -> list[int]:
+        """UTF-8 to code points. Bytes that are not UTF-8 become U+FFFD."""
+        out: list[int] = []
         code = 0
         expected = 0
         least = 0
@@ -357,8 +365,8 @@ class ClipTokenizer(nn.Module):
             out.append(0xFFFD)
         return out
 
-    def utf8(self, text: List[int]) -> List[int]:
-        out: List[int] = []
+    def utf8(self, text: list[int]) -> list[int]:
+        out: list[int] = []
         for code in text:
             if code < 0x80:
                 out.append(code)
@@ -377,15 +385,15 @@ class ClipTokenizer(nn.Module):
                 )
         return out
 
-    def encoded(self, text: List[int]) -> str:
-        characters: List[str] = []
+    def encoded(self, text: list[int]) -> str:
+        characters: list[str] = []
         for byte in self.utf8(text):
             characters.append(chr(byte))
         return "".join(characters)
 
 
 def check_is_clip(description):
-    """Throws Mistake unless CLIP's normalization, words and byte pair encoding are what the tokenizer does."""
+    """Throws Mistake unless the tokenizer normalizes, splits and encodes as CLIP's does."""
     model, normalizer, words = (
         description["model"],
         description["normalizer"] or {},
@@ -401,5 +409,6 @@ def check_is_clip(description):
     )
     if not same:
         raise Mistake(
-            "The tokenizer must work as CLIP's does (NFC, lower case, byte pairs with </w>); this one works otherwise."
+            "The tokenizer must work as CLIP's does (NFC, lower case, byte pairs with </w>), but "
+            "this one does not."
         )

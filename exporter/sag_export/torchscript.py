@@ -1,4 +1,4 @@
-"""The files of a model directory that are TorchScript."""
+"""The TorchScript files of a model directory."""
 
 import torch
 
@@ -13,13 +13,15 @@ PROMPTS = ("", "a cat", "It's 2 o'clock — über-schnell! 🚀")
 
 @torch.no_grad()
 def write_unet(network, path):
-    """Traces the network and checks the file with other batches, timesteps and sizes, the default one among them."""
+    """Traces the network and checks the file with other batches, timesteps and sizes, including the
+    default size."""
     traced_with, other = network.small_sizes()
     try:
         with without_fast_path():
             example = tuple(network.example(2, *traced_with).values())
             traced = torch.jit.trace(network.module, example, check_trace=False)
-    except Exception as error:  # of a module that is not ours
+    # The module is not ours: it may raise anything.
+    except Exception as error:
         raise Mistake(f"The network cannot be traced: {first_line(error)}") from error
     archive.save(traced, path)
     tried = ((1, other), (3, traced_with), (1, network.shape[1:]))
@@ -57,30 +59,32 @@ def write_vae(autoencoder, folder):
 
 
 def text_parts(source):
-    """Tokenizer and model; of SDXL both pairs in a row."""
-    return [part for pair in zip(source.tokenizers, source.text_models) for part in pair]
+    """The tokenizer and the model; for SDXL both pairs, one after the other."""
+    return [
+        part for pair in zip(source.tokenizers, source.text_models, strict=True) for part in pair
+    ]
 
 
 @torch.no_grad()
 def write_text_encoder(source, path, dtype):
-    """text_encoder.ts, with weights in `dtype`; what runs it does so in fp32 on the CPU."""
+    """text_encoder.ts, with weights in `dtype`. The command runs it in fp32 on the CPU."""
     for model in source.text_models:
-        model.to(dtype).float()  # what is rounded is rounded for the comparison too
+        # Rounds the weights of the comparison, too.
+        model.to(dtype).float()
     if len(source.text_models) == 1:
         encoder = text.make_text_encoder(*text_parts(source))
     else:
         encoder = text.make_text_and_size_encoder(*text_parts(source), vae.factor_of(source.vae))
     archive.save(encoder.to(dtype), path)
-    encoder.float()  # it shares the models' weights
+    # It shares the weights of the models.
+    encoder.float()
     check_text_encoder(source, torch.jit.load(str(path)).float(), path.name)
 
 
 def check_text_encoder(source, loaded, name):
     too_long = "many words " * text.tokens_of(*text_parts(source)[:2])
-    for prompt in (
-        *PROMPTS,
-        too_long,
-    ) * 4:  # TorchScript optimizes after a few runs, and has mixed up lists then
+    # Four times: TorchScript optimizes after a few runs, and has mixed up lists then.
+    for prompt in (*PROMPTS, too_long) * 4:
         if len(source.text_models) == 1:
             got = [loaded.encode(prompt)]
             expected = [text.expected(prompt, *text_parts(source))]
@@ -88,7 +92,9 @@ def check_text_encoder(source, loaded, name):
             factor = vae.factor_of(source.vae)
             got = loaded.encode(prompt, 40, 24)
             expected = text.expected(prompt, *text_parts(source), size=(40 * factor, 24 * factor))
-        for one, other in zip(got, expected):
+        for one, other in zip(got, expected, strict=True):
             check_equal(name, one, other, torch.float32)
         if (loaded.cut(prompt) == "") == (prompt is too_long):
-            raise Mistake(f"{name} must say what it cuts off of a prompt, and of no other.")
+            raise Mistake(
+                f"{name} must say what it leaves out of a prompt that is too long, and of no other."
+            )

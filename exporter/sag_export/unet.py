@@ -5,7 +5,8 @@ import torch
 from sag_export.mistake import Mistake
 from sag_export.network import Network
 
-TIME_IDS = 6  # original height and width, top and left crop, target height and width
+# Original height and width, top and left crop, target height and width.
+TIME_IDS = 6
 
 
 class PlainUNet(torch.nn.Module):
@@ -27,7 +28,7 @@ class TextUNet(torch.nn.Module):
 
 
 class TextAndSizeUNet(torch.nn.Module):
-    """SDXL's: y is the pooled text and, behind it, the size's six numbers."""
+    """SDXL's: y is the pooled text, followed by the six numbers of the size."""
 
     def __init__(self, unet):
         super().__init__()
@@ -44,7 +45,7 @@ def pooled_width(config):
 
 
 def wrap(unet, tokens=77):
-    """A Network around a UNet2DConditionModel or UNet2DModel that check_supported has let pass."""
+    """The Network of a UNet2DConditionModel or UNet2DModel that check_supported has accepted."""
     config = unet.config
     side = config.sample_size or 64
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
@@ -68,12 +69,13 @@ def wrap(unet, tokens=77):
 
 
 def check_supported(config):
-    """Throws Mistake for UNets that take more than sag can give. `config`: what config.json holds, before gigabytes are
-    read."""
+    """Throws Mistake for UNets that take more than sag can give. `config`: what config.json holds.
+    It is checked before gigabytes are read."""
     kind = config.get("_class_name")
     if kind not in ("UNet2DConditionModel", "UNet2DModel"):
         raise Mistake(
-            f"The network must be a UNet2DConditionModel or UNet2DModel, got {kind}; export others as MODULE:FACTORY."
+            f"The network must be a UNet2DConditionModel or UNet2DModel, got {kind}; export others "
+            "as MODULE:FACTORY."
         )
     channels = [
         config.get(key, 4 if kind == "UNet2DConditionModel" else 3)
@@ -81,8 +83,9 @@ def check_supported(config):
     ]
     if channels[0] != channels[1]:
         raise Mistake(
-            f"The UNet must return as many channels as it takes, but takes {channels[0]} and returns {channels[1]}: "
-            "networks for inpainting, depth or a learned variance do not fit."
+            f"The UNet must return as many channels as it takes, but takes {channels[0]} and "
+            f"returns {channels[1]}: networks for inpainting, depth or a learned variance do not "
+            "fit."
         )
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
         if config.get(key) is not None:
@@ -91,16 +94,19 @@ def check_supported(config):
             )
     if config.get("time_cond_proj_dim") is not None:
         raise Mistake(
-            'The UNet must leave guidance to the sampler, but its config.json has "time_cond_proj_dim": '
-            f"{config['time_cond_proj_dim']!r}: guidance was distilled into it, and its scale is a further input."
+            "The UNet must leave guidance to the sampler, but its config.json has "
+            f'"time_cond_proj_dim": {config["time_cond_proj_dim"]!r}: guidance was distilled into '
+            "it, and the scale of the guidance is a further input."
         )
     if not isinstance(config.get("cross_attention_dim", 1280), int):
         raise Mistake(
-            f'The UNet\'s "cross_attention_dim" must be one number, got {config["cross_attention_dim"]!r}.'
+            'The UNet\'s "cross_attention_dim" must be one number, '
+            f"got {config['cross_attention_dim']!r}."
         )
     if config.get("addition_embed_type") not in (None, "text_time"):
         raise Mistake(
-            f'The UNet\'s "addition_embed_type" must be absent or "text_time", got {config["addition_embed_type"]!r}.'
+            'The UNet\'s "addition_embed_type" must be absent or "text_time", '
+            f"got {config['addition_embed_type']!r}."
         )
     sizes = [
         config.get(key)

@@ -1,11 +1,11 @@
-"""A pipeline's VAE as two networks: latents to pictures in [−1, 1], and back. Both stay in fp32: in half precision some
-give NaN."""
+"""A pipeline's VAE as two networks: from latents to pictures in [−1, 1], and back. Both stay in
+fp32: some give NaN in half precision."""
 
 import torch
 
 
 class Scale(torch.nn.Module):
-    """How latents that the UNet works on come from the VAE's own."""
+    """Between the latents of the UNet and those of the VAE."""
 
     def __init__(self, config):
         super().__init__()

@@ -4,11 +4,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MARGIN = 4  # pixels a glyph may be shifted by
+# Pixels that a glyph may be shifted by.
+MARGIN = 4
 
 
 class Glyphs:
-    """Pictures are [-1, 1]; `real` [glyphs, 3, 64, 64] are the glyphs as rendered, never shifted or scaled."""
+    """Pictures are [-1, 1]; `real` [glyphs, 3, 64, 64] are the glyphs as rendered, never shifted or
+    scaled."""
 
     def __init__(self, path, device, limit=None):
         archive = np.load(path)
@@ -25,7 +27,8 @@ class Glyphs:
         self.padded = F.pad(pictures.flatten(0, 1), (0, 0) + (MARGIN,) * 4, value=255)
 
     def batch(self, count, shift=2, shifted=0.5, scaled=0.4, glyph=None):
-        """Random or given glyphs, some a little shifted and some a little smaller: pictures, glyph numbers."""
+        """Random or given glyphs, some a little shifted and some a little smaller: pictures, glyph
+        numbers."""
         device = self.padded.device
         glyph = torch.randint(self.count, (count,), device=device) if glyph is None else glyph
         size = torch.randint(1, self.sizes, (count,), device=device) * (
@@ -54,7 +57,7 @@ class Captions:
         trigrams = torch.zeros(len(lines), encoder.tokens, longest, dtype=torch.long)
         words = torch.zeros(len(lines), encoder.tokens, dtype=torch.long)
         for line, (word_trigrams, word_buckets) in enumerate(tokenized):
-            for i, (buckets, word) in enumerate(zip(word_trigrams, word_buckets)):
+            for i, (buckets, word) in enumerate(zip(word_trigrams, word_buckets, strict=True)):
                 trigrams[line, i, : len(buckets)] = torch.tensor(buckets)
                 words[line, i] = word
         counts = torch.tensor([len(names) for names in captions])
@@ -75,15 +78,18 @@ class Captions:
     def batch(self, glyphs, dropped=0.15, thinned=0.5, shuffled=0.25):
         """A random name of each glyph; some lose words, some their order, some everything."""
         device, count = glyphs.device, len(glyphs)
-        rand = lambda *shape: torch.rand(*shape, device=device)
+
+        def rand(*shape):
+            return torch.rand(*shape, device=device)
+
         line = self.first[glyphs] + (rand(count) * self.counts[glyphs]).long()
         words = self.words[line]
         tokens = words.shape[1]
         present = words > 0
         keep = (rand(count, tokens) < rand(count, 1) * 0.7 + 0.3) | (rand(count, 1) >= thinned)
-        one = F.one_hot(
-            rand(count, tokens).masked_fill(~present, -1).argmax(1), tokens
-        ).bool()  # never lose all words by chance
+        # One word always stays.
+        one = rand(count, tokens).masked_fill(~present, -1).argmax(1)
+        one = F.one_hot(one, tokens).bool()
         keep = (keep | one) & present & (rand(count, 1) >= dropped)
         place = torch.where(
             rand(count, 1) < shuffled,

@@ -1,4 +1,4 @@
-"""Write the trained model as the files that ship: unet.ts, text_encoder.ts, model.json, names.txt."""
+"""Writes the files that ship: unet.ts, text_encoder.ts, model.json, names.txt."""
 
 import argparse
 import json
@@ -16,7 +16,8 @@ CHECKED_WITH = ("rocket", "", "an unseen wörd 7")
 
 
 def check_unet(path, unet):
-    """The file against the module: another batch and size, cast to fp32, timesteps in fp32 beside fp16 inputs."""
+    """Compares the file with the module: with another batch and size, cast to fp32, and with
+    timesteps in fp32 while the other inputs are fp16."""
     loaded = torch.jit.load(str(path), map_location="cpu")
     x, timesteps, context = (
         torch.randn(3, 3, 48, 80),
@@ -30,7 +31,8 @@ def check_unet(path, unet):
     scale = expected.abs().max().item()
     errors = [(got.float() - expected).abs().max().item() / scale for got in (half, single)]
     print(
-        f"unet.ts against the fp32 module: {errors[0]:.1e} in fp16, {errors[1]:.1e} in fp32, of the largest output",
+        f"unet.ts against the fp32 module: {errors[0]:.1e} in fp16, {errors[1]:.1e} in fp32, "
+        "of the largest output",
         flush=True,
     )
     assert max(errors) < 0.05

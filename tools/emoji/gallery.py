@@ -1,4 +1,4 @@
-"""Real pictures, what the judge sees in them, and the noise sets: what quality.py measures against."""
+"""Real pictures, what the judge sees in them, and the noise sets, for quality.py."""
 
 import math
 import statistics
@@ -48,7 +48,8 @@ class Gallery:
         return judging.look(self.judge, self.glyphs.batch(count, glyph=glyph)[0])[0]
 
     def floors(self, draws=6):
-        """The distance of real pictures, as many as in a noise set: of random glyphs, and of a noise set's glyphs."""
+        """The distance of real pictures, as many as in a noise set: with random glyphs, and with
+        the glyphs of a noise set."""
         count, real = self.options.pictures, gaussian(self.real)
         at_random = [distance(gaussian(self.look_at_real(count)), real) for _ in range(draws)]
         named = [

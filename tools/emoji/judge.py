@@ -1,4 +1,5 @@
-"""The judge: a small network that names a glyph. Its last hidden layer is the space that distances are measured in."""
+"""The judge: a small network that names a glyph. Its last hidden layer is the space that distances
+are measured in."""
 
 import argparse
 import time

@@ -1,4 +1,5 @@
-"""The UNet, with the module names of Stable Diffusion's, so that middle_block.1.transformer_blocks.0.attn1 is where everybody looks for it."""
+"""The UNet. Its modules have the names of Stable Diffusion's, so that SAG's site is
+middle_block.1.transformer_blocks.0.attn1, as there."""
 
 import math
 
@@ -8,8 +9,10 @@ from torch import nn
 
 import text
 
-HEAD = 32  # channels of one attention head
-UNSHUFFLE = 2  # the finest level works on 2x2 pixels at once
+# Channels of one attention head.
+HEAD = 32
+# The finest level works on 2x2 pixels at once.
+UNSHUFFLE = 2
 
 
 def zeroed(module):
@@ -144,9 +147,11 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """forward(x [N, 3, H, W], timesteps [N] = 0.25 ln sigma, context [N, T, 128]) -> the raw output; H and W multiples of 8.
+    """forward(x [N, 3, H, W], timesteps [N] = 0.25 ln sigma, context [N, T, 128]) -> the raw
+    output; H and W multiples of 8.
 
-    Inputs may be of any floating type: they are cast to the weights', the timesteps in fp32 up to their sines.
+    Inputs may have any floating type: they are cast to the weights' type, the timesteps only after
+    their sines are taken in fp32.
     """
 
     def __init__(

@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Measures what SAG, its cheaper forms and its controls do to the pictures of models/emoji, and prints a Markdown table.
+"""Measures what SAG, its cheaper forms and its controls do to the pictures of models/emoji, and
+prints a Markdown table.
 
-sag-sample draws every picture; here they are only judged. Within a noise set all rows share noise and names, so their differences are paired. Needs
-tools/emoji/requirements.txt; the glyphs and the judge are made when they are not there. Finished rows stay in --work, and a second call goes on from there.
+sag-sample draws every picture; this program only judges them. In a noise set all rows share noise
+and names, so their differences are paired. It needs what tools/emoji/requirements.txt names. The
+glyphs and the judge are made if they do not exist. Finished rows stay in --work, and a second call
+continues from there.
 
     tools/emoji/quality.py --minutes 9 --doc docs/quality.md    # on a GPU
     tools/emoji/quality.py --smoke                              # a try on a CPU, in a minute or two
@@ -28,9 +31,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # The table goes between these two lines of a document.
 MARKS = "<!-- measured -->", "<!-- end of measured -->"
 
-PARTS = 20  # that a noise set is cut into for the standard errors
+# A noise set is cut into so many parts for the standard errors.
+PARTS = 20
 BASES = ("unconditional", "cfg 1", "cfg 2")
-# What one call of the command draws, the most telling first: pictures without words do not heed --cfg, so they need no call of their own.
+# What one call of the command draws, the most telling call first. Pictures without words do not
+# depend on --cfg, so they need no call of their own.
 CALLS = (("2", ("unconditional", "cfg 2")), ("1", ("cfg 1",)))
 
 
@@ -87,7 +92,7 @@ def settings_of(options):
 
 
 def make_judge(options):
-    """What is missing of the glyphs and the judge."""
+    """Makes the glyphs and the judge if they do not exist."""
     tools = pathlib.Path(__file__).parent
     short = ["--limit", options.limit, "--steps", 40, "--batch", 32] if options.smoke else []
     for path, command in (
@@ -108,9 +113,8 @@ class Sampler:
 
     def __init__(self, options, gallery):
         self.options = options
-        self.glyphs, self.noise = zip(
-            *[gallery.noise_set(number) for number in range(options.sets)]
-        )
+        sets = [gallery.noise_set(number) for number in range(options.sets)]
+        self.glyphs, self.noise = zip(*sets, strict=True)
         self.names = [
             gallery.glyphs.captions[glyph][0] for glyphs in self.glyphs for glyph in glyphs.tolist()
         ]
@@ -125,7 +129,8 @@ class Sampler:
         return self.files[copies]
 
     def draw(self, arguments, cfg, bases, number):
-        """The pictures of each base, and the command's report. An empty prompt draws without words."""
+        """The pictures of each base, and the command's report. An empty prompt draws without
+        words."""
         options = self.options
         prompts = [
             f"--prompt={'' if base == 'unconditional' else name}"
@@ -162,7 +167,7 @@ class Sampler:
 
 
 def costs(run, pictures):
-    """UNet rows a picture, and the share that was blurred. Time follows the rows, and is measured elsewhere (scripts/bench.sh)."""
+    """UNet rows a picture, and the share that was blurred. scripts/bench.sh measures time."""
     masked = [step["masked"] for step in run["steps"] if step["masked"] is not None]
     return {
         "unet_rows": run["rows"] / pictures,
@@ -175,14 +180,14 @@ def device_name():
 
 
 class Judgement:
-    """Turns pictures into rows, beside the sampling of the next ones."""
+    """Turns pictures into rows, while the next ones are sampled."""
 
     def __init__(self, gallery, sampler, rows):
         self.gallery, self.sampler, self.rows = gallery, sampler, rows
         self.real = gaussian(gallery.real.cpu())
 
     def distances(self, features):
-        """Of a noise set, and of it without each of its parts."""
+        """The distance of a noise set, and of the set without each of its parts."""
         part = torch.arange(len(features)) % min(PARTS, len(features))
         kept = [part != number for number in range(int(part.max()) + 1)]
         whole, *without = [
@@ -192,7 +197,8 @@ class Judgement:
 
     def judge(self, base, pictures):
         result = {"fd": [], "fd_without": [], "top1": None if base == "unconditional" else []}
-        for glyphs, of_set in zip(self.sampler.glyphs, pictures.chunk(len(self.sampler.glyphs))):
+        sets = self.sampler.glyphs
+        for glyphs, of_set in zip(sets, pictures.chunk(len(sets)), strict=True):
             features, named = judging.look(self.gallery.judge, of_set.to(glyphs.device))
             whole, without = self.distances(features.cpu())
             result["fd"].append(whole)
@@ -225,7 +231,8 @@ class Judgement:
 
 
 def measure(options, sampler, judgement, rows):
-    """All rows that are asked for, not there yet, and begun within --minutes."""
+    """Measures the rows that --rows asks for and that are not finished, until --minutes are
+    over."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         judged = []
         for variant, arguments in variants(options.scale).items():
@@ -240,14 +247,16 @@ def measure(options, sampler, judgement, rows):
                     continue
                 drawn = sampler.draw(arguments, cfg, bases, len(judged))
                 for earlier in judged[-1:]:
-                    earlier.result()  # its file is the next to be written over
+                    # Its file is the next one to be overwritten.
+                    earlier.result()
                 judged.append(pool.submit(judgement, variant, bases, *drawn))
         for last in judged[-1:]:
             last.result()
 
 
 def spread(row, other=None):
-    """Mean over the sets, of a row or its difference to another, and the standard error: the jackknife over the parts of every set."""
+    """The mean over the sets, of a row or of its difference from another one, and the standard
+    error: the jackknife over the parts of every set."""
     whole, without = (torch.tensor(row[key], dtype=torch.double) for key in ("fd", "fd_without"))
     if other:
         whole, without = (
@@ -303,10 +312,12 @@ def table(options, rows, facts):
         " and ".join(sorted({row[key] for _, _, row in found})) for key in ("date", "device")
     )
     lines = [
-        f"Measured {dates} on {devices}: {options.sets} noise sets of {options.pictures} pictures, Euler, {options.steps} steps, "
-        f"scale {options.scale:g}, ± one standard error. The judge names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. "
-        f"Real pictures measured in the same way have FD {number(facts['floors']['named'], 2)} where each is named, as in the rows with cfg, and "
-        f"{number(facts['floors']['at_random'], 2)} where glyphs come at random, as in the unconditional rows.",
+        f"Measured {dates} on {devices}: {options.sets} noise sets of {options.pictures} pictures, "
+        f"Euler, {options.steps} steps, scale {options.scale:g}, ± one standard error. The judge "
+        f"names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. Real pictures "
+        f"measured in the same way have FD {number(facts['floors']['named'], 2)} where each is "
+        f"named, as in the rows with cfg, and {number(facts['floors']['at_random'], 2)} where "
+        "glyphs come at random, as in the unconditional rows.",
         "",
         "| row | FD | change | minus exact | top-1 | UNet rows a picture |",
         "|---|---|---|---|---|---|",

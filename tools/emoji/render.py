@@ -1,7 +1,8 @@
 """Render every single-code-point glyph of Noto Color Emoji and collect its names.
 
-The archive holds `pictures` uint8 [sizes, glyphs, 64, 64, 3] (the same glyph drawn at each of SIZES on white) and `captions`, one line
-a glyph, its names separated by '|': the CLDR short name first, then the Unicode name where that differs.
+The archive holds `pictures` uint8 [sizes, glyphs, 64, 64, 3] (the same glyph at each of SIZES, on
+white) and `captions`, a line for each glyph with its names and '|' between them: the CLDR short
+name first, then the Unicode name if it is another one.
 """
 
 import argparse
@@ -15,10 +16,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 64
 SIZES = (64, 62, 60, 58)
-STRIKE = 109  # the one bitmap size that the font holds
-CELL = 144  # its 136x128 bitmaps and a small margin
+# The only bitmap size in the font.
+STRIKE = 109
+# Holds its bitmaps of 136x128 pixels and a small margin.
+CELL = 144
 
-# Not pictures of their own: joiners, keycap parts, variation selectors, halves of flags, bare skin tones, private use, tags.
+# These are not pictures of their own: joiners, keycap parts, variation selectors, halves of flags,
+# bare skin tones, private use, tags.
 NOT_GLYPHS = (
     (0x00, 0xA8),
     (0x200D, 0x200D),
@@ -53,7 +57,8 @@ def short_names():
 
 
 def names_of(code_point, short):
-    """A Unicode name that is the short name of another emoji ("grinning face with smiling eyes") is left out."""
+    """A Unicode name that is the short name of another emoji ("grinning face with smiling eyes") is
+    left out."""
     short_name, unicode_name = (
         short.get(code_point, ""),
         plain(unicodedata.name(chr(code_point), "")),
@@ -83,7 +88,8 @@ def at_size(picture, size):
 
 
 def render(font_path):
-    """Pictures per size and names per glyph. Code points that share a picture are one glyph with the names of all."""
+    """Pictures per size and names per glyph. Code points that share a picture are one glyph with
+    the names of all."""
     font, short = ImageFont.truetype(font_path, size=STRIKE), short_names()
     pictures, captions, seen = [], [], {}
     for code_point in sorted(TTFont(font_path).getBestCmap()):
@@ -111,9 +117,8 @@ def main():
     np.savez_compressed(
         options.out, pictures=pictures, captions="\n".join("|".join(names) for names in captions)
     )
-    print(
-        f"{len(captions)} glyphs, {sum(map(len, captions))} captions, {len({n for names in captions for n in names})} different"
-    )
+    different = {name for names in captions for name in names}
+    print(f"{len(captions)} glyphs, {sum(map(len, captions))} captions, {len(different)} different")
 
 
 if __name__ == "__main__":

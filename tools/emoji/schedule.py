@@ -1,11 +1,11 @@
-"""How far a training is, and its learning rate there."""
+"""The progress of a training, and its learning rate."""
 
 import math
 import time
 
 
 def steps(count, minutes=None):
-    """Yields (step, progress in 0 ... 1): `count` steps, fewer where `minutes` of wall time would not hold them all."""
+    """Yields (step, progress in 0 ... 1): `count` steps, or fewer if `minutes` are over first."""
     started = time.time()
     for step in range(count):
         progress = step / count

@@ -1,6 +1,5 @@
-"""The text encoder: words in, [1, 8, 128] out, scripted so that C++ can call encode(str). It has no vocabulary to get out of step with."""
-
-from typing import List, Tuple
+"""The text encoder: words in, [1, 8, 128] out. It is scripted, so that C++ can call encode(str),
+and hashes words, so that it needs no vocabulary."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,8 @@ WIDTH = 128
 
 
 class TextEncoder(nn.Module):
-    """A word is the mean of its hashed character trigrams plus a hashed whole-word vector; one small attention layer mixes the words.
+    """A word is the mean of its hashed character trigrams plus a hashed vector of the whole word. A
+    small attention layer mixes the words.
 
     Bucket 0 of both tables means "nothing here".
     """
@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
             self.word.weight[1:].mul_(0.5)
 
     @torch.jit.export
-    def split_words(self, prompt: str) -> List[str]:
+    def split_words(self, prompt: str) -> list[str]:
         """Runs of ASCII letters and digits, lower-cased; an apostrophe does not end a word."""
         spaced = ""
         for character in prompt:
@@ -65,14 +65,15 @@ class TextEncoder(nn.Module):
         return 1 + (value ^ (value >> 15)) % (buckets - 1)
 
     @torch.jit.export
-    def tokenize(self, prompt: str) -> Tuple[List[List[int]], List[int]]:
-        """Trigram buckets per word (^ and $ mark its begin and end) and the word's own bucket, for the first words."""
+    def tokenize(self, prompt: str) -> tuple[list[list[int]], list[int]]:
+        """Trigram buckets per word (^ and $ mark its begin and end) and the word's own bucket, for
+        the first words."""
         words = self.split_words(prompt)[: self.tokens]
         trigrams = [self.word_trigrams(word) for word in words]
         return trigrams, [self.bucket(word, self.word_buckets) for word in words]
 
     @torch.jit.export
-    def word_trigrams(self, word: str) -> List[int]:
+    def word_trigrams(self, word: str) -> list[int]:
         marked = "^" + word + "$"
         return [self.bucket(marked[i : i + 3], self.trigram_buckets) for i in range(len(word))]
 

@@ -12,7 +12,8 @@ from data import Captions, Glyphs
 from network import UNet
 from text import TextEncoder
 
-DECAY = 0.9985  # of the moving average that ships
+# Of the moving average that ships.
+DECAY = 0.9985
 
 
 class Model(torch.nn.Module):
@@ -36,7 +37,8 @@ def loss_of(model, pictures, caption):
 
 
 def compiled(model, glyphs, captions, batch):
-    """The model behind torch.compile, or as it is where that does not work (no compiler on the machine, say)."""
+    """The model in torch.compile, or the model itself if that does not work (without a compiler,
+    for example)."""
     started = time.time()
     try:
         faster = torch.compile(model)
@@ -44,7 +46,8 @@ def compiled(model, glyphs, captions, batch):
         loss_of(faster, pictures, captions.batch(glyph)).backward()
         print(f"compiled in {time.time() - started:.0f} s", flush=True)
         return faster
-    except Exception as error:  # torch.compile has no common error type
+    # torch.compile has no common error type.
+    except Exception as error:
         print(f"not compiled: {error}", flush=True)
         return model
     finally:
@@ -72,10 +75,8 @@ def train(glyphs, options):
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.grad_scale, optimizer.found_inf = (
-            None,
-            (~norm.isfinite()).float(),
-        )  # skips a broken step without waiting for the device
+        # Skips a broken step without waiting for the device.
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
         torch._foreach_lerp_(
             average,
@@ -83,12 +84,14 @@ def train(glyphs, options):
             1 - min(DECAY, (1 + step) / (10 + step)),
         )
         total += loss.detach()
-        if (step + 1) % 100 == 0:
-            torch.cuda.synchronize() if device.type == "cuda" else None  # or the clock of schedule.steps runs ahead of the device
+        # Without this the clock of schedule.steps runs ahead of the device.
+        if (step + 1) % 100 == 0 and device.type == "cuda":
+            torch.cuda.synchronize()
         if (step + 1) % options.report == 0:
-            pace = (step + 1) * options.batch / (time.time() - started)
+            seconds = time.time() - started
             print(
-                f"step {step + 1} loss {total.item() / options.report:.4f} {pace:.0f} pictures/s {time.time() - started:.0f} s",
+                f"step {step + 1} loss {total.item() / options.report:.4f} "
+                f"{(step + 1) * options.batch / seconds:.0f} pictures/s {seconds:.0f} s",
                 flush=True,
             )
             total.zero_()
