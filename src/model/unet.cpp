@@ -78,6 +78,17 @@ void add_call(AttentionSiteShape& shape, const AttentionCall& call) {
 
 }  // namespace
 
+bool AttentionSiteInfo::answers_to(const std::string& site) const {
+  return site == name || site == path || (ordinal >= 0 && site == c10::str("#", ordinal));
+}
+
+std::string AttentionSiteInfo::description() const {
+  std::string more = path != name ? path : "";
+  if (const auto number = c10::str("#", ordinal); ordinal >= 0 && number != name)
+    more += (more.empty() ? "" : ", ") + number;
+  return more.empty() ? name : c10::str(name, " (", more, ")");
+}
+
 UNet::~UNet() = default;
 
 std::int64_t UNet::max_rows() const {
