@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "sag/attention_hook.h"
 #include "sag/cfg_guider.h"
 #include "sag/model_patcher.h"
 #include "sag/samplers.h"
@@ -50,7 +51,7 @@ Run run(ModelPatcher model, const Conditioning& prompt, const std::string& site,
       AttentionSite(site));
   const auto guided =
       apply_self_attention_guidance(model, {.scale = scale, .site = AttentionSite(site)});
-  CfgGuider guider(guided, {prompt}, {prompt}, {.cond_scale = 1.0, .sigmas = sigmas});
+  CfgGuider guider(guided, {prompt}, {prompt}, {.cond_scale = 1.0});
   run.latent = sample_euler(std::ref(guider), x, sigmas);
   run.guided = guider.report().guided();
   return run;

@@ -18,7 +18,7 @@ struct AotiUNetOptions {
   std::optional<torch::Device> device = {};
 };
 
-/// A UNet compiled by AOTInductor: a package that `tools/export_model.py --format aoti` wrote
+/// A UNet compiled by AOTInductor: a package that `sag-export --format aoti` wrote
 /// (`unet.pt2`), or a folder of such packages, compiled for several shapes. Each call runs the most
 /// specific package that takes its shapes: one compiled for exactly these comes before one for a
 /// range. Packages compiled without their weights share the file `weights.pt` next to them.

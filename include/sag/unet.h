@@ -37,11 +37,6 @@ struct AttentionSiteInfo {
   std::string path = {};
   /// Place in the order of execution, counting self- and cross-attention from 0; -1: unknown.
   std::int64_t ordinal = -1;
-
-  /// Whether `site` is the name, the path or "#" and the ordinal of this attention.
-  SAG_API bool answers_to(const std::string& site) const;
-  /// Returns all of them, for errors: "middle.0.0 (middle_block.1.transformer_blocks.0.attn1, #6)".
-  SAG_API std::string description() const;
 };
 
 /// A noise-predicting network. One object may be used from several threads, which is why `forward`

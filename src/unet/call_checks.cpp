@@ -4,6 +4,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "model/latent.h"
+
 namespace sag {
 namespace {
 
@@ -28,7 +30,7 @@ void check_optional(const std::string& name, const torch::Tensor& t, std::int64_
 
 void check_x(const torch::Tensor& x, const char* caller) {
   TORCH_CHECK_VALUE(x.defined() && x.dim() == 4, "[", caller, "] x must have 4 dimensions, got ",
-                    x.defined() ? c10::str(x.sizes()) : "an undefined tensor", ".");
+                    shape_text(x), ".");
 }
 
 void check_place(const std::string& name, const torch::Tensor& t, torch::Device device,
@@ -69,8 +71,7 @@ void check_output(const torch::Tensor& out, const torch::Tensor& x, const std::s
   const bool fits = out.defined() && out.dim() == 4 && out.size(0) == x.size(0) &&
                     out.size(2) == x.size(2) && out.size(3) == x.size(3);
   TORCH_CHECK_VALUE(fits, "[", caller, "] ", model, " must return x's rows, height and width, got ",
-                    out.defined() ? c10::str(out.sizes()) : "nothing", " for x of shape ",
-                    x.sizes(), ".");
+                    shape_text(out), " for x of shape ", x.sizes(), ".");
 }
 
 }  // namespace sag

@@ -23,7 +23,7 @@ namespace {
 
 using Metadata = std::unordered_map<std::string, std::string>;
 
-constexpr const char* kHowToExport = "tools/export_model.py --format aoti writes packages";
+constexpr const char* kHowToExport = "sag-export --format aoti writes packages";
 
 [[noreturn]] void refuse(const std::string& path, const std::string& what) {
   C10_THROW_ERROR(ValueError,

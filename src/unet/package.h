@@ -30,7 +30,7 @@ struct PackageInput {
 };
 
 /// What a compiled package (.pt2) says about itself. Its code does not check what it is given, so
-/// `tools/export/package.py` writes this into its metadata.
+/// `exporter/sag_export/package.py` writes this into its metadata.
 struct PackageInfo {
   std::string path;
   torch::DeviceType device = torch::kCPU;

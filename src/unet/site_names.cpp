@@ -7,6 +7,8 @@
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
 
+#include "model/site_list.h"
+
 namespace sag {
 namespace {
 
@@ -51,22 +53,15 @@ AttentionSiteInfo make_site(const std::string& path, std::int64_t ordinal) {
   return {std::move(name), path, ordinal};
 }
 
-const AttentionSiteInfo& hooked_site(const std::vector<AttentionSiteInfo>& sites,
-                                     const std::string& name, const char* caller) {
-  const auto is_called = [&](const auto& site) { return site.answers_to(name); };
-  const auto count = std::count_if(sites.begin(), sites.end(), is_called);
-  TORCH_CHECK_VALUE(count > 0, "[", caller, "] a hooked site must be one of the UNet's, got \"",
-                    name, "\". ", list_sites(sites));
-  TORCH_CHECK_VALUE(count == 1, "[", caller, "] a hooked site must be one attention, got \"", name,
-                    "\", which stands for ", count, ".");
-  return *std::find_if(sites.begin(), sites.end(), is_called);
-}
-
-std::string list_sites(const std::vector<AttentionSiteInfo>& sites) {
-  if (sites.empty()) return "It has no self-attention that can be hooked.";
-  std::string text;
-  for (const auto& site : sites) text += (text.empty() ? "" : ", ") + site.description();
-  return "Its self-attentions are " + text + ".";
+AttentionSiteInfo hooked_site(const std::vector<AttentionSiteInfo>& sites, const std::string& name,
+                              const char* caller) {
+  const auto found = sites_called(sites, name);
+  TORCH_CHECK_VALUE(!found.empty(), "[", caller,
+                    "] a hooked site must be one of the UNet's, got \"", name, "\". ",
+                    list_sites(sites));
+  TORCH_CHECK_VALUE(found.size() == 1, "[", caller, "] a hooked site must be one attention, got \"",
+                    name, "\", which stands for ", found.size(), ".");
+  return found.front();
 }
 
 }  // namespace sag

@@ -18,10 +18,7 @@ std::string short_site_name(const std::string& path);
 AttentionSiteInfo make_site(const std::string& path, std::int64_t ordinal);
 
 /// Returns the site that a hook names. Throws ValueError, as `caller`, unless there is exactly one.
-const AttentionSiteInfo& hooked_site(const std::vector<AttentionSiteInfo>& sites,
-                                     const std::string& name, const char* caller);
-
-/// Returns a sentence that lists the sites, for errors.
-std::string list_sites(const std::vector<AttentionSiteInfo>& sites);
+AttentionSiteInfo hooked_site(const std::vector<AttentionSiteInfo>& sites, const std::string& name,
+                              const char* caller);
 
 }  // namespace sag

@@ -21,6 +21,7 @@
 #include "graph_rewrite.h"
 #include "graph_walk.h"
 #include "group_norm.h"
+#include "model/site_list.h"
 #include "module_conversion.h"
 #include "numbered_device.h"
 #include "plain_message.h"
@@ -205,7 +206,7 @@ std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
   const auto nodes = attention_nodes(*graph);
   std::map<std::int64_t, std::string> names;
   for (const auto& name : hooked) {
-    const auto& site = hooked_site(sites, name, "TorchScriptUNet::forward");
+    const auto site = hooked_site(sites, name, "TorchScriptUNet::forward");
     const auto [other, is_new] = names.emplace(site.ordinal, name);
     TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must have one name, got \"",
                       name, "\" and \"", other->second, "\".");
