@@ -61,7 +61,7 @@ UNetInput make_input(std::int64_t rows = 2, std::int64_t height = 12, std::int64
           .y = torch::randn({rows, 5}).to(device)};
 }
 
-// The largest difference, of the largest value.
+// The largest difference, relative to the largest value.
 double difference(const torch::Tensor& a, const torch::Tensor& b) {
   return ((a - b).abs().max() / b.abs().max()).item<double>();
 }
@@ -84,7 +84,7 @@ AttentionCall middle_call(const UNet& unet, const UNetInput& input) {
   with_hooks(unet, input, {"middle.0.0"},
              [&](const AttentionCall& call, const Pass&, const NextAttention& next) {
                ++runs;
-               // Copies: compiled code uses the memory again.
+               // Copies: compiled code reuses the memory.
                seen = {.q = call.q.clone(), .k = call.k.clone(), .v = call.v.clone()};
                return next(call);
              });
@@ -161,7 +161,7 @@ TEST(AotiUNet, TakesInputsInEveryLayout) {
   other.x = input.x.contiguous(at::MemoryFormat::ChannelsLast);
   other.context = input.context.transpose(1, 2).contiguous().transpose(1, 2);
   other.y = torch::cat({input.y, input.y}, 1).slice(1, 0, 5);
-  // One element behind the start of its storage, as rows of a larger tensor may be.
+  // Begins one element after its storage, as rows of a larger tensor may.
   other.timesteps = torch::cat({torch::ones({1}), input.timesteps}).slice(0, 1);
   EXPECT_TRUE(unet->forward(other).equal(expected));
 
@@ -289,7 +289,7 @@ TEST(AotiUNet, SaysHowToGetASiteThatWasNotMarked) {
   pass.step = &step;
   const AttentionScope scope({{"input.1.0", hook, {}}}, pass);
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(make_input()); }),
-              AllOf(one_sentence(), HasSubstr("'input.1.0'"), HasSubstr("middle.0.0")));
+              AllOf(one_sentence(), HasSubstr("got \"input.1.0\"."), HasSubstr("middle.0.0")));
 }
 
 // ---- folders
@@ -311,7 +311,7 @@ TEST(AotiUNet, AFoldersPackagesGiveTheSameValues) {
 
 using Links = std::map<std::string, std::string>;
 
-// A folder that goes away with the test, with links to some of the fixture's files.
+// A folder with links to some of the fixture's files, deleted at the end of the test.
 class Folder {
  public:
   explicit Folder(const Links& links)
@@ -333,7 +333,7 @@ class Folder {
 };
 
 TEST(AotiUNet, TheMostSpecificPackageOfAFolderRuns) {
-  // The package for 2 rows of 12 x 16 takes its weights from the file, and these are others.
+  // The package for 2 rows of 12 x 16 takes its weights from the file, which holds others.
   const Folder folder(Links{
       {"a.pt2", "unet.pt2"}, {"b.pt2", "folder/rows_2.pt2"}, {"weights.pt", "folder/doubled.pt"}});
   const auto unet = AotiUNet::load(folder.path());
@@ -352,7 +352,7 @@ TEST(AotiUNet, RefusesFoldersWhosePackagesDoNotBelongTogether) {
               AllOf(one_sentence(), HasSubstr("inputs and dtypes"), HasSubstr("b.pt2")));
 }
 
-// A package left behind, of the same architecture but other weights.
+// A package that was left there, of the same architecture but with other weights.
 TEST(AotiUNet, RefusesFoldersOfDifferentNetworks) {
   const Folder networks(Links{{"a.pt2", "unet.pt2"}, {"b.pt2", "foreign/other_model.pt2"}});
   EXPECT_THAT(error_of<c10::ValueError>([&] { AotiUNet::load(networks.path()); }),
@@ -376,7 +376,7 @@ TEST(AotiUNet, RefusesWeightsThatAreNotThePackages) {
     const char *file, *says;
   };
   for (const auto& [file, says] :
-       {Case{"lacking.pt", "must hold 'middle_block.1.transformer_blocks.0.attn1.to_q.weight'"},
+       {Case{"lacking.pt", "must hold \"middle_block.1.transformer_blocks.0.attn1.to_q.weight\""},
         Case{"small.pt", "float32 16,16 16,1, got float32 3,3 3,1"},
         Case{"half.pt", "got float16 16,16 16,1"}, Case{"turned.pt", "got float32 16,16 1,16"},
         Case{"list.pt", "which holds something else"}, Case{"rows_2.pt2", "cannot be read"}}) {
@@ -441,14 +441,17 @@ TEST(AotiUNet, RefusesInputsThatDoNotFit) {
   EXPECT_THAT(value_error([](auto& in) { in.timesteps = torch::tensor(1.f); }),
               HasSubstr("timesteps must have 1 dimensions"));
   EXPECT_THAT(value_error([](auto& in) { in.x = in.x[0]; }), HasSubstr("4 dimensions"));
-  EXPECT_THAT(value_error([](auto& in) { in.x = torch::Tensor(); }), HasSubstr("got none"));
+  EXPECT_THAT(value_error([](auto& in) { in.x = torch::Tensor(); }),
+              HasSubstr("got an undefined tensor"));
   EXPECT_THAT(value_error([](auto& in) { in.timesteps = torch::Tensor(); }),
-              HasSubstr("needs 'timesteps'"));
+              HasSubstr("input \"timesteps\" must be given, got nothing"));
   EXPECT_THAT(value_error([](auto& in) { in.context = torch::Tensor(); }),
-              AllOf(one_sentence(), HasSubstr("needs 'context'")));
-  EXPECT_THAT(value_error([](auto& in) { in.y = torch::Tensor(); }), HasSubstr("needs 'y'"));
+              AllOf(one_sentence(), HasSubstr("input \"context\" must be given, got nothing")));
+  EXPECT_THAT(value_error([](auto& in) { in.y = torch::Tensor(); }),
+              HasSubstr("input \"y\" must be given, got nothing"));
   EXPECT_THAT(value_error([](auto& in) { in.extra["control"] = torch::ones({2}); }),
-              AllOf(one_sentence(), HasSubstr("takes no tensor 'control'")));
+              AllOf(one_sentence(), HasSubstr("must be one of the package's"),
+                    HasSubstr("got \"control\".")));
   EXPECT_THAT(value_error([](auto& in) { in.x = in.x.to(torch::kMeta); }), HasSubstr("device"));
   const auto type_error = [&](const std::function<void(UNetInput&)>& change) {
     return error_of<c10::TypeError>(with(change));
@@ -478,11 +481,11 @@ TEST(AotiUNet, RunsInTheDtypeItWasCompiledForAndTakesInputsByName) {
   auto more = input;
   more.context = torch::ones({2, 3, 6}, torch::kBFloat16);
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(more); }),
-              HasSubstr("takes no tensor 'context'"));
+              AllOf(HasSubstr("must be one of the package's"), HasSubstr("got \"context\".")));
   auto less = input;
   less.extra.clear();
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(less); }),
-              AllOf(one_sentence(), HasSubstr("needs 'strength'")));
+              AllOf(one_sentence(), HasSubstr("input \"strength\" must be given, got nothing")));
 }
 
 // ---- files that do not fit
@@ -502,7 +505,7 @@ TEST_P(ForeignFile, IsRefusedInOneSentence) {
 INSTANTIATE_TEST_SUITE_P(
     AotiUNet, ForeignFile,
     ::testing::Values(Foreign{"foreign/bare.pt2", "not written by sag's exporter"},
-                      Foreign{"foreign/format_2.pt2", "format 2, where format 1"},
+                      Foreign{"foreign/format_2.pt2", "format 2, but only format 1"},
                       Foreign{"foreign/torch_2_6.pt2", "compiled by PyTorch 2.6.0"},
                       Foreign{"foreign/ppc.pt2", "compiled for ppc64le"},
                       Foreign{"foreign/no_inputs.pt2", "no \"sag.inputs\""},

@@ -93,7 +93,8 @@ TEST_F(CudaGraph, GivesTheNumbersOfTheEagerUNet) {
   EXPECT_TRUE(sample_toy(unet).equal(eager));
   const auto report = unet->report();
   EXPECT_EQ(report.failure, "");
-  EXPECT_EQ(report.captures, 2);  // both branches, and SAG's own row
+  // Both branches, and SAG's own row.
+  EXPECT_EQ(report.captures, 2);
   EXPECT_EQ(report.replays, 8);
   EXPECT_EQ(report.graphs, 2);
   EXPECT_GT(report.bytes, 0);
@@ -185,7 +186,8 @@ TEST_F(CudaGraph, KeepsABoundedNumberOfGraphs) {
     EXPECT_TRUE(unet.forward(input).equal(toy->forward(input))) << rows;
   }
   EXPECT_EQ(unet.report().graphs, 2);
-  EXPECT_EQ(unet.report().captures, 4);  // 1 was dropped for 3, and came again
+  // The graph of 1 row was dropped for that of 3, and captured again.
+  EXPECT_EQ(unet.report().captures, 4);
 }
 
 TEST_F(CudaGraph, HooksThatAreNotCapturableRunEagerly) {
@@ -201,7 +203,8 @@ TEST_F(CudaGraph, HooksThatAreNotCapturableRunEagerly) {
       AttentionSite("middle.0.0"),
       {.active = [](const StepContext& step) { return step.sigma() > 2; }});
   run(model);
-  EXPECT_EQ(runs, 2);  // at 10 and 4
+  // At 10 and 4.
+  EXPECT_EQ(runs, 2);
   EXPECT_EQ(unet->report().eager.at("an active hook is not capturable"), 2);
   EXPECT_EQ(unet->report().replays, 2);
 }
@@ -228,7 +231,7 @@ TEST_F(CudaGraph, WhatAHookThrowsArrives) {
   EXPECT_TRUE(sample_toy(unet).isfinite().all().item<bool>());
 }
 
-// The toy, and something that it does with its input and output.
+// The toy, with a change of its output.
 class ChangedToy final : public UNet {
  public:
   using Change = std::function<torch::Tensor(const UNetInput&, const torch::Tensor& out)>;
@@ -269,7 +272,7 @@ TEST_F(CudaGraph, FallsBackWhenItCannotCapture) {
     EXPECT_NE(report.failure, "");
     EXPECT_EQ(report.eager.at("a capture failed"), 3);
     EXPECT_EQ(report.replays, 0);
-    // The process captures on.
+    // The process can still capture.
     const CudaGraphUNet healthy(std::make_shared<ToyUNet>(device()));
     healthy.forward(input);
     EXPECT_EQ(healthy.report().failure, "");
@@ -284,7 +287,8 @@ TEST_F(CudaGraph, IsEagerInsideACaptureOfTheCallers) {
   auto input = toy_input(2, device());
   const auto stream = c10::cuda::getStreamFromPool();
   const c10::cuda::CUDAStreamGuard guard(stream);
-  unet.forward(input);  // has its graph
+  // Captures its graph.
+  unet.forward(input);
   at::cuda::CUDAGraph graph;
   graph.capture_begin();
   const auto out = unet.forward(input);
@@ -325,7 +329,7 @@ TEST_F(CudaGraph, HoldsWhatAFileForks) {
   EXPECT_EQ(unet.report().replays, 3);
 }
 
-// Products that are long and thin are summed in a workspace of the library's.
+// Long and thin products are summed in a workspace of the library.
 TEST_F(CudaGraph, StreamsShareNoWorkspace) {
   const auto weight = torch::randn({1 << 16, 16}, device()) * 0.01;
   const auto changed = std::make_shared<ChangedToy>(
@@ -401,7 +405,8 @@ std::int64_t allocated() {
 TEST_F(CudaGraph, NothingStaysAllocatedAfterSamplingButTheGraphs) {
   const auto toy = std::make_shared<ToyUNet>(device());
   sample_toy(toy);
-  const auto before = allocated();  // libraries keep workspaces from their first use on
+  // Libraries keep workspaces after their first use.
+  const auto before = allocated();
   sample_toy(toy);
   sample_toy(toy, 24, {.one_pass = true});
   EXPECT_EQ(allocated(), before);
@@ -415,7 +420,7 @@ TEST_F(CudaGraph, NothingStaysAllocatedAfterSamplingButTheGraphs) {
   EXPECT_EQ(allocated(), after_graphs);
 }
 
-// Whatever a step does, the host must not wait for the device: it would lose its lead.
+// In no step may the host wait for the device: it would lose its lead.
 TEST_F(CudaGraph, NoStepWaitsForTheDevice) {
   const std::shared_ptr<const UNet> file =
       TorchScriptUNet::load(SAG_TEST_DATA_DIR "/comfy_sd15_tiny.ts", {.device = device()});
@@ -436,7 +441,8 @@ TEST_F(CudaGraph, NoStepWaitsForTheDevice) {
         };
         const CfgGuiderOptions options{.cond_scale = 5.0};
         CfgGuider first(model, {prompt(0.1)}, {prompt(0.7)}, options);
-        run(first);  // captures wait
+        // Captures wait.
+        run(first);
         CfgGuider guider(model, {prompt(0.1)}, {prompt(0.7)}, options);
         c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR);
         EXPECT_THROW(x.sum().item<float>(), c10::Error) << "the mode is in force";
@@ -452,7 +458,8 @@ TEST_F(CudaGraph, ReleaseGivesTheMemoryBack) {
   CudaGraphUNet unet(toy);
   unet.forward(toy_input(1, device()));
   unet.release();
-  const auto before = allocated();  // libraries keep workspaces from their first use on
+  // Libraries keep workspaces after their first use.
+  const auto before = allocated();
   unet.forward(toy_input(2, device()));
   unet.forward(toy_input(3, device()));
   EXPECT_EQ(unet.report().failure, "");

@@ -10,7 +10,6 @@
 #include "sag/attention_scope.h"
 #include "sag/step_context.h"
 #include "support/torchscript_fixture.h"
-#include "unet/archive.h"
 #include "unet/attention_nodes.h"
 #include "unet/attention_sites.h"
 #include "unet/flatten.h"
@@ -37,7 +36,7 @@ torch::Tensor run(const std::shared_ptr<Graph>& graph, std::vector<c10::IValue> 
   return stack.back().toTensor();
 }
 
-// Adds a node in front of the graph that holds `value`; parseIR cannot write tensors down.
+// Adds a constant node at the front of the graph: parseIR cannot read tensors.
 torch::jit::Value* add_constant(Graph& graph, const torch::Tensor& value) {
   torch::jit::WithInsertPoint front(graph.block()->nodes().front());
   return graph.insertConstant(value);
@@ -52,22 +51,8 @@ const char* const kAttention = R"IR(
     %out : Tensor = aten::scaled_dot_product_attention(%q, %k, %v, %none, %p, %no, %scale, %no)
     return (%out))IR";
 
-TEST(ShortSiteName, IsComfyUIsForLdmAndForTheMiddleOfDiffusers) {
-  const std::vector<std::pair<std::string, std::string>> cases = {
-      {"middle_block.1.transformer_blocks.0.attn1", "middle.0.0"},
-      {"unet.middle_block.1.transformer_blocks.3.attn1", "middle.0.3"},
-      {"model.diffusion_model.input_blocks.11.1.transformer_blocks.2.attn1", "input.11.2"},
-      {"output_blocks.4.1.transformer_blocks.0.attn1", "output.4.0"},
-      {"unet.mid_block.attentions.0.transformer_blocks.1.attn1", "middle.0.1"},
-      {"down_blocks.1.attentions.0.transformer_blocks.0.attn1", ""},
-      {"my_middle_block.1.transformer_blocks.0.attn1", ""},
-      {"middle_block.1.transformer_blocks.0.attn2", ""},
-      {"", ""},
-  };
-  for (const auto& [path, name] : cases) EXPECT_EQ(short_site_name(path), name) << path;
-}
-
-// Where PyTorch asks for a reason against its fast path; whatever else is asked is the module's.
+// Only the condition that asks for a reason against the fast path is PyTorch's; others are the
+// model's.
 TEST(LeaveFastPaths, TakesNoOtherBranchForPyTorchs) {
   const auto graph_with = [](const std::string& question) {
     return parse(R"IR(
@@ -286,7 +271,7 @@ TEST(FollowWeights, CastsActivationsAndComputedBiases) {
   EXPECT_EQ(run_in(torch::kHalf, torch::kFloat), torch::kFloat);
 }
 
-// Buffers are never narrowed, so statistics stay wide beside weights that are half.
+// Buffers are never narrowed, so statistics stay wide next to half weights.
 TEST(FollowWeights, CastsStatistics) {
   const auto graph = parse(R"IR(
   graph(%x : Tensor, %w : Tensor, %mean : Tensor, %var : Tensor):
@@ -306,23 +291,6 @@ TEST(FollowWeights, CastsStatistics) {
   const auto half = run(graph, {x, w.to(torch::kHalf), mean, var});
   EXPECT_EQ(half.scalar_type(), torch::kHalf);
   EXPECT_LT((half - wide).abs().max().item<double>(), 1e-2 * wide.abs().max().item<double>());
-}
-
-TEST(PlainMessage, KeepsTheInnermostMessageOnOneLine) {
-  const std::string nested =
-      "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript "
-      "(most recent "
-      "call last):\n  File \"x.py\", line 3, in forward\nRuntimeError: The following operation "
-      "failed in the "
-      "TorchScript interpreter.\nTraceback of TorchScript, original code:\n    cat\n    ~~~ <--- "
-      "HERE\n"
-      "RuntimeError: Sizes of tensors must match.\nExpected 2: got 3.\n\n";
-  EXPECT_EQ(plain_message(std::runtime_error(nested)),
-            "Sizes of tensors must match. Expected 2: got 3.");
-  EXPECT_EQ(plain_message(std::runtime_error("bare: text")), "bare: text");
-  EXPECT_EQ(plain_message(std::runtime_error(
-                "\nUnknown builtin op: a::b.\n:\n  File \"code.py\", line 1\n  a.b()\n")),
-            "Unknown builtin op: a::b.");
 }
 
 }  // namespace

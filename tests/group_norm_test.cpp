@@ -20,7 +20,7 @@ torch::Tensor channels_last(const torch::Tensor& x) {
   return x.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// In fp64 of what the function is given.
+// Group norm in fp64, of the same values.
 torch::Tensor reference(const torch::Tensor& x, std::int64_t groups, const torch::Tensor& weight,
                         const torch::Tensor& bias, double eps, bool silu) {
   const auto wide = [](const torch::Tensor& t) { return t.cpu().to(torch::kDouble).contiguous(); };
@@ -77,7 +77,7 @@ TEST_F(GroupNormCuda, MatchesTheReferenceAtEveryShape) {
         EXPECT_EQ(y.scalar_type(), dtype);
         EXPECT_TRUE(y.is_contiguous(at::MemoryFormat::ChannelsLast));
         const auto expected = reference(x, groups, weight, bias, 1e-5, silu);
-        // Half a unit in the last place of the largest value, and a little.
+        // A little more than half a unit in the last place of the largest value.
         const double rounding = dtype == torch::kHalf ? 0x1p-11 : 0x1p-8;
         EXPECT_LT(max_diff(y.cpu(), expected),
                   1.1 * rounding * (1 + expected.abs().max().item<double>()));
@@ -112,12 +112,15 @@ TEST_F(GroupNormCuda, IsLibTorchsWhereTheKernelDoesNotFit) {
                              at::silu(at::group_norm(x, 4, weight, bias, 1e-5))));
   };
   const auto wide = [](const torch::Tensor& t) { return t.to(torch::kFloat); };
-  expect_plain(x.contiguous(), weight, bias);  // another layout
+  // Another layout.
+  expect_plain(x.contiguous(), weight, bias);
   expect_plain(wide(x), wide(weight), wide(bias));
   expect_plain(x, {}, {});
   expect_plain(channels_last(x.slice(1, 0, 20)), weight.slice(0, 0, 20), bias.slice(0, 0, 20));
-  expect_plain(x.slice(1, 0, 16), weight.slice(0, 0, 16), bias.slice(0, 0, 16));  // with gaps
-  expect_plain(x.slice(0, 0, 0), weight, bias);                                   // nothing
+  // With gaps.
+  expect_plain(x.slice(1, 0, 16), weight.slice(0, 0, 16), bias.slice(0, 0, 16));
+  // Empty.
+  expect_plain(x.slice(0, 0, 0), weight, bias);
 }
 
 const char* const kNorms = R"IR(

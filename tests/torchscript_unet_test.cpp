@@ -16,6 +16,8 @@
 
 #include "sag/attention_scope.h"
 #include "sag/calc_cond_batch.h"
+#include "sag/cfg_guider.h"
+#include "sag/model_patcher.h"
 #include "sag/step_context.h"
 #include "support/error.h"
 #include "support/torchscript_fixture.h"
@@ -27,13 +29,14 @@ using test::error_of;
 using test::make_torchscript_unet;
 using test::one_sentence;
 using ::testing::AllOf;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using torch::jit::Module;
 
 const std::string kGolden = SAG_SOURCE_DIR "/tests/golden/";
 
-// A file that goes away with the test.
+// A file that is deleted at the end of the test.
 class TemporaryFile {
  public:
   explicit TemporaryFile(const std::string& name)
@@ -289,8 +292,7 @@ TEST(TorchScriptUNet, FindsAttentionThatForwardReachesThroughAFunction) {
                "def helper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:\n"
                "    return torch.scaled_dot_product_attention(q, k, v)\n",
                torch::jit::nativeResolver(), nullptr);
-  // A call of a function, as scripted code with helpers has it, in front of the node that was
-  // there.
+  // Put a call of a function, as in scripted code with helpers, in place of the attention.
   auto attn = module.attr("middle_block")
                   .toModule()
                   .attr("1")
@@ -523,7 +525,7 @@ TEST(TorchScriptUNetLoad, LaysAFrozenFileOutWithChannelsLast) {
 }
 
 TEST(TorchScriptUNetLoad, RunsAHalfPrecisionFileInFp32OnTheCpu) {
-  // As an export in half precision: the weights, and a cast to half among the activations.
+  // As exported in half precision: half weights, and a cast of activations to half.
   const std::string body = "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
   const auto expected = run_module(make_torchscript_unet({.body = body}), fixture_input());
   auto half = make_torchscript_unet({.body = "    t = torch.to(t, 5)\n" + body});
@@ -677,18 +679,19 @@ TEST(TorchScriptUNetForward, PlacesYAndExtraInputsByName) {
   const auto unet = TorchScriptUNet::from_module(module);
   auto in = fixture_input();
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("'y'"), HasSubstr("encoder_hidden_states")));
+              AllOf(one_sentence(), HasSubstr("argument \"y\" must be given, got nothing"),
+                    HasSubstr("encoder_hidden_states")));
   in.y = torch::full({2, 3}, 2.f);
   const auto doubled = unet->forward(in);
   in.extra["strength"] = torch::full({2, 1, 1, 1}, 3.f);
   EXPECT_LT(relative_error(unet->forward(in), doubled * 3), 1e-6);
   in.extra["unknown"] = torch::ones({2});
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("'unknown'")));
+              AllOf(one_sentence(), HasSubstr("got \"unknown\".")));
   in.extra.erase("unknown");
   in.extra["flag"] = torch::ones({2});
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("'flag'")));
+              AllOf(one_sentence(), HasSubstr("got \"flag\".")));
 }
 
 TEST(TorchScriptUNetForward, KnowsTheContextByItsName) {
@@ -756,11 +759,11 @@ TEST(TorchScriptUNetForward, FillsDictsListsAndTuplesFromTheirEntries) {
   const auto plain =
       TorchScriptUNet::from_module(make_torchscript_unet({.body = body}))->forward(in);
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("'added_cond_kwargs.key'")));
+              AllOf(one_sentence(), HasSubstr("\"added_cond_kwargs.key\"")));
   in.extra["added_cond_kwargs.text_embeds"] = torch::tensor({{2.f, 0.f}, {3.f, 0.f}});
   in.extra["added_cond_kwargs.time_ids"] = torch::ones({2, 6});
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("'down.0'")));
+              AllOf(one_sentence(), HasSubstr("\"down.0\"")));
   const auto residual = [&](double value) { return torch::full_like(in.x, value); };
   for (int i = 0; i < 12; ++i) in.extra["down." + std::to_string(i)] = residual(i);
   const auto scaled = plain * torch::tensor({2.f, 3.f}).view({2, 1, 1, 1}) + 100 + 12;
@@ -768,24 +771,25 @@ TEST(TorchScriptUNetForward, FillsDictsListsAndTuplesFromTheirEntries) {
 
   in.extra["pair.0"] = residual(5);
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("tuple 'pair' must have 2 tensors")));
+              AllOf(one_sentence(), HasSubstr("tuple \"pair\" must have 2 tensors")));
   in.extra["pair.1"] = residual(3);
   in.extra["more.one"] = residual(0);
   EXPECT_LT(relative_error(unet->forward(in), scaled + 3), 1e-6);
 
   in.extra.erase("down.4");
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("'down.4' is not given")));
+              AllOf(one_sentence(), HasSubstr("\"down.4\" is not given.")));
   in.extra["down.4"] = residual(4).narrow(0, 0, 1);
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
               AllOf(one_sentence(), HasSubstr("down.4 must have")));
   in.extra["down.4"] = residual(4);
   in.extra["context.0"] = residual(4);
   EXPECT_THAT(error_of<c10::ValueError>([&] { unet->forward(in); }),
-              AllOf(one_sentence(), HasSubstr("takes no tensor 'context.0'")));
+              AllOf(one_sentence(), HasSubstr("must be a tensor argument of the file"),
+                    HasSubstr("got \"context.0\".")));
 }
 
-// From a prompt to the network: repeated to the rows, in the order of the batch.
+// From a prompt to the network: repeated for all rows, in the order of the batch.
 TEST(TorchScriptUNetForward, GetsTheEntriesOfConditionings) {
   const auto unet = TorchScriptUNet::from_module(make_torchscript_unet(
       {.arguments = "x: Tensor, timesteps: Tensor, context: Tensor, "
@@ -856,9 +860,36 @@ TEST(TorchScriptUNetForward, RefusesInputsThatDoNotFit) {
       error_of<c10::ValueError>(with([](auto& in) { in.context = in.context.slice(0, 0, 1); })),
       HasSubstr("context must have 3 dimensions and 2 rows"));
   EXPECT_THAT(error_of<c10::ValueError>(with([](auto& in) { in.context = torch::Tensor(); })),
-              HasSubstr("'context'"));
+              HasSubstr("argument \"context\" must be given"));
   EXPECT_THAT(error_of<c10::ValueError>(with([](auto& in) { in.x = in.x.to(torch::kMeta); })),
               HasSubstr("device"));
+}
+
+// Like SDXL traced with its time_ids as a buffer.
+TEST(TorchScriptUNetForward, SaysHowToRunAFileThatWasTracedForOneRow) {
+  const auto unet = TorchScriptUNet::from_module(
+      make_torchscript_unet({.body = "    one_row = torch.unsqueeze(self.frequencies, 0)\n"
+                                     "    labels = torch.cat([context[:, 0], one_row], 1)\n"
+                                     "    t = t + block(self.middle_block).attn1.forward(t, t)\n",
+                             .result = "out + torch.mean(labels)"}));
+  const std::string note =
+      "If the file was traced for one row, set max_rows = 1 (sag-sample: --max-rows 1).";
+  EXPECT_THAT(error_of([&] { unet->forward(fixture_input(2)); }),
+              AllOf(one_sentence(), HasSubstr("Sizes of tensors must match"), EndsWith(note)));
+  EXPECT_NO_THROW(unet->forward(fixture_input(1)));
+  auto other = fixture_input(1);
+  other.context = torch::randn({1, 3, test::kContextWidth + 1});
+  const auto any_rows = TorchScriptUNet::from_module(make_torchscript_unet());
+  EXPECT_THAT(error_of([&] { any_rows->forward(other); }),
+              AllOf(HasSubstr("mat1"), Not(HasSubstr("max_rows"))));
+
+  const Conditioning prompt{.context = torch::ones({1, 3, test::kContextWidth})};
+  const ModelPatcher model(unet, ModelSampling::discrete());
+  const auto x = fixture_input(2).x;
+  CfgGuider all_at_once(model, {prompt}, {prompt}, {.cond_scale = 2.0});
+  EXPECT_THAT(error_of([&] { all_at_once(x, 1.0); }), HasSubstr(note));
+  CfgGuider row_by_row(model, {prompt}, {prompt}, {.cond_scale = 2.0, .max_rows = 1});
+  EXPECT_EQ(row_by_row(x, 1.0).sizes(), x.sizes());
 }
 
 TEST(TorchScriptUNetForward, SaysInOneSentenceWhatFailedInsideTheNetwork) {

@@ -137,7 +137,8 @@ test::TorchScriptFixture folded(const std::string& body) {
 struct Way {
   std::string name;
   test::TorchScriptFixture fixture;
-  std::int64_t dims = 3;  // of the probabilities
+  // Of the probabilities.
+  std::int64_t dims = 3;
 };
 
 const std::vector<Way>& ways() {
@@ -161,7 +162,7 @@ const std::vector<Way>& ways() {
     p = torch.to(torch.softmax(scores, -1), q.dtype)
     return torch.bmm(p, v)
 )")},
-      // The same scripted, where its options stay branches.
+      // The same, scripted: its options stay branches.
       {"branches", folded(R"(
     if self.training:
         q = torch.to(q, 6)
@@ -285,7 +286,7 @@ TEST(UnfusedAttention, IsToldFromCrossAttentionAndOtherSoftmax) {
   ASSERT_EQ(unet->attention_sites().size(), 2u);
   EXPECT_EQ(unet->attention_sites()[0].ordinal, 0);
   EXPECT_EQ(unet->attention_sites()[1].ordinal, 2);
-  // Over queries, of something that is no product, and summed over queries.
+  // Softmax over queries, softmax of something that is not a product, and a sum over queries.
   for (const auto& attention :
        {"torch.matmul(torch.softmax(torch.matmul(q, torch.transpose(k, 2, 3)), 2), v)",
         "torch.matmul(torch.softmax(q, -1), torch.matmul(torch.transpose(k, 2, 3), v))",
@@ -298,7 +299,8 @@ TEST(UnfusedAttention, IsToldFromCrossAttentionAndOtherSoftmax) {
   }
 }
 
-// In another dtype than the file's, every product gets a cast that names its other side.
+// In a dtype that is not the file's, every product gets a cast whose second input is its other
+// side.
 TEST(UnfusedAttention, IsTheSameInEveryDtype) {
   const std::string over_queries =
       "    p = torch.softmax(torch.bmm(t, torch.transpose(t, 1, 2)), 2)\n"
@@ -319,7 +321,7 @@ TEST(UnfusedAttention, IsTheSameInEveryDtype) {
   EXPECT_LT(difference(seen.maps.at(0).map, look(*plain, input()).maps[0].map), 1e-5);
 }
 
-// As nn.MultiheadAttention is scripted; what the fast path returns here is never asked for.
+// Like scripted nn.MultiheadAttention. The result of the fast path here is never used.
 TEST(UnfusedAttention, IsFoundBesideTheFastPath) {
   const std::string attend = R"(
 def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -382,8 +384,8 @@ TEST_P(Traced, IsGuidedWhenFrozen) {
 INSTANTIATE_TEST_SUITE_P(Diffusers, Traced, ::testing::Values("tiny_unfused", "tiny_upcast"),
                          [](const auto& info) { return std::string(info.param); });
 
-// Attention slicing computes each head of each row for itself, as often as there were when it was
-// traced: here 4 rows of 2 heads.
+// Attention slicing computes each head of each row separately. The trace has a call for each that
+// there was: here for 4 rows of 2 heads.
 TEST(TracedSliced, RunsButIsNotGuided) {
   const auto unet = TorchScriptUNet::load(kGolden + "tiny_sliced.ts");
   EXPECT_EQ(unet->attention_sites().size(), 1u);
@@ -393,7 +395,7 @@ TEST(TracedSliced, RunsButIsNotGuided) {
   EXPECT_EQ(seen.calls[0].probabilities.size(0), 1);
   EXPECT_TRUE(seen.maps.empty());
   EXPECT_TRUE(torch::equal(seen.out, unet->forward(in)));
-  // With more rows the trace leaves some out, with fewer it finds none for some of its calls.
+  // With more rows the trace leaves some out; with fewer some of its calls have no row.
   for (const std::int64_t images : {1, 2, 4, 5})
     expect_nothing_guided(run_sag(unet, {.images = images, .context_width = 32}), "is not known");
 }
@@ -432,7 +434,7 @@ def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
   }
 }
 
-// As a trace has them: one node for each part, of sizes that were right when it was traced.
+// As in a trace: one node for each part, with the sizes of the traced batch.
 TEST(SplitBatches, AreGuidedInSeveralNodes) {
   const auto unet = TorchScriptUNet::from_module(
       make_torchscript_unet({.attention = "torch.cat([" + kSdpa + "q[:1], k[:1], v[:1]), " + kSdpa +
@@ -444,15 +446,15 @@ TEST(SplitBatches, AreGuidedInSeveralNodes) {
 
 TEST(SplitBatches, WithTheirPartsInTheWrongPlaceAreNotGuided) {
   const std::vector<std::pair<std::string, std::string>> cases = {
-      // heads in two calls
+      // The heads in two calls.
       {"torch.cat([" + kSdpa + "q[:, :1], k[:, :1], v[:, :1]), " + kSdpa +
            "q[:, 1:], k[:, 1:], v[:, 1:])], 1)",
        "no parts of the batch"},
-      // some rows pass by
+      // Some rows without attention.
       {"torch.cat([" + kSdpa + "q[:1], k[:1], v[:1]), v[1:]])", "ran for 1 of the pass's 4 rows"},
-      // twice
+      // All rows twice.
       {"0.5 * " + kSdpa + "q, k, v) + 0.5 * " + kSdpa + "q, k, v)", "no parts of the batch"},
-      // queries in two calls
+      // The queries in two calls.
       {"torch.cat([" + kSdpa + "q[:, :, :1], k, v), " + kSdpa + "q[:, :, 1:], k, v)], 2)",
        "no self-attention"},
   };

@@ -15,44 +15,44 @@
 namespace sag {
 
 struct CudaGraphUNetOptions {
-  /// Graphs kept per CUDA stream; the one that was not used for longest goes first. A guided CFG
-  /// step replays two: both branches, and guidance's own evaluation.
+  /// Graphs kept per CUDA stream; the least recently used one is dropped first. A guided CFG step
+  /// replays two: one for both branches, one for the guidance's own evaluation.
   std::size_t max_graphs = 8;
-  /// Eager runs before a capture, in which libraries choose their kernels and workspaces.
+  /// Eager runs before a capture: libraries choose their kernels and workspaces in them.
   std::int64_t warmup_runs = 3;
 };
 
 /// What a `CudaGraphUNet` did so far.
 struct CudaGraphReport {
-  std::int64_t graphs = 0;  ///< kept now
-  std::int64_t bytes = 0;   ///< of device memory that their pools hold now
+  /// Graphs kept now, and the device memory that their pools hold now.
+  std::int64_t graphs = 0, bytes = 0;
   std::int64_t captures = 0, replays = 0;
   /// Calls that ran without a graph, by reason.
   std::map<std::string, std::int64_t> eager = {};
-  /// Why a capture failed; after that nothing new is captured, and calls without a graph are eager.
-  /// Empty: none did.
+  /// Why a capture failed; empty if none did. After a failure nothing new is captured, and calls
+  /// without a graph are eager.
   std::string failure = {};
 };
 
 /// Runs another UNet as CUDA graphs: the first call of its kind is captured, later ones are
-/// replayed, which costs the host next to nothing. Calls are of one kind when shapes, dtypes, the
-/// pass's groups of rows and the active hooks are the same, on one stream. Values are those of the
-/// UNet run eagerly, to the bit for the same kernels.
+/// replayed, which costs the host next to nothing. Two calls are of one kind if their shapes,
+/// dtypes, groups of rows, active hooks and stream are the same. The values are those of the UNet
+/// run eagerly, to the bit if the kernels are the same.
 ///
 /// Only hooks declared capturable run inside a graph (`AttentionHookOptions::capturable`): their
-/// host code runs at capture, and what they recorded is recorded anew at each replay. With any
+/// host code runs at capture, and what they recorded is recorded again at each replay. With any
 /// other active hook, on the CPU, under autocast, or while the caller captures a graph itself,
 /// calls are eager.
 ///
-/// May be used from several threads; on streams of their own they do not wait for each other, but
-/// for captures. Each CUDA stream that it was called on keeps its graphs as long as the object
-/// lives, and a stream for its captures as long as the process: call it on few, used again and
-/// again. `forward` and the other functions are those of the wrapped UNet.
+/// May be used from several threads. Threads with streams of their own wait for each other only
+/// during captures. Each CUDA stream on which it was called keeps its graphs as long as this object
+/// lives, and a stream for captures as long as the process: use few streams, again and again.
+/// `forward` and the other functions are those of the wrapped UNet.
 class SAG_API CudaGraphUNet final : public UNet {
  public:
   /// Throws ValueError when `unet` is null or an option is out of range.
-  CudaGraphUNet(std::shared_ptr<const UNet> unet, const CudaGraphUNetOptions& options);
-  explicit CudaGraphUNet(std::shared_ptr<const UNet> unet);
+  explicit CudaGraphUNet(std::shared_ptr<const UNet> unet,
+                         const CudaGraphUNetOptions& options = {});
   ~CudaGraphUNet() override;
 
   torch::Tensor forward(const UNetInput& input) const override;
@@ -63,8 +63,8 @@ class SAG_API CudaGraphUNet final : public UNet {
   torch::ScalarType dtype() const override;
 
   CudaGraphReport report() const;
-  /// Drops all graphs. Their memory goes back to LibTorch's allocator, which frees it when it is
-  /// told to empty its cache.
+  /// Drops all graphs. Their memory goes back to LibTorch's allocator, which frees it when its
+  /// cache is emptied.
   void release();
 
  private:

@@ -10,38 +10,12 @@
 #include "latent.h"
 #include "sag/attention_scope.h"
 #include "sag/step_context.h"
+#include "site_list.h"
 
 namespace sag {
 namespace {
 
 constexpr const char* kMiddle = "middle";
-
-bool answers_to(const AttentionSiteInfo& info, const std::string& name) {
-  return name == info.name || name == info.path ||
-         (info.ordinal >= 0 && name == c10::str("#", info.ordinal));
-}
-
-std::string line_of(const AttentionSiteInfo& site) {
-  auto text = "\n  " + site.name;
-  if (!site.path.empty() && site.path != site.name) text += "  " + site.path;
-  if (site.ordinal >= 0) text += c10::str("  #", site.ordinal);
-  return text;
-}
-
-std::string list(const std::vector<AttentionSiteInfo>& sites) {
-  if (sites.empty()) return "It has none.";
-  std::string text = "Its self-attentions are:";
-  for (const auto& site : sites) text += line_of(site);
-  return text;
-}
-
-std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
-                                            const std::string& name) {
-  std::vector<AttentionSiteInfo> found;
-  std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
-               [&](const auto& info) { return answers_to(info, name); });
-  return found;
-}
 
 // The part of a site's path, or of its name, that says "middle block"; empty if there is none.
 std::string middle_part(const AttentionSiteInfo& site) {
@@ -96,11 +70,11 @@ std::string only_name(const UNet& unet, const std::vector<AttentionSiteInfo>& fo
   const auto sites = unet.attention_sites();
   TORCH_CHECK_VALUE(found.size() == 1,
                     "[resolve_attention_site] site must name one self-attention, but \"", asked,
-                    "\" fits ", found.size(), "; use its path or #ordinal. ", list(found));
+                    "\" fits ", found.size(), "; use its path or #ordinal. ", list_sites(found));
   const auto& name = own_name(sites, found.front());
   TORCH_CHECK_VALUE(!name.empty(), "[resolve_attention_site] site \"", asked,
                     "\" must have a name or a path of its own, but several are called \"",
-                    found.front().name, "\". ", list(sites));
+                    found.front().name, "\". ", list_sites(sites));
   return name;
 }
 
@@ -113,12 +87,12 @@ std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) 
   if (found.empty() && site.name() == kMiddle) {
     const auto choice = find_middle_attention(unet);
     TORCH_CHECK_VALUE(choice, "[resolve_attention_site] site must be named for this UNet, as no ",
-                      "name of its sites says which is the middle block's. ", list(sites));
+                      "name of its sites says which is the middle block's. ", list_sites(sites));
     return choice->site;
   }
   TORCH_CHECK_VALUE(!found.empty(),
                     "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
-                    site.name(), "\". ", list(sites), note.empty() ? "" : "\n", note);
+                    site.name(), "\". ", list_sites(sites), note.empty() ? "" : " ", note);
   return only_name(unet, found, site.name());
 }
 
@@ -128,7 +102,7 @@ std::optional<SiteChoice> find_middle_attention(const UNet& unet) {
   TORCH_CHECK_VALUE(!sites.empty(),
                     "[find_middle_attention] the UNet must have a self-attention that can be "
                     "hooked, got none.",
-                    note.empty() ? "" : "\n", note);
+                    note.empty() ? "" : " ", note);
   if (const auto known = sites_called(sites, "middle.0.0"); !known.empty())
     return SiteChoice{kMiddle, only_name(unet, known, "middle.0.0"), "its name is middle.0.0"};
   if (sites.size() == 1)
@@ -138,7 +112,8 @@ std::optional<SiteChoice> find_middle_attention(const UNet& unet) {
                [](const auto& site) { return !middle_part(site).empty(); });
   if (found.empty()) return std::nullopt;
   TORCH_CHECK_VALUE(found.size() == 1, "[find_middle_attention] site must be named for this UNet, ",
-                    "as ", found.size(), " self-attentions are in its middle block. ", list(found));
+                    "as ", found.size(), " self-attentions are in its middle block. ",
+                    list_sites(found));
   return SiteChoice{kMiddle, only_name(unet, found, kMiddle),
                     middle_part(found.front()) + " is a part of its path"};
 }
@@ -149,18 +124,20 @@ SiteChoice find_middle_attention(std::span<const AttentionSiteShape> probed) {
   std::int64_t fewest = 0;
   for (const auto& shape : probed) {
     sites.push_back(shape.site);
-    text += line_of(shape.site) + c10::str("  ", shape.tokens, " tokens");
+    text += c10::str(text.empty() ? "" : ", ", describe_site(shape.site), " with ", shape.tokens,
+                     " tokens");
     if (shape.tokens > 0 && (fewest == 0 || shape.tokens < fewest)) fewest = shape.tokens;
   }
   const auto has_fewest = [fewest](const auto& shape) { return shape.tokens == fewest; };
   TORCH_CHECK_VALUE(fewest > 0 && std::count_if(probed.begin(), probed.end(), has_fewest) == 1,
                     "[find_middle_attention] site must be named for this UNet, as it has not one "
-                    "self-attention with the fewest tokens. Its self-attentions are:",
-                    text);
+                    "self-attention with the fewest tokens. Its self-attentions are ",
+                    text, ".");
   const auto& chosen = *std::find_if(probed.begin(), probed.end(), has_fewest);
   const auto& name = own_name(sites, chosen.site);
   TORCH_CHECK_VALUE(!name.empty(), "[find_middle_attention] site \"", chosen.site.name,
-                    "\" must have a name or a path of its own, but several are called so.", text);
+                    "\" must have a name or a path of its own, but several are called so: ", text,
+                    ".");
   return {
       kMiddle, name,
       c10::str("it has the fewest tokens, ", fewest, ", of ", probed.size(), " self-attentions")};

@@ -13,12 +13,14 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/import_read.h>
 
-#include "archive.h"
-#include "attention_sites.h"
-#include "forward_call.h"
+#include "call_checks.h"
+#include "file_problem.h"
+#include "numbered_device.h"
 #include "package.h"
+#include "plain_message.h"
 #include "sag/attention.h"
 #include "sag/attention_scope.h"
+#include "site_names.h"
 
 #ifdef SAG_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
@@ -31,24 +33,26 @@ using torch::inductor::AOTIModelPackageLoader;
 
 using Weights = std::unordered_map<std::string, torch::Tensor>;
 
-// A package that is loaded. What it launches is ordered by the stream; its own state is for one
-// thread at a time. Recursive, for a hook may call the UNet that it runs in.
+// A package that is loaded. The stream orders what it launches; its own state is for one thread at
+// a time. The mutex is recursive: a hook may call the UNet that it runs in.
 struct LoadedPackage {
-  Package about;
+  PackageInfo info;
   std::unique_ptr<AOTIModelPackageLoader> loader;
   std::recursive_mutex mutex;
 };
 
 // The device to run on.
-torch::Device choose_device(const Package& package, const std::optional<torch::Device>& wanted) {
+torch::Device choose_device(const PackageInfo& package,
+                            const std::optional<torch::Device>& wanted) {
   const auto device = wanted.value_or(torch::Device(package.device));
   TORCH_CHECK_VALUE(device.type() == package.device, "[AotiUNet::load] device must be a ",
-                    package.device, ", which '", package.path, "' was compiled for, got ", device);
-  return numbered_device("AotiUNet::load", device);
+                    package.device, ", which \"", package.path, "\" was compiled for, got ", device,
+                    ".");
+  return numbered_device(device, "AotiUNet::load");
 }
 
-// Machine code of a GPU runs on those of the same generation that are no older.
-void check_gpu([[maybe_unused]] const Package& package, [[maybe_unused]] torch::Device device) {
+// Machine code for a GPU runs on GPUs of the same generation that are not older.
+void check_gpu([[maybe_unused]] const PackageInfo& package, [[maybe_unused]] torch::Device device) {
 #ifdef SAG_WITH_CUDA
   if (!device.is_cuda()) return;
   const auto* gpu = at::cuda::getDeviceProperties(device.index());
@@ -56,14 +60,14 @@ void check_gpu([[maybe_unused]] const Package& package, [[maybe_unused]] torch::
   const auto dot = package.gpu.find('.');
   const bool fits = package.gpu.substr(0, dot) == std::to_string(gpu->major) &&
                     std::atoi(package.gpu.substr(dot + 1).c_str()) <= gpu->minor;
-  TORCH_CHECK_VALUE(fits, "[AotiUNet::load] '", package.path,
-                    "' must fit the GPU, but was compiled for compute capability ", package.gpu,
-                    ", and ", device, " has ", here);
+  TORCH_CHECK_VALUE(fits, "[AotiUNet::load] \"", package.path,
+                    "\" must be compiled for the compute capability of ", device, ", ", here,
+                    ", got ", package.gpu, ".");
 #endif
 }
 
 // What must be the same in all packages of a folder: one call may take one, the next another.
-void check_belongs(const Package& package, const Package& first) {
+void check_belongs(const PackageInfo& package, const PackageInfo& first) {
   const auto same_input = [](const PackageInput& a, const PackageInput& b) {
     return a.name == b.name && a.dtype == b.dtype && a.dims.size() == b.dims.size();
   };
@@ -72,7 +76,7 @@ void check_belongs(const Package& package, const Package& first) {
   };
   const auto check = [&](bool same, const char* what) {
     TORCH_CHECK_VALUE(same, "[AotiUNet::load] the packages of a folder must have the same ", what,
-                      ", but '", package.path, "' has others than '", first.path, "'");
+                      ", but \"", package.path, "\" has others than \"", first.path, "\".");
   };
   check(package.device == first.device, "device");
   check(std::equal(package.inputs.begin(), package.inputs.end(), first.inputs.begin(),
@@ -90,8 +94,8 @@ Weights read_weights(const std::string& path, torch::Device device) {
   const auto refuse = [&](const std::string& what) {
     TORCH_CHECK_VALUE(false,
                       "[AotiUNet::load] packages that were compiled without their weights need the "
-                      "file weights.pt beside them, a plain dict of tensors, got '",
-                      path, "', ", what);
+                      "file weights.pt next to them, a plain dict of tensors, got \"",
+                      path, "\", ", what);
   };
   if (const auto problem = zip_problem(path); !problem.empty()) refuse(problem);
   c10::IValue value;
@@ -101,10 +105,10 @@ Weights read_weights(const std::string& path, torch::Device device) {
   } catch (const std::exception& error) {
     const auto message = plain_message(error);
     if (message.find("INTERNAL ASSERT") != std::string::npos)
-      refuse("which holds something else: save dict(module.state_dict())");
+      refuse("which holds something else: save dict(module.state_dict()).");
     refuse("which cannot be read: " + message);
   }
-  if (!value.isGenericDict()) refuse("which holds something else");
+  if (!value.isGenericDict()) refuse("which holds something else.");
   Weights weights;
   for (const auto& entry : value.toGenericDict())
     if (entry.key().isString() && entry.value().isTensor())
@@ -112,27 +116,27 @@ Weights read_weights(const std::string& path, torch::Device device) {
   return weights;
 }
 
-void check_weights(const Package& package, const Weights& weights) {
+void check_weights(const PackageInfo& package, const Weights& weights) {
   for (const auto& [name, wanted] : package.weights) {
     const auto found = weights.find(name);
-    TORCH_CHECK_VALUE(found != weights.end(), "[AotiUNet::load] weights.pt must hold '", name,
-                      "', which '", package.path, "' needs");
+    TORCH_CHECK_VALUE(found != weights.end(), "[AotiUNet::load] weights.pt must hold \"", name,
+                      "\", which \"", package.path, "\" needs.");
     const auto given = describe_weight(found->second);
-    TORCH_CHECK_VALUE(given == wanted, "[AotiUNet::load] weights.pt must hold '", name, "' as '",
-                      package.path, "' was compiled for (dtype, sizes, strides), ", wanted,
-                      ", got ", given);
+    TORCH_CHECK_VALUE(given == wanted, "[AotiUNet::load] weights.pt must hold \"", name, "\" as \"",
+                      package.path, "\" was compiled for (dtype, sizes, strides), ", wanted,
+                      ", got ", given, ".");
   }
 }
 
-// Gives a package the weights that it shares with others. It gets views that own nothing: LibTorch
-// forgets to release those that it is given, and they would never be freed.
+// Gives a package the weights that it shares with others, as views that own nothing: LibTorch does
+// not release the tensors that it is given here.
 void give_weights(LoadedPackage& package, const Weights& weights) {
   Weights views;
   for (const auto& name : package.loader->get_constant_fqns()) {
     const auto found = weights.find(name);
-    TORCH_CHECK_VALUE(found != weights.end() && package.about.weights.contains(name),
-                      "[AotiUNet::load] '", package.about.path,
-                      "' must list the weights it needs, ", "but '", name, "' is missing");
+    TORCH_CHECK_VALUE(found != weights.end() && package.info.weights.contains(name),
+                      "[AotiUNet::load] \"", package.info.path,
+                      "\" must list the weights that it needs, but \"", name, "\" is missing.");
     const auto& t = found->second;
     views.emplace(name, at::from_blob(t.data_ptr(), t.sizes(), t.strides(), t.options()));
   }
@@ -141,20 +145,20 @@ void give_weights(LoadedPackage& package, const Weights& weights) {
 }
 
 // Unpacks the compiled code and loads it.
-std::unique_ptr<AOTIModelPackageLoader> unpack(const Package& package, torch::Device device) {
+std::unique_ptr<AOTIModelPackageLoader> unpack(const PackageInfo& package, torch::Device device) {
   try {
     return std::make_unique<AOTIModelPackageLoader>(package.path, "model",
                                                     /*run_single_threaded=*/true,
                                                     /*num_runners=*/1, device.index());
   } catch (const std::exception& error) {
-    TORCH_CHECK_VALUE(false, "[AotiUNet::load] path must name a compiled UNet (.pt2), got '",
-                      package.path, "', which cannot be loaded: ", plain_message(error));
+    TORCH_CHECK_VALUE(false, "[AotiUNet::load] path must name a compiled UNet (.pt2), got \"",
+                      package.path, "\", which cannot be loaded: ", plain_message(error));
   }
 }
 
 // ---- inputs
 
-torch::Tensor named(const UNetInput& input, const std::string& name) {
+torch::Tensor input_called(const UNetInput& input, const std::string& name) {
   if (name == "x") return input.x;
   if (name == "timesteps") return input.timesteps;
   if (name == "context") return input.context;
@@ -163,36 +167,36 @@ torch::Tensor named(const UNetInput& input, const std::string& name) {
   return extra == input.extra.end() ? torch::Tensor() : extra->second;
 }
 
-// Throws when something is given that the packages do not take.
-void check_nothing_else(const UNetInput& input, const Package& package) {
+// Throws when an input is given that the packages do not take.
+void check_no_others(const UNetInput& input, const PackageInfo& package) {
   const auto check = [&](const std::string& name, const torch::Tensor& t) {
     const bool takes = std::any_of(package.inputs.begin(), package.inputs.end(),
                                    [&](const auto& known) { return known.name == name; });
-    TORCH_CHECK_VALUE(!t.defined() || takes, "[AotiUNet::forward] the package takes no tensor '",
-                      name, "', it takes ", package.list_inputs());
+    TORCH_CHECK_VALUE(!t.defined() || takes,
+                      "[AotiUNet::forward] an input must be one of the "
+                      "package's, ",
+                      package.list_inputs(), ", got \"", name, "\".");
   };
   check("context", input.context);
   check("y", input.y);
   for (const auto& [name, t] : input.extra) check(name, t);
 }
 
-void check_place(const PackageInput& input, const torch::Tensor& t, const torch::Tensor& x,
-                 torch::Device device) {
-  TORCH_CHECK_VALUE(t.device() == device, "[AotiUNet::forward] ", input.name,
-                    " must be on the UNet's device, ", device, ", got ", t.device());
+void check_argument(const PackageInput& input, const torch::Tensor& t, const torch::Tensor& x,
+                    torch::Device device) {
+  check_place(input.name, t, device, input.dtype, "AotiUNet::forward");
   TORCH_CHECK_TYPE(t.layout() == torch::kStrided, "[AotiUNet::forward] ", input.name,
-                   " must be dense, got ", t.layout());
-  TORCH_CHECK_TYPE(t.scalar_type() == input.dtype, "[AotiUNet::forward] ", input.name, " must be ",
-                   input.dtype, ", got ", t.scalar_type());
+                   " must be dense, got ", t.layout(), ".");
   TORCH_CHECK_VALUE(t.dim() == static_cast<std::int64_t>(input.dims.size()) &&
                         (t.dim() == 0 || t.size(0) == x.size(0)),
                     "[AotiUNet::forward] ", input.name, " must have ", input.dims.size(),
-                    " dimensions and as many rows as x, got ", t.sizes(), " beside x ", x.sizes());
+                    " dimensions and as many rows as x, got ", t.sizes(), " for x of shape ",
+                    x.sizes(), ".");
 }
 
-// As the compiled code assumes its inputs: one element after the other, from a place that kernels
-// can read several at once from.
-torch::Tensor laid_out(const torch::Tensor& t) {
+// Compiled code assumes that the elements follow each other, from an address from which kernels can
+// read several at once.
+torch::Tensor contiguous_and_aligned(const torch::Tensor& t) {
   constexpr std::uintptr_t kAlignment = 16;
   const auto plain = t.resolve_conj().resolve_neg().contiguous();
   return reinterpret_cast<std::uintptr_t>(plain.const_data_ptr()) % kAlignment == 0 ? plain
@@ -209,9 +213,9 @@ struct AotiUNet::State {
   std::vector<InstalledHook> hooks_by_path() const;
   torch::Tensor run(const UNetInput& input);
 
-  const Package& first() const { return packages.front()->about; }
+  const PackageInfo& first() const { return packages.front()->info; }
 
-  // Of all packages that need them; they live longer than those.
+  // Shared by all packages that need them, and destroyed after those.
   Weights weights;
   // The most specific first.
   std::vector<std::unique_ptr<LoadedPackage>> packages;
@@ -221,40 +225,38 @@ struct AotiUNet::State {
 AotiUNet::State::State(const std::string& path, const AotiUNetOptions& options) {
   for (const auto& file : find_packages(path)) {
     packages.push_back(std::make_unique<LoadedPackage>());
-    packages.back()->about = read_package(file);
-    check_belongs(packages.back()->about, first());
+    packages.back()->info = read_package(file);
+    check_belongs(packages.back()->info, first());
   }
   std::stable_sort(packages.begin(), packages.end(), [](const auto& a, const auto& b) {
-    return a->about.free_dims() < b->about.free_dims();
+    return a->info.free_dims() < b->info.free_dims();
   });
   device = choose_device(first(), options.device);
-  // Everything is checked before anything is loaded: a loader that throws leaves its files in /tmp.
+  // Everything is checked before anything is loaded: a loader that throws leaves files in /tmp.
   for (const auto& package : packages) {
-    check_gpu(package->about, device);
-    if (package->about.weights.empty()) continue;
-    const auto folder = std::filesystem::path(package->about.path).parent_path();
+    check_gpu(package->info, device);
+    if (package->info.weights.empty()) continue;
+    const auto folder = std::filesystem::path(package->info.path).parent_path();
     if (weights.empty()) weights = read_weights((folder / "weights.pt").string(), device);
-    check_weights(package->about, weights);
+    check_weights(package->info, weights);
   }
   for (const auto& package : packages) {
-    package->loader = unpack(package->about, device);
-    if (!package->about.weights.empty()) give_weights(*package, weights);
+    package->loader = unpack(package->info, device);
+    if (!package->info.weights.empty()) give_weights(*package, weights);
   }
 }
 
 std::vector<torch::Tensor> AotiUNet::State::arguments(const UNetInput& input) const {
   const auto& takes = first();
-  TORCH_CHECK_VALUE(input.x.defined() && input.x.dim() == 4,
-                    "[AotiUNet::forward] x must have 4 dimensions, got ",
-                    input.x.defined() ? c10::str(input.x.sizes()) : "none");
-  check_nothing_else(input, takes);
+  check_x(input.x, "AotiUNet::forward");
+  check_no_others(input, takes);
   std::vector<torch::Tensor> arguments;
   for (const auto& wanted : takes.inputs) {
-    const auto t = named(input, wanted.name);
-    TORCH_CHECK_VALUE(t.defined(), "[AotiUNet::forward] the package needs '", wanted.name,
-                      "', which is not given; it takes ", takes.list_inputs());
-    check_place(wanted, t, input.x, device);
-    arguments.push_back(laid_out(t));
+    const auto t = input_called(input, wanted.name);
+    TORCH_CHECK_VALUE(t.defined(), "[AotiUNet::forward] the package's input \"", wanted.name,
+                      "\" must be given, got nothing; it takes ", takes.list_inputs(), ".");
+    check_argument(wanted, t, input.x, device);
+    arguments.push_back(contiguous_and_aligned(t));
   }
   return arguments;
 }
@@ -263,21 +265,21 @@ LoadedPackage& AotiUNet::State::package_for(const std::vector<torch::Tensor>& ar
                                             const UNetInput& input) {
   std::string choice;
   for (const auto& package : packages) {
-    const auto& inputs = package->about.inputs;
+    const auto& inputs = package->info.inputs;
     const bool fits = std::equal(inputs.begin(), inputs.end(), arguments.begin(),
                                  [](const auto& takes, const auto& t) { return takes.takes(t); });
     if (fits) return *package;
-    choice += c10::str(choice.empty() ? "" : "; or ", package->about.list_inputs());
+    choice += c10::str(choice.empty() ? "" : "; or ", package->info.list_inputs());
   }
   TORCH_CHECK_VALUE(false, "[AotiUNet::forward] the inputs must be ", choice, "; got ",
-                    list_shapes(input));
+                    list_shapes(input), ".");
 }
 
-// Inside the packages, sites go by their paths.
+// Inside a package, a site has its path as name.
 std::vector<InstalledHook> AotiUNet::State::hooks_by_path() const {
   std::vector<InstalledHook> hooks;
   for (auto hook : AttentionScope::hooks()) {
-    hook.site = site_called(first().sites, hook.site, "AotiUNet::forward").path;
+    hook.site = hooked_site(first().sites, hook.site, "AotiUNet::forward").path;
     hooks.push_back(std::move(hook));
   }
   return hooks;
@@ -293,14 +295,14 @@ torch::Tensor AotiUNet::State::run(const UNetInput& input) {
       const auto outputs = package.loader->run(given);
       return outputs.empty() ? torch::Tensor() : outputs.front();
     } catch (const std::exception& error) {
-      TORCH_CHECK(false, "[AotiUNet::forward] '", package.about.path, "' failed for ",
+      TORCH_CHECK(false, "[AotiUNet::forward] \"", package.info.path, "\" failed for ",
                   list_shapes(input), ": ", plain_message(error));
     }
   };
   auto hooks = hooks_by_path();
   const auto out =
       hooks.empty() ? call() : run_hooked(std::move(hooks), *AttentionScope::pass(), call);
-  check_output(out, input.x, "AotiUNet::forward", "'" + package.about.path + "'");
+  check_output(out, input.x, "\"" + package.info.path + "\"", "AotiUNet::forward");
   return out.contiguous();
 }
 
@@ -310,16 +312,12 @@ AotiUNet::~AotiUNet() = default;
 std::shared_ptr<AotiUNet> AotiUNet::load(const std::string& path, const AotiUNetOptions& options) {
   ensure_ops_registered();
   const torch::NoGradGuard no_grad;
-  // What a caller's InferenceMode would make here could never be used outside of it.
+  // Tensors made in a caller's InferenceMode could not be used outside of it.
   const c10::InferenceMode ordinary_tensors(false);
-  // In the whole process: LibTorch reads the metadata of all packages into one static object.
+  // One load at a time in the process: LibTorch reads all metadata into one static object.
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   return std::shared_ptr<AotiUNet>(new AotiUNet(std::make_unique<State>(path, options)));
-}
-
-std::shared_ptr<AotiUNet> AotiUNet::load(const std::string& path) {
-  return load(path, {});
 }
 
 bool AotiUNet::is_package(const std::string& path) {
@@ -345,7 +343,7 @@ std::string AotiUNet::note_on_sites() const {
 std::int64_t AotiUNet::max_rows() const {
   std::int64_t most = 0;
   for (const auto& package : state_->packages)
-    most = std::max(most, package->about.inputs.front().dims.front().high);
+    most = std::max(most, package->info.inputs.front().dims.front().high);
   return most;
 }
 

@@ -4,33 +4,24 @@
 #include <functional>
 #include <optional>
 #include <set>
-#include <unordered_set>
 #include <utility>
 
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/ir/ir.h>
 
-#include "flatten.h"
+#include "graph_walk.h"
+#include "ops.h"
 
 namespace sag {
 namespace {
 
 using namespace torch::jit;
 
-using Kinds = std::unordered_set<std::string>;
-
-bool is_any_of(const Node* node, const Kinds& kinds) {
-  return kinds.count(node->kind().toQualString()) > 0;
-}
-
-bool is_sdpa(const Node* node) {
-  return is_any_of(node, {"aten::scaled_dot_product_attention"});
-}
-
 // Two tensors that a node multiplies, as matrices.
 struct Product {
   Value *left, *right;
-  std::string how;  // "matmul", "bmm", "baddbmm" or einsum's equation without spaces
+  // "matmul", "bmm", "baddbmm", or einsum's equation without spaces.
+  std::string how;
 };
 
 std::optional<Product> einsum_of(Node* node) {
@@ -45,10 +36,11 @@ std::optional<Product> einsum_of(Node* node) {
 }
 
 std::optional<Product> product_of(Node* node) {
-  if (is_any_of(node, {"aten::matmul"})) return Product{node->input(0), node->input(1), "matmul"};
-  if (is_any_of(node, {"aten::bmm"})) return Product{node->input(0), node->input(1), "bmm"};
-  if (is_any_of(node, {"aten::baddbmm"})) return Product{node->input(1), node->input(2), "baddbmm"};
-  return is_any_of(node, {"aten::einsum"}) ? einsum_of(node) : std::nullopt;
+  const auto op = node->kind();
+  if (op == aten::matmul) return Product{node->input(0), node->input(1), "matmul"};
+  if (op == aten::bmm) return Product{node->input(0), node->input(1), "bmm"};
+  if (op == aten::baddbmm) return Product{node->input(1), node->input(2), "baddbmm"};
+  return op == aten::einsum ? einsum_of(node) : std::nullopt;
 }
 
 // Whether an equation multiplies [..., queries, keys] by something with keys, as in "bij,bjd->bid"
@@ -67,47 +59,46 @@ bool sums_over_keys(const std::string& equation) {
                      [&](char letter) { return has(v, letter) && has(out, letter); });
 }
 
-const Kinds kCasts = {"aten::to",      "aten::type_as", "aten::contiguous",
-                      "aten::dropout", "aten::detach",  "aten::clone"};
-
-// Goes back from a value, through nodes of the given kinds, to the first that is wanted, or null.
-Node* find_before(Value* value, const Kinds& through, const std::function<bool(Node*)>& wanted,
+// Goes back from a value, through the given ops, to the first node that is wanted, or null.
+Node* find_before(Value* value, const Ops& through, const std::function<bool(Node*)>& wanted,
                   std::set<const Value*>& seen) {
   if (!seen.insert(value).second) return nullptr;
   Node* node = value->node();
   if (wanted(node)) return node;
-  if (node->kind() == prim::If) {  // either side shows what it is
+  if (node->kind() == prim::If) {
+    // Either side shows what it is.
     for (Block* side : node->blocks())
       if (Node* found = find_before(side->outputs()[value->offset()], through, wanted, seen))
         return found;
   }
-  if (!is_any_of(node, through)) return nullptr;
-  // What a cast is like is not what it casts.
-  for (Value* input : node->inputs().slice(0, is_any_of(node, kCasts) ? 1 : node->inputs().size()))
+  if (!through.contains(node->kind())) return nullptr;
+  // A cast's other inputs say only what to cast to.
+  const auto inputs = kCasts.contains(node->kind()) ? 1 : node->inputs().size();
+  for (Value* input : node->inputs().slice(0, inputs))
     if (Node* found = find_before(input, through, wanted, seen)) return found;
   return nullptr;
 }
 
-Node* find_before(Value* value, const Kinds& through, const std::function<bool(Node*)>& wanted) {
+Node* find_before(Value* value, const Ops& through, const std::function<bool(Node*)>& wanted) {
   std::set<const Value*> seen;
   return find_before(value, through, wanted, seen);
 }
 
 // What may happen to scores between their product and softmax: scales, masks, casts, shapes.
-const Kinds& score_kinds() {
-  static const Kinds kinds = [] {
-    Kinds all = {"aten::mul",     "aten::mul_",        "aten::div",          "aten::div_",
-                 "aten::add",     "aten::add_",        "aten::sub",          "aten::sub_",
-                 "aten::where",   "aten::masked_fill", "aten::masked_fill_", "aten::clamp",
-                 "aten::reshape", "aten::view",        "aten::flatten",      "aten::unflatten"};
+const Ops& score_ops() {
+  static const Ops ops = [] {
+    Ops all = {aten::mul,     aten::mul_,        aten::div,          aten::div_,
+               aten::add,     aten::add_,        aten::sub,          aten::sub_,
+               aten::where,   aten::masked_fill, aten::masked_fill_, aten::clamp,
+               aten::reshape, aten::view,        aten::flatten,      aten::unflatten};
     all.insert(kCasts.begin(), kCasts.end());
     return all;
   }();
-  return kinds;
+  return ops;
 }
 
-// Whether softmax sums over keys, the last dimension. How many there are is known only from what
-// multiplies the result.
+// Whether softmax sums over keys, the last dimension. How many dimensions there are is known only
+// from the product that follows.
 bool is_over_keys(const Node* softmax, const Product& last) {
   const auto dim = toIValue(softmax->input(1));
   if (!dim || !dim->isInt()) return false;
@@ -116,7 +107,7 @@ bool is_over_keys(const Node* softmax, const Product& last) {
   return dim->toInt() == -1 || dim->toInt() == (has_three_dims ? 2 : 3);
 }
 
-// The constant integers of a list, or none.
+// The integers of a list; empty if one of them is not constant.
 std::vector<std::int64_t> integers(const Value* list) {
   if (const auto value = toIValue(list); value && value->isIntList()) return value->toIntVector();
   std::vector<std::int64_t> found;
@@ -128,15 +119,15 @@ std::vector<std::int64_t> integers(const Value* list) {
   return found;
 }
 
-// The value of which this one, the right side of `last`, is the transpose; or null.
+// The value whose transpose is the right side of `last`; null if that is not a transpose.
 Value* untransposed(const Product& last) {
   using Dims = std::vector<std::int64_t>;
   const Node* node = last.right->node();
-  if (is_any_of(node, {"aten::permute"})) {
+  if (node->kind() == aten::permute) {
     const auto order = integers(node->input(1));
     return order == Dims{0, 2, 1} || order == Dims{0, 1, 3, 2} ? node->input(0) : nullptr;
   }
-  if (!is_any_of(node, {"aten::transpose"})) return nullptr;
+  if (node->kind() != aten::transpose) return nullptr;
   const auto a = toIValue(node->input(1)), b = toIValue(node->input(2));
   if (!a || !a->isInt() || !b || !b->isInt()) return nullptr;
   const auto lower = std::min(a->toInt(), b->toInt()), upper = std::max(a->toInt(), b->toInt());
@@ -144,12 +135,12 @@ Value* untransposed(const Product& last) {
   return are_last && upper == lower + 1 ? node->input(0) : nullptr;
 }
 
-// The attention whose last product is `last`, its probabilities being `probabilities`.
+// The attention whose last product is `last`, if `probabilities` come from its softmax.
 std::optional<AttentionNode> unfused(Node* node, const Product& last, Value* probabilities,
                                      Value* v) {
   Node* softmax = find_before(probabilities, kCasts, is_softmax);
   if (!softmax || !is_over_keys(softmax, last)) return std::nullopt;
-  Node* scores = find_before(softmax->input(0), score_kinds(),
+  Node* scores = find_before(softmax->input(0), score_ops(),
                              [](Node* before) { return product_of(before).has_value(); });
   if (!scores) return std::nullopt;
   const auto first = product_of(scores);
@@ -172,23 +163,26 @@ std::optional<AttentionNode> unfused(Node* node) {
 }  // namespace
 
 bool is_softmax(const Node* node) {
-  return is_any_of(node, {"aten::softmax", "aten::_softmax", "aten::special_softmax"});
+  static const Ops ops = {aten::softmax, aten::_softmax, aten::special_softmax};
+  return ops.contains(node->kind());
 }
 
 bool is_fast_path(const Node* node) {
-  return is_any_of(node,
-                   {"aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd",
-                    "aten::_nested_tensor_from_mask"});
+  static const Ops ops = {aten::_native_multi_head_attention, aten::_transformer_encoder_layer_fwd,
+                          aten::_nested_tensor_from_mask};
+  return ops.contains(node->kind());
 }
 
 bool may_be_attention(const Node* node) {
-  return is_sdpa(node) || is_any_of(node, {"aten::matmul", "aten::bmm", "aten::einsum"});
+  static const Ops ops = {aten::scaled_dot_product_attention, aten::matmul, aten::bmm,
+                          aten::einsum};
+  return ops.contains(node->kind());
 }
 
 std::vector<AttentionNode> attention_nodes(Graph& graph) {
   std::vector<AttentionNode> found;
   for_each_node(graph, [&](Node* node) {
-    if (is_sdpa(node))
+    if (node->kind() == aten::scaled_dot_product_attention)
       found.push_back({node, node->input(0), node->input(1), node->input(2)});
     else if (auto attention = unfused(node))
       found.push_back(std::move(*attention));

@@ -12,15 +12,15 @@ struct Value;
 // What counts as an attention in a flattened graph (see flatten.h).
 namespace sag {
 
-/// An attention: `scaled_dot_product_attention`, or, unfused, softmax of a product and then a
-/// product with v.
+/// An attention: `scaled_dot_product_attention`, or (unfused) a product, softmax, and a product
+/// with v.
 struct AttentionNode {
-  /// What computes the output, and is replaced by an op that runs hooks: SDPA, or the last product.
+  /// Computes the output, and is replaced by an op that runs hooks: SDPA, or the last product.
   torch::jit::Node* node = nullptr;
   torch::jit::Value *q = nullptr, *k = nullptr, *v = nullptr;
   /// What softmax returned, as it enters the last product; null: the node is SDPA.
   torch::jit::Value* probabilities = nullptr;
-  /// How they are multiplied by v: see the op `sag::attention_probabilities`.
+  /// How the probabilities are multiplied by v: see the op `sag::attention_probabilities`.
   std::string product = {};
 };
 
@@ -30,11 +30,11 @@ std::vector<AttentionNode> attention_nodes(torch::jit::Graph& graph);
 /// Whether the node can be `AttentionNode::node`.
 bool may_be_attention(const torch::jit::Node* node);
 
-/// Whether the node is a softmax, of attention or not.
+/// Whether the node is a softmax, in an attention or elsewhere.
 bool is_softmax(const torch::jit::Node* node);
 
-/// Whether the node is a whole attention layer in one op, as nn.MultiheadAttention has it, or makes
-/// the nested tensor that only such an op takes.
+/// Whether the node is a whole attention layer in one op, as in nn.MultiheadAttention, or makes the
+/// nested tensor that only such an op takes.
 bool is_fast_path(const torch::jit::Node* node);
 
 }  // namespace sag

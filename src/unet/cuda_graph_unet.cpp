@@ -8,6 +8,7 @@
 
 #include <ATen/autocast_mode.h>
 
+#include "plain_message.h"
 #include "sag/attention_scope.h"
 #include "sag/step_context.h"
 
@@ -28,64 +29,67 @@ const char* reason_to_be_eager(const UNetInput& input) {
   if (!input.x.defined() || !input.x.is_cuda()) return "the input is not on a CUDA device";
   for (const auto& hook : AttentionScope::hooks())
     if (!hook.options.capturable || !hook.identity) return "an active hook is not capturable";
-  if (at::autocast::is_autocast_enabled(torch::kCUDA))
-    return "autocast is on";  // it caches weights
+  // Autocast caches weights.
+  if (at::autocast::is_autocast_enabled(torch::kCUDA)) return "autocast is on";
   return nullptr;
 }
 
 #ifdef SAG_WITH_CUDA
 
-// What a graph was captured for.
-struct Kind {
-  std::vector<std::int64_t> numbers;  // sizes, strides, dtypes and the pass's layout in a row
-  std::vector<std::string> names;     // of further inputs
+// What a graph was captured for: calls with equal keys replay it.
+struct CallKey {
+  // Sizes, strides, dtypes and the pass's layout in a row.
+  std::vector<std::int64_t> numbers;
+  // Of further inputs.
+  std::vector<std::string> names;
   std::vector<Owner> owners;
   std::vector<std::shared_ptr<const void>> hooks;
-  bool operator==(const Kind&) const = default;
+  bool operator==(const CallKey&) const = default;
 };
 
-void append(Kind& kind, const torch::Tensor& t) {
-  kind.numbers.push_back(t.defined() ? t.dim() : -1);
+void append(CallKey& key, const torch::Tensor& t) {
+  key.numbers.push_back(t.defined() ? t.dim() : -1);
   if (!t.defined()) return;
-  kind.numbers.push_back(static_cast<std::int64_t>(t.scalar_type()));
-  kind.numbers.insert(kind.numbers.end(), t.sizes().begin(), t.sizes().end());
-  kind.numbers.insert(kind.numbers.end(), t.strides().begin(), t.strides().end());
+  key.numbers.push_back(static_cast<std::int64_t>(t.scalar_type()));
+  key.numbers.insert(key.numbers.end(), t.sizes().begin(), t.sizes().end());
+  key.numbers.insert(key.numbers.end(), t.strides().begin(), t.strides().end());
 }
 
-void append(Kind& kind, const RowGroup& group) {
+void append(CallKey& key, const RowGroup& group) {
   const auto area = group.area.value_or(Area{});
-  kind.numbers.insert(
-      kind.numbers.end(),
+  key.numbers.insert(
+      key.numbers.end(),
       {group.begin, group.count, group.image, static_cast<std::int64_t>(group.branch), group.entry,
        group.weight.defined(), group.area.has_value(), area.height, area.width, area.y, area.x});
-  kind.owners.push_back(group.owner);
+  key.owners.push_back(group.owner);
 }
 
-Kind kind_of(const UNetInput& input) {
-  Kind kind;
-  for (const auto* t : {&input.x, &input.timesteps, &input.context, &input.y}) append(kind, *t);
+CallKey key_of(const UNetInput& input) {
+  CallKey key;
+  for (const auto* t : {&input.x, &input.timesteps, &input.context, &input.y}) append(key, *t);
   for (const auto& [name, t] : input.extra) {
-    kind.names.push_back(name);
-    append(kind, t);
+    key.names.push_back(name);
+    append(key, t);
   }
-  for (const auto& hook : AttentionScope::hooks()) kind.hooks.push_back(hook.identity);
+  for (const auto& hook : AttentionScope::hooks()) key.hooks.push_back(hook.identity);
   if (const auto* pass = AttentionScope::pass()) {
-    kind.numbers.insert(kind.numbers.end(),
-                        {pass->height, pass->width, pass->step->height(), pass->step->width()});
-    for (const auto& group : pass->groups) append(kind, group);
+    key.numbers.insert(key.numbers.end(),
+                       {pass->height, pass->width, pass->step->height(), pass->step->width()});
+    for (const auto& group : pass->groups) append(key, group);
   }
-  return kind;
+  return key;
 }
 
-// A graph's own tensors are at fixed places, which replays read and write.
+// Replays read and write the graph's own tensors, whose addresses are fixed.
 struct Graph {
-  Kind kind;
+  CallKey key;
   UNetInput input;
   torch::Tensor output;
   struct Recorded {
     Owner owner;
-    std::size_t group;    // of the pass
-    std::int64_t offset;  // of the map's rows in it
+    // Which of the pass's groups, and where in it the map's rows begin.
+    std::size_t group;
+    std::int64_t offset;
     torch::Tensor map;
   };
   std::vector<Recorded> recorded;
@@ -118,15 +122,15 @@ torch::Tensor Graph::replay(const UNetInput& given) {
   return output.clone();
 }
 
-// Whether `part` is a part of the group. A site may compute its attention in several calls, whose
-// groups are numbered anew.
-bool holds(const RowGroup& group, const RowGroup& part) {
+// Whether the rows of `part` belong to the group. A site may compute its attention in several
+// calls, whose groups are numbered from 0 again.
+bool is_part_of(const RowGroup& part, const RowGroup& group) {
   return group.branch == part.branch && group.entry == part.entry && group.owner == part.owner &&
          group.area == part.area && group.image <= part.image &&
          part.image + part.count <= group.image + group.count;
 }
 
-// Runs the UNet with the hooks of the current scope, which record into a context of their own.
+// Runs the UNet with the hooks of the current scope. They record into a context of their own.
 torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) {
   const auto* outer = AttentionScope::pass();
   if (!outer) return unet.forward(input);
@@ -140,7 +144,7 @@ torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) 
   for (auto& [owner, record] : context.records()) {
     const auto& groups = outer->groups;
     const auto group = std::find_if(groups.begin(), groups.end(), [&record](const RowGroup& rows) {
-      return holds(rows, record.rows);
+      return is_part_of(record.rows, rows);
     });
     TORCH_INTERNAL_ASSERT(group != groups.end());
     graph->recorded.push_back({owner, static_cast<std::size_t>(group - groups.begin()),
@@ -151,8 +155,8 @@ torch::Tensor run_apart(const UNet& unet, const UNetInput& input, Graph* graph) 
 }
 
 // The stream on which graphs for a stream of the caller's are captured. Libraries keep a workspace
-// for every stream, and a graph keeps its stream's: those of two callers run at once. It is none of
-// LibTorch's pool, whose streams callers use, and lives as long as the process.
+// for every stream, and a graph keeps its stream's: graphs of two callers run at once. It does not
+// come from LibTorch's pool, whose streams callers use, and it lives as long as the process.
 c10::cuda::CUDAStream capture_stream(c10::cuda::CUDAStream caller) {
   static std::unordered_map<c10::cuda::CUDAStream, c10::cuda::CUDAStream> streams;
   const auto known = streams.find(caller);
@@ -163,18 +167,18 @@ c10::cuda::CUDAStream capture_stream(c10::cuda::CUDAStream caller) {
       .first->second;
 }
 
-// Ends a capture that went wrong. CUDAGraph::capture_end stops at CUDA's error, before it tells the
-// allocators, which would then take the process for capturing for ever.
+// Ends a capture that failed. CUDAGraph::capture_end stops at CUDA's error, before it tells the
+// allocators, which would go on as if the process were capturing.
 void abandon(at::cuda::CUDAGraph& graph, c10::DeviceIndex device, at::cuda::MempoolId_t pool) {
   const auto regardless = [](const auto& act) {
     try {
       act();
-    } catch (const std::exception&) {  // done already, or void like the capture
+    } catch (const std::exception&) {
+      // It was done already, or has no effect any more.
     }
   };
   regardless([&] { graph.capture_end(); });
-  // Where capture_end got as far as the allocators, these throw at once, and nothing is released
-  // twice.
+  // If capture_end got as far as the allocators, these throw at once: nothing is released twice.
   regardless([&] {
     c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool);
     c10::cuda::CUDACachingAllocator::releasePool(device, pool);
@@ -196,38 +200,41 @@ thread_local bool capturing = false;
 #ifdef SAG_WITH_CUDA
 
 struct CudaGraphUNet::State {
-  // What belongs to one stream of the caller's: graphs that share a pool must not run at once.
-  struct Lane {
-    explicit Lane(c10::cuda::CUDAStream stream)
+  // What belongs to one stream of a caller: graphs that share a pool must not run at once.
+  struct CallerStream {
+    explicit CallerStream(c10::cuda::CUDAStream stream)
         : stream(stream), pool(at::cuda::graph_pool_handle()) {}
     const c10::cuda::CUDAStream stream;
-    at::cuda::MempoolId_t pool;  // dies with its last graph
+    // Dies with its last graph.
+    at::cuda::MempoolId_t pool;
     std::mutex mutex;
-    std::list<std::unique_ptr<Graph>> graphs;  // the latest used first
+    // The latest used first.
+    std::list<std::unique_ptr<Graph>> graphs;
   };
 
-  std::shared_ptr<Lane> current_lane();
+  std::shared_ptr<CallerStream> current_stream();
   torch::Tensor forward(const UNetInput& input);
   torch::Tensor eager(const UNetInput& input, const char* reason);
-  Graph* find(Lane& lane, const Kind& kind);
+  Graph* find(CallerStream& caller, const CallKey& key);
   bool failed() const;
-  std::unique_ptr<Graph> capture(Lane& lane, const UNetInput& input, Kind kind);
-  void warm_up(const Graph& graph, Lane& lane) const;
-  void record(Graph& graph, Lane& lane) const;
+  std::unique_ptr<Graph> capture(CallerStream& caller, const UNetInput& input, CallKey key);
+  void warm_up(const Graph& graph, CallerStream& caller) const;
+  void record(Graph& graph, CallerStream& caller) const;
 
   std::shared_ptr<const UNet> unet;
   CudaGraphUNetOptions options;
-  mutable std::mutex mutex;  // of what follows
-  std::vector<std::shared_ptr<Lane>> lanes;
+  // Guards what follows.
+  mutable std::mutex mutex;
+  std::vector<std::shared_ptr<CallerStream>> callers;
   CudaGraphReport report;
 };
 
-std::shared_ptr<CudaGraphUNet::State::Lane> CudaGraphUNet::State::current_lane() {
+std::shared_ptr<CudaGraphUNet::State::CallerStream> CudaGraphUNet::State::current_stream() {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const std::lock_guard lock(mutex);
-  for (const auto& lane : lanes)
-    if (lane->stream == stream) return lane;
-  return lanes.emplace_back(std::make_shared<Lane>(stream));
+  for (const auto& caller : callers)
+    if (caller->stream == stream) return caller;
+  return callers.emplace_back(std::make_shared<CallerStream>(stream));
 }
 
 torch::Tensor CudaGraphUNet::State::eager(const UNetInput& input, const char* reason) {
@@ -238,10 +245,10 @@ torch::Tensor CudaGraphUNet::State::eager(const UNetInput& input, const char* re
   return unet->forward(input);
 }
 
-Graph* CudaGraphUNet::State::find(Lane& lane, const Kind& kind) {
-  auto& graphs = lane.graphs;
+Graph* CudaGraphUNet::State::find(CallerStream& caller, const CallKey& key) {
+  auto& graphs = caller.graphs;
   const auto found = std::find_if(graphs.begin(), graphs.end(),
-                                  [&kind](const auto& graph) { return graph->kind == kind; });
+                                  [&key](const auto& graph) { return graph->key == key; });
   if (found == graphs.end()) return nullptr;
   graphs.splice(graphs.begin(), graphs, found);
   return graphs.front().get();
@@ -252,47 +259,48 @@ bool CudaGraphUNet::State::failed() const {
   return !report.failure.empty();
 }
 
-void CudaGraphUNet::State::warm_up(const Graph& graph, Lane& lane) const {
-  lane.stream.synchronize();
-  const auto stream = capture_stream(lane.stream);
+void CudaGraphUNet::State::warm_up(const Graph& graph, CallerStream& caller) const {
+  caller.stream.synchronize();
+  const auto stream = capture_stream(caller.stream);
   const c10::cuda::CUDAStreamGuard on(stream);
   for (std::int64_t i = 0; i < options.warmup_runs; ++i) run_apart(*unet, graph.input, nullptr);
   stream.synchronize();
 }
 
-void CudaGraphUNet::State::record(Graph& graph, Lane& lane) const {
-  const c10::cuda::CUDAStreamGuard on(capture_stream(lane.stream));
-  graph.graph.capture_begin(lane.pool, cudaStreamCaptureModeThreadLocal);
+void CudaGraphUNet::State::record(Graph& graph, CallerStream& caller) const {
+  const c10::cuda::CUDAStreamGuard on(capture_stream(caller.stream));
+  graph.graph.capture_begin(caller.pool, cudaStreamCaptureModeThreadLocal);
   try {
     graph.output = run_apart(*unet, graph.input, &graph);
     graph.graph.capture_end();
   } catch (...) {
-    abandon(graph.graph, lane.stream.device_index(), lane.pool);
+    abandon(graph.graph, caller.stream.device_index(), caller.pool);
     throw;
   }
 }
 
 // Returns nothing if it cannot be captured.
-std::unique_ptr<Graph> CudaGraphUNet::State::capture(Lane& lane, const UNetInput& input,
-                                                     Kind kind) {
+std::unique_ptr<Graph> CudaGraphUNet::State::capture(CallerStream& caller, const UNetInput& input,
+                                                     CallKey key) {
   auto graph = std::make_unique<Graph>();
-  graph->kind = std::move(kind);
+  graph->key = std::move(key);
   graph->input = input;
   for_each_tensor(graph->input, input, [](torch::Tensor& own, const torch::Tensor& t) {
     if (t.defined()) own = t.clone(at::MemoryFormat::Preserve);
   });
-  static std::mutex one_at_a_time;  // in the whole process: the allocator takes no two captures
+  // In the whole process: the allocator cannot take two captures at once.
+  static std::mutex one_at_a_time;
   const std::lock_guard lock_captures(one_at_a_time);
   const auto until_the_end = c10::make_scope_exit([] { capturing = false; });
   capturing = true;
-  warm_up(*graph, lane);  // what the UNet or a hook throws here is theirs
+  // What the UNet or a hook throws here goes on to the caller.
+  warm_up(*graph, caller);
   try {
-    record(*graph, lane);
+    record(*graph, caller);
   } catch (const std::exception& error) {
     const std::lock_guard lock(mutex);
-    const std::string message = error.what();
-    report.failure = message.substr(0, message.find('\n'));
-    if (lane.graphs.empty()) lane.pool = at::cuda::graph_pool_handle();
+    report.failure = plain_message(error);
+    if (caller.graphs.empty()) caller.pool = at::cuda::graph_pool_handle();
     return nullptr;
   }
   const std::lock_guard lock(mutex);
@@ -304,21 +312,22 @@ torch::Tensor CudaGraphUNet::State::forward(const UNetInput& input) {
   if (const auto* reason = reason_to_be_eager(input)) return eager(input, reason);
   if (capturing) return eager(input, "another capture is under way");
   const torch::NoGradGuard no_grad;
-  const c10::InferenceMode ordinary_tensors(false);  // a graph's own outlive the caller's mode
+  // A graph's own tensors outlive the caller's mode.
+  const c10::InferenceMode ordinary_tensors(false);
   const c10::cuda::CUDAGuard device(input.x.device());
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
     return eager(input, "the caller captures a graph itself");
-  const auto lane = current_lane();
-  const std::lock_guard lock(lane->mutex);
-  auto kind = kind_of(input);
-  auto* graph = find(*lane, kind);
+  const auto caller = current_stream();
+  const std::lock_guard lock(caller->mutex);
+  auto key = key_of(input);
+  auto* graph = find(*caller, key);
   if (!graph) {
     if (failed()) return eager(input, "a capture failed");
-    auto captured = capture(*lane, input, std::move(kind));
+    auto captured = capture(*caller, input, std::move(key));
     if (!captured) return eager(input, "a capture failed");
-    if (lane->graphs.size() == options.max_graphs) lane->graphs.pop_back();
-    lane->graphs.push_front(std::move(captured));
-    graph = lane->graphs.front().get();
+    if (caller->graphs.size() == options.max_graphs) caller->graphs.pop_back();
+    caller->graphs.push_front(std::move(captured));
+    graph = caller->graphs.front().get();
   }
   {
     const std::lock_guard counting(mutex);
@@ -359,8 +368,6 @@ CudaGraphUNet::CudaGraphUNet(std::shared_ptr<const UNet> unet, const CudaGraphUN
   state_->options = options;
 }
 
-CudaGraphUNet::CudaGraphUNet(std::shared_ptr<const UNet> unet)
-    : CudaGraphUNet(std::move(unet), CudaGraphUNetOptions{}) {}
 CudaGraphUNet::~CudaGraphUNet() = default;
 
 torch::Tensor CudaGraphUNet::forward(const UNetInput& input) const {
@@ -390,34 +397,34 @@ torch::ScalarType CudaGraphUNet::dtype() const {
 #ifdef SAG_WITH_CUDA
 
 CudaGraphReport CudaGraphUNet::report() const {
-  std::vector<std::shared_ptr<State::Lane>> lanes;
+  std::vector<std::shared_ptr<State::CallerStream>> callers;
   CudaGraphReport report;
   {
     const std::lock_guard lock(state_->mutex);
-    lanes = state_->lanes;
+    callers = state_->callers;
     report = state_->report;
   }
-  for (const auto& lane : lanes) {
-    const std::lock_guard lock(lane->mutex);
-    report.graphs += static_cast<std::int64_t>(lane->graphs.size());
-    if (lane->graphs.empty()) continue;
-    for (const auto& segment : c10::cuda::CUDACachingAllocator::snapshot(lane->pool).segments)
+  for (const auto& caller : callers) {
+    const std::lock_guard lock(caller->mutex);
+    report.graphs += static_cast<std::int64_t>(caller->graphs.size());
+    if (caller->graphs.empty()) continue;
+    for (const auto& segment : c10::cuda::CUDACachingAllocator::snapshot(caller->pool).segments)
       report.bytes += static_cast<std::int64_t>(segment.total_size);
   }
   return report;
 }
 
 void CudaGraphUNet::release() {
-  std::vector<std::shared_ptr<State::Lane>> lanes;
+  std::vector<std::shared_ptr<State::CallerStream>> callers;
   {
     const std::lock_guard lock(state_->mutex);
-    lanes = state_->lanes;
+    callers = state_->callers;
   }
-  for (const auto& lane : lanes) {
-    const std::lock_guard lock(lane->mutex);
-    lane->stream.synchronize();
-    lane->graphs.clear();
-    lane->pool = at::cuda::graph_pool_handle();
+  for (const auto& caller : callers) {
+    const std::lock_guard lock(caller->mutex);
+    caller->stream.synchronize();
+    caller->graphs.clear();
+    caller->pool = at::cuda::graph_pool_handle();
   }
 }
 

@@ -10,25 +10,18 @@
 #include <torch/csrc/jit/passes/constant_propagation.h>
 
 #include "attention_nodes.h"
+#include "graph_walk.h"
 
 namespace sag {
 namespace {
 
-using namespace torch::jit;  // of which c10's prim and attr are a part
+// Includes c10's prim and attr.
+using namespace torch::jit;
 
 // Which module a value holds: its dotted path.
 using Paths = std::unordered_map<const Value*, std::string>;
 
 const c10::Symbol kPath = c10::Symbol::attr("sag_path");
-
-// `nodes` may change under the visitor, so the next node is looked up before each visit.
-template <typename Visit>
-void visit_nodes(Block* block, const Visit& visit) {
-  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
-    Node* node = *it++;
-    visit(node);
-  }
-}
 
 std::optional<std::string> path_of(const Value* value, const Paths& paths) {
   if (const auto known = paths.find(value); known != paths.end()) return known->second;
@@ -46,22 +39,20 @@ GraphFunction* callee_of(const Node* call) {
     const auto owner = call->input(0)->type()->cast<ClassType>();
     return owner ? tryToGraphFunction(owner->getMethod(call->s(attr::name))) : nullptr;
   }
-  if (call->kind() == prim::CallFunction) {
+  if (call->kind() == prim::CallFunction)
     return tryToGraphFunction(*call->input(0)->type()->expect<FunctionType>()->function());
-  }
   return nullptr;
 }
 
-// torch::jit::Inline would lose the names of module lists, and it reads caches of the caller's
-// functions that another thread may have filled without inlining. Here every call gets its own copy
-// of the callee, so instances of one class stay apart.
+// torch::jit::Inline would lose the names of module lists. It also reads caches of the caller's
+// functions, which another thread may have filled without inlining. Here every call gets its own
+// copy of the callee, so instances of one class stay apart.
 void flatten_block(Block* block, const Paths& paths, const std::string& here);
 
 Paths paths_inside(const Graph& callee, at::ArrayRef<Value*> arguments, const Paths& paths) {
   Paths inside;
-  for (std::size_t i = 0; i < arguments.size(); ++i) {
+  for (std::size_t i = 0; i < arguments.size(); ++i)
     if (auto path = path_of(arguments[i], paths)) inside[callee.inputs()[i]] = *path;
-  }
   return inside;
 }
 
@@ -77,7 +68,7 @@ void inline_call(Node* call, GraphFunction& function, const Paths& paths, const 
 }
 
 void flatten_block(Block* block, const Paths& paths, const std::string& here) {
-  visit_nodes(block, [&](Node* node) {
+  for_each_node_of(block, [&](Node* node) {
     if (auto* function = callee_of(node)) {
       inline_call(node, *function, paths, here);
       return;
@@ -89,14 +80,6 @@ void flatten_block(Block* block, const Paths& paths, const std::string& here) {
   });
 }
 
-void visit_deep(Block* block, const std::function<void(Node*)>& visit) {
-  visit_nodes(block, [&](Node* node) {
-    for (Block* inner : node->blocks()) visit_deep(inner, visit);
-    if (auto* forked = subgraph_of(node)) visit_deep(forked->block(), visit);
-    visit(node);  // last: it may destroy the node
-  });
-}
-
 }  // namespace
 
 FlatGraph flatten(const Module& module) {
@@ -104,7 +87,8 @@ FlatGraph flatten(const Module& module) {
   forward.ensure_defined();
   FlatGraph flat{forward.graph()->copy(), {}};
   flatten_block(flat.graph->block(), {{flat.graph->inputs()[0], ""}}, "");
-  // Scripted functions ask what they were given (softmax whether its dim is None): now it is known.
+  // Scripted functions ask what they were given (softmax, whether its dim is None): now it is
+  // known.
   ConstantPropagationImmutableTypes(flat.graph);
   for (const auto& attention : attention_nodes(*flat.graph))
     flat.attention_paths.push_back(attention.node->s(kPath));
@@ -112,17 +96,6 @@ FlatGraph flatten(const Module& module) {
     if (node->hasAttribute(kPath)) node->removeAttribute(kPath);
   });
   return flat;
-}
-
-void for_each_node(Graph& graph, const std::function<void(Node*)>& visit) {
-  visit_deep(graph.block(), visit);
-}
-
-// prim::fork and prim::awaitable keep what they run in an attribute.
-Graph* subgraph_of(const Node* node) {
-  const bool has_one =
-      node->hasAttribute(attr::Subgraph) && node->kindOf(attr::Subgraph) == AttributeKind::g;
-  return has_one ? node->g(attr::Subgraph).get() : nullptr;
 }
 
 }  // namespace sag

@@ -1,7 +1,6 @@
 #include "forward_call.h"
 
 #include <algorithm>
-#include <optional>
 #include <utility>
 
 #include <ATen/core/Dict.h>
@@ -20,34 +19,10 @@ bool may_be_none(const c10::Argument& argument) {
   return c10::NoneType::get()->isSubtypeOf(*argument.type());
 }
 
-void check_rows(const char* name, const torch::Tensor& t, std::int64_t dims,
-                const torch::Tensor& x) {
-  const bool fits = (dims < 0 || t.dim() == dims) && t.dim() > 0 && t.size(0) == x.size(0);
-  TORCH_CHECK_VALUE(fits, "[TorchScriptUNet::forward] ", name, " must have ",
-                    dims < 0 ? std::string() : std::to_string(dims) + " dimensions and ", x.size(0),
-                    " rows as x has, got ", t.sizes());
-}
-
-void check_place(const char* name, const torch::Tensor& t, torch::Device device,
-                 std::optional<torch::ScalarType> dtype) {
-  TORCH_CHECK_VALUE(t.device() == device, "[TorchScriptUNet::forward] ", name,
-                    " must be on the UNet's device, ", device, ", got ", t.device());
-  TORCH_CHECK_TYPE(!dtype || t.scalar_type() == *dtype, "[TorchScriptUNet::forward] ", name,
-                   " must be ", *dtype, ", got ", t.scalar_type());
-}
-
-void check_optional(const char* name, const torch::Tensor& t, std::int64_t dims,
-                    const torch::Tensor& x, torch::Device device, torch::ScalarType dtype) {
-  if (!t.defined()) return;
-  check_rows(name, t, dims, x);
-  check_place(name, t, device,
-              dims < 0 && !t.is_floating_point() ? std::nullopt : std::make_optional(dtype));
-}
-
 // The entries of a dict, list or tuple that an argument takes, by key or by number.
 using Entries = std::map<std::string, torch::Tensor>;
 
-// The type of an argument that is not None.
+// The type of an argument if it is not None.
 c10::TypePtr given_type(const c10::Argument& argument) {
   const auto optional = argument.type()->cast<c10::OptionalType>();
   return optional ? optional->getElementType() : argument.type();
@@ -69,9 +44,9 @@ std::vector<torch::Tensor> in_order(const Entries& entries, const std::string& a
   std::vector<torch::Tensor> tensors;
   for (std::size_t i = 0; i < entries.size(); ++i) {
     const auto found = entries.find(std::to_string(i));
-    TORCH_CHECK_VALUE(found != entries.end(), "[TorchScriptUNet::forward] the entries of '",
-                      argument, "' must be numbered from 0 without gaps, but of ", entries.size(),
-                      " '", argument, ".", i, "' is not given");
+    TORCH_CHECK_VALUE(found != entries.end(), "[TorchScriptUNet::forward] the entries of \"",
+                      argument, "\" must be numbered from 0 without gaps, but of ", entries.size(),
+                      " \"", argument, ".", i, "\" is not given.");
     tensors.push_back(found->second);
   }
   return tensors;
@@ -91,35 +66,18 @@ c10::IValue container(const c10::TypePtr& type, const Entries& entries,
     return list;
   }
   const auto size = type->expect<c10::TupleType>()->elements().size();
-  TORCH_CHECK_VALUE(tensors.size() == size, "[TorchScriptUNet::forward] the file's tuple '",
-                    argument, "' must have ", size, " tensors, '", argument, ".0' and so on, got ",
-                    tensors.size());
+  TORCH_CHECK_VALUE(tensors.size() == size, "[TorchScriptUNet::forward] the file's tuple \"",
+                    argument, "\" must have ", size, " tensors, \"", argument,
+                    ".0\" and so on, got ", tensors.size(), ".");
   return c10::ivalue::Tuple::create({tensors.begin(), tensors.end()});
 }
 
-// How an argument is given that is no tensor.
-std::string hint(const c10::Argument& argument) {
+// How to give an argument that holds several tensors, in brackets.
+std::string how_to_give(const c10::Argument& argument) {
   const auto type = given_type(argument);
   if (!holds_tensors(type)) return "";
   const char* key = type->kind() == c10::TypeKind::DictType ? ".key" : ".0";
-  return c10::str(" (its entries as '", argument.name(), key, "')");
-}
-
-template <typename Elements>
-torch::Tensor first_tensor(const Elements& elements) {
-  for (const c10::IValue& element : elements) {
-    if (auto t = output_tensor(element); t.defined()) return t;
-  }
-  return {};
-}
-
-torch::Tensor entry(const c10::Dict<c10::IValue, c10::IValue>& dict) {
-  if (dict.size() == 1) return output_tensor(dict.begin()->value());
-  if (*dict.keyType() != *c10::StringType::get()) return {};
-  for (const char* name : {"sample", "out"}) {
-    if (dict.contains(name)) return output_tensor(dict.at(name));
-  }
-  return {};
+  return c10::str(" (its entries as \"", argument.name(), key, "\")");
 }
 
 }  // namespace
@@ -130,7 +88,7 @@ ForwardCall::ForwardCall(const c10::FunctionSchema& forward, const char* caller,
   const bool fits = arguments_.size() > kTimesteps && takes_tensor(arguments_[kX]) &&
                     takes_tensor(arguments_[kTimesteps]);
   TORCH_CHECK_VALUE(fits, "[", caller, "] the forward of ", model,
-                    " must take x and timesteps first, but its arguments are (", list(), ")");
+                    " must take x and timesteps first, got (", list_arguments(), ").");
 }
 
 std::vector<std::string> ForwardCall::argument_names() const {
@@ -139,7 +97,7 @@ std::vector<std::string> ForwardCall::argument_names() const {
   return names;
 }
 
-std::string ForwardCall::list() const {
+std::string ForwardCall::list_arguments() const {
   std::string text;
   for (const auto& name : argument_names()) text += (text.empty() ? "" : ", ") + name;
   return text;
@@ -151,19 +109,21 @@ std::size_t ForwardCall::index_of(const std::string& name) const {
   return i;
 }
 
-void ForwardCall::place(const std::string& name, const torch::Tensor& t,
-                        std::vector<c10::IValue>& values) const {
+void ForwardCall::set(const std::string& name, const torch::Tensor& t,
+                      std::vector<c10::IValue>& values) const {
   if (!t.defined()) return;
   const auto i = index_of(name);
   const bool fits =
       i > kTimesteps && i < arguments_.size() && takes_tensor(arguments_[i]) && values[i].isNone();
-  TORCH_CHECK_VALUE(fits, "[TorchScriptUNet::forward] the file takes no tensor '", name,
-                    "', its arguments are (", list(), ")");
+  TORCH_CHECK_VALUE(fits,
+                    "[TorchScriptUNet::forward] an input must be a tensor argument of the file, "
+                    "whose arguments are (",
+                    list_arguments(), "), got \"", name, "\".");
   values[i] = t;
 }
 
-void ForwardCall::place_extra(const std::map<std::string, torch::Tensor>& extra,
-                              std::vector<c10::IValue>& values) const {
+void ForwardCall::set_extra(const std::map<std::string, torch::Tensor>& extra,
+                            std::vector<c10::IValue>& values) const {
   std::map<std::size_t, Entries> containers;
   for (const auto& [name, t] : extra) {
     const auto dot = name.find('.');
@@ -173,14 +133,14 @@ void ForwardCall::place_extra(const std::map<std::string, torch::Tensor>& extra,
     if (is_entry && t.defined())
       containers[i][name.substr(dot + 1)] = t;
     else
-      place(name, t, values);
+      set(name, t, values);
   }
   for (const auto& [i, entries] : containers)
     values[i] = container(given_type(arguments_[i]), entries, arguments_[i].name());
 }
 
-// The third if it must be given, else an argument of a usual name, else the third under whatever
-// name; none that is known as something else.
+// The third argument if it must be given, else one with a usual name, else the third under any
+// name. Arguments that are given in another way do not count.
 std::string ForwardCall::context_name(const UNetInput& input) const {
   const auto may_be = [&](std::size_t i) {
     return i > kTimesteps && i < arguments_.size() && takes_tensor(arguments_[i]) &&
@@ -199,9 +159,9 @@ std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input) const {
   std::vector<c10::IValue> values(arguments_.size());
   values[kX] = input.x;
   values[kTimesteps] = input.timesteps;
-  place(context_name(input), input.context, values);
-  place("y", input.y, values);
-  place_extra(input.extra, values);
+  set(context_name(input), input.context, values);
+  set("y", input.y, values);
+  set_extra(input.extra, values);
 
   for (std::size_t i = 0; i < arguments_.size(); ++i) {
     if (!values[i].isNone()) continue;
@@ -209,51 +169,12 @@ std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input) const {
       values[i] = *value;
       continue;
     }
-    TORCH_CHECK_VALUE(may_be_none(arguments_[i]), "[TorchScriptUNet::forward] the file needs '",
-                      arguments_[i].name(), "', which is not given", hint(arguments_[i]),
-                      "; its arguments are (", list(), ")");
+    TORCH_CHECK_VALUE(may_be_none(arguments_[i]),
+                      "[TorchScriptUNet::forward] the file's argument \"", arguments_[i].name(),
+                      "\" must be given", how_to_give(arguments_[i]),
+                      ", got nothing; its arguments are (", list_arguments(), ").");
   }
   return values;
-}
-
-void check_input(const UNetInput& input, torch::Device device, torch::ScalarType dtype) {
-  const auto& x = input.x;
-  TORCH_CHECK_VALUE(x.defined() && x.dim() == 4,
-                    "[TorchScriptUNet::forward] x must have 4 dimensions, got ",
-                    x.defined() ? c10::str(x.sizes()) : "none");
-  check_place("x", x, device, dtype);
-  TORCH_CHECK_VALUE(input.timesteps.defined(),
-                    "[TorchScriptUNet::forward] timesteps must be given");
-  check_optional("timesteps", input.timesteps, 1, x, device, torch::kFloat);
-  check_optional("context", input.context, 3, x, device, dtype);
-  check_optional("y", input.y, 2, x, device, dtype);
-  for (const auto& [name, t] : input.extra) check_optional(name.c_str(), t, -1, x, device, dtype);
-}
-
-std::string list_shapes(const UNetInput& input) {
-  auto text = c10::str("x of shape ", input.x.sizes());
-  if (input.context.defined()) text += c10::str(", context of shape ", input.context.sizes());
-  if (input.y.defined()) text += c10::str(", y of shape ", input.y.sizes());
-  for (const auto& [name, t] : input.extra)
-    if (t.defined()) text += c10::str(", ", name, " of shape ", t.sizes());
-  return text;
-}
-
-void check_output(const torch::Tensor& out, const torch::Tensor& x, const char* caller,
-                  const std::string& model) {
-  const bool fits = out.defined() && out.dim() == 4 && out.size(0) == x.size(0) &&
-                    out.size(2) == x.size(2) && out.size(3) == x.size(3);
-  TORCH_CHECK_VALUE(fits, "[", caller, "] ", model, " must return x's rows, height and width, got ",
-                    out.defined() ? c10::str(out.sizes()) : "nothing", " for x of shape ",
-                    x.sizes());
-}
-
-torch::Tensor output_tensor(const c10::IValue& output) {
-  if (output.isTensor()) return output.toTensor();
-  if (output.isTuple()) return first_tensor(output.toTupleRef().elements());
-  if (output.isList()) return first_tensor(output.toListRef());
-  if (output.isGenericDict()) return entry(output.toGenericDict());
-  return {};
 }
 
 }  // namespace sag

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -10,15 +11,16 @@
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/ir/ir.h>
 
-#include "flatten.h"
+#include "graph_walk.h"
+#include "ops.h"
 
 namespace sag {
 namespace {
 
 using namespace torch::jit;
 
-// An op with weights: which input they are, what they are applied to, an addend if there is one,
-// and statistics, which are no parameters.
+// An op with weights: which of its inputs are the activation, the weight, the bias (if it takes
+// one) and statistics, which are not parameters.
 struct WeightedOp {
   std::size_t activation, weight;
   std::optional<std::size_t> bias;
@@ -26,27 +28,27 @@ struct WeightedOp {
 };
 
 const WeightedOp* weighted_op(const Node* node) {
-  static const std::map<std::string, WeightedOp> ops = {
-      {"aten::linear", {0, 1, 2}},
-      {"aten::conv1d", {0, 1, 2}},
-      {"aten::conv2d", {0, 1, 2}},
-      {"aten::conv3d", {0, 1, 2}},
-      {"aten::conv_transpose1d", {0, 1, 2}},
-      {"aten::conv_transpose2d", {0, 1, 2}},
-      {"aten::conv_transpose3d", {0, 1, 2}},
-      {"aten::_convolution", {0, 1, 2}},
-      {"aten::_convolution_mode", {0, 1, 2}},
-      {"aten::addmm", {1, 2, 0}},
-      {"aten::baddbmm", {1, 2, 0}},
-      {"aten::matmul", {0, 1, {}}},
-      {"aten::bmm", {0, 1, {}}},
-      {"aten::group_norm", {0, 2, 3}},
-      {"aten::layer_norm", {0, 2, 3}},
-      {"aten::batch_norm", {0, 1, 2, {3, 4}}},
-      {"aten::instance_norm", {0, 1, 2, {3, 4}}},
-      {"aten::prelu", {0, 1, {}}},
+  static const std::unordered_map<c10::Symbol, WeightedOp> ops = {
+      {aten::linear, {0, 1, 2}},
+      {aten::conv1d, {0, 1, 2}},
+      {aten::conv2d, {0, 1, 2}},
+      {aten::conv3d, {0, 1, 2}},
+      {aten::conv_transpose1d, {0, 1, 2}},
+      {aten::conv_transpose2d, {0, 1, 2}},
+      {aten::conv_transpose3d, {0, 1, 2}},
+      {aten::_convolution, {0, 1, 2}},
+      {aten::_convolution_mode, {0, 1, 2}},
+      {aten::addmm, {1, 2, 0}},
+      {aten::baddbmm, {1, 2, 0}},
+      {aten::matmul, {0, 1, {}}},
+      {aten::bmm, {0, 1, {}}},
+      {aten::group_norm, {0, 2, 3}},
+      {aten::layer_norm, {0, 2, 3}},
+      {aten::batch_norm, {0, 1, 2, {3, 4}}},
+      {aten::instance_norm, {0, 1, 2, {3, 4}}},
+      {aten::prelu, {0, 1, {}}},
   };
-  const auto found = ops.find(node->kind().toQualString());
+  const auto found = ops.find(node->kind());
   return found == ops.end() ? nullptr : &found->second;
 }
 
@@ -54,24 +56,22 @@ bool is_tensor(const Value* value) {
   return value->type()->isSubtypeOf(*c10::TensorType::get());
 }
 
-// The node that a weight is read by, seen through transpositions; or null if it is computed.
-Node* stored(Value* value) {
-  static const std::unordered_set<c10::Symbol> views = {
-      c10::Symbol::fromQualString("aten::t"), c10::Symbol::fromQualString("aten::transpose"),
-      c10::Symbol::fromQualString("aten::permute"), c10::Symbol::fromQualString("aten::numpy_T"),
-      c10::Symbol::fromQualString("aten::detach")};
+// The node that a weight comes from, an attribute or a constant, perhaps transposed; null if the
+// value is computed.
+Node* weight_source(Value* value) {
+  static const Ops views = {aten::t, aten::transpose, aten::permute, aten::numpy_T, aten::detach};
   Node* node = value->node();
-  while (views.count(node->kind())) node = node->input(0)->node();
+  while (views.contains(node->kind())) node = node->input(0)->node();
   return node->kind() == prim::GetAttr || node->kind() == prim::Constant ? node : nullptr;
 }
 
-// The inputs of a node that hold weights. In x·W and W·x either side can be the weight.
+// The inputs of a node that hold weights. In a product either side can be the weight.
 std::vector<Value*> weights_of(Node* node) {
   const auto* op = weighted_op(node);
   if (!op) return {};
   std::vector<Value*> weights = {node->input(op->weight)};
   if (op->bias) weights.push_back(node->input(*op->bias));
-  if (!stored(weights[0])) weights[0] = node->input(op->activation);
+  if (!weight_source(weights[0])) weights[0] = node->input(op->activation);
   return weights;
 }
 
@@ -83,34 +83,34 @@ bool holds_tensor(const Node* node) {
 std::unordered_set<Node*> constant_weights(Graph& graph) {
   std::unordered_set<Node*> constants;
   for_each_node(graph, [&](Node* node) {
-    for (Value* weight : weights_of(node)) {
-      if (Node* constant = stored(weight); constant && holds_tensor(constant))
+    for (Value* weight : weights_of(node))
+      if (Node* constant = weight_source(weight); constant && holds_tensor(constant))
         constants.insert(constant);
-    }
   });
   return constants;
 }
 
 void set_constant(Node* node, const torch::Tensor& value) {
   node->t_(attr::value, value);
-  node->output()->setType(c10::TensorType::get());  // a recorded dtype or device may be wrong now
+  // A recorded dtype or device may be wrong now.
+  node->output()->setType(c10::TensorType::get());
 }
 
-torch::Tensor moved(const torch::Tensor& t, torch::Device device) {
+torch::Tensor constant_on(const torch::Tensor& t, torch::Device device) {
   return t.dim() == 0 ? t.cpu() : t.to(device);
 }
 
-c10::IValue moved(const c10::IValue& value, torch::Device device) {
-  if (value.isTensor()) return moved(value.toTensor(), device);
+c10::IValue constant_on(const c10::IValue& value, torch::Device device) {
+  if (value.isTensor()) return constant_on(value.toTensor(), device);
   if (value.isTensorList()) {
     c10::List<torch::Tensor> list;
-    for (const torch::Tensor& t : value.toTensorVector()) list.push_back(moved(t, device));
+    for (const torch::Tensor& t : value.toTensorVector()) list.push_back(constant_on(t, device));
     return list;
   }
   if (value.isTuple()) {
     std::vector<c10::IValue> elements;
     for (const auto& element : value.toTupleRef().elements())
-      elements.push_back(moved(element, device));
+      elements.push_back(constant_on(element, device));
     return c10::ivalue::Tuple::create(std::move(elements));
   }
   return value;
@@ -121,24 +121,25 @@ void cast_input(Node* node, std::size_t input, Value* like) {
   if (value == like || !is_tensor(value) || !is_tensor(like)) return;
   WithInsertPoint before(node);
   Graph& graph = *node->owningGraph();
-  Node* cast = graph.create(c10::Symbol::fromQualString("aten::type_as"), {value, like});
+  Node* cast = graph.create(aten::type_as, {value, like});
   cast->output()->setType(c10::TensorType::get());
   node->replaceInput(input, graph.insertNode(cast)->output());
 }
 
 void follow_weights_of(Node* node, const WeightedOp& op) {
   auto activation = op.activation, weight = op.weight;
-  if (!op.bias && stored(node->input(activation)) && !stored(node->input(weight))) {
+  if (!op.bias && weight_source(node->input(activation)) && !weight_source(node->input(weight)))
     std::swap(activation, weight);
-  }
   Value* like = node->input(weight);
   cast_input(node, activation, like);
-  if (op.bias && !stored(node->input(*op.bias))) cast_input(node, *op.bias, like);
-  if (!is_tensor(like)) like = node->input(activation);  // a norm without weights
+  if (op.bias && !weight_source(node->input(*op.bias))) cast_input(node, *op.bias, like);
+  // A norm may have no weights.
+  if (!is_tensor(like)) like = node->input(activation);
   for (const auto input : op.statistics) cast_input(node, input, like);
 }
 
-// "not why_not_fast_path", as PyTorch asks: that text is its reason. Other questions are not ours.
+// Whether a condition is PyTorch's "not why_not_fast_path", where the text is the reason. Other
+// conditions belong to the model.
 bool is_without_text(const Value* condition) {
   const Node* negation = condition->node();
   if (negation->kind() != aten::__not__) return false;
@@ -166,16 +167,15 @@ Node* plain_convolution(Node* node) {
   };
   if (!transposed || !dims || *dims < 1 || *dims > 3) return nullptr;
   if (!same_length(4) || !same_length(5) || !same_length(7)) return nullptr;
-  std::vector<std::size_t> order = {0, 1, 2, 3, 4, 5, 8};
-  std::string kind = "aten::conv";
-  if (transposed->toBool()) {
-    order = {0, 1, 2, 3, 4, 7, 8, 5};
-    kind += "_transpose";
-  }
+  static constexpr c10::Symbol kPlain[] = {aten::conv1d, aten::conv2d, aten::conv3d};
+  static constexpr c10::Symbol kTransposed[] = {aten::conv_transpose1d, aten::conv_transpose2d,
+                                                aten::conv_transpose3d};
+  const bool transposes = transposed->toBool();
+  const auto order = transposes ? std::vector<std::size_t>{0, 1, 2, 3, 4, 7, 8, 5}
+                                : std::vector<std::size_t>{0, 1, 2, 3, 4, 5, 8};
   std::vector<Value*> inputs;
   for (const auto input : order) inputs.push_back(node->input(input));
-  return node->owningGraph()->create(
-      c10::Symbol::fromQualString(kind + std::to_string(*dims) + "d"), inputs);
+  return node->owningGraph()->create((transposes ? kTransposed : kPlain)[*dims - 1], inputs);
 }
 
 }  // namespace
@@ -194,8 +194,8 @@ void hook_attention(const AttentionNode& attention, const std::string& site) {
                     unfused = c10::Symbol::fromQualString("sag::attention_probabilities");
   WithInsertPoint before(attention.node);
   Graph& graph = *attention.node->owningGraph();
-  // The importer has filled in every default of the running version, so SDPA's inputs go over one
-  // by one.
+  // The importer has filled in every default of the running version, so all of SDPA's inputs are
+  // there.
   Node* hooked = attention.probabilities
                      ? graph.create(unfused, {attention.probabilities, attention.v,
                                               graph.insertConstant(attention.product)})
@@ -207,9 +207,8 @@ void hook_attention(const AttentionNode& attention, const std::string& site) {
 void use_plain_convolutions(Graph& graph) {
   // Not graph_rewrite_helper::replaceConvolutionWithAtenConv: it folds all constants on the way,
   // which would turn the frequencies of an embedding into a constant of the graph.
-  static const auto kind = c10::Symbol::fromQualString("aten::_convolution");
   for_each_node(graph, [](Node* node) {
-    if (node->kind() != kind) return;
+    if (node->kind() != aten::_convolution) return;
     if (Node* plain = plain_convolution(node)) replace_node(node, plain);
   });
 }
@@ -233,13 +232,12 @@ void leave_fast_paths(Graph& graph) {
 void move_constants(Graph& graph, torch::Device device) {
   for_each_node(graph, [&](Node* node) {
     if (node->kind() != prim::Constant || !node->hasAttribute(attr::value)) return;
-    if (node->output()->type()->kind() == c10::TypeKind::DeviceObjType) {
+    if (node->output()->type()->kind() == c10::TypeKind::DeviceObjType)
       node->s_(attr::value, device.str());
-    } else if (holds_tensor(node)) {
-      set_constant(node, moved(node->t(attr::value), device));
-    } else if (node->kindOf(attr::value) == AttributeKind::ival) {
-      node->ival_(attr::value, moved(node->ival(attr::value), device));
-    }
+    else if (holds_tensor(node))
+      set_constant(node, constant_on(node->t(attr::value), device));
+    else if (node->kindOf(attr::value) == AttributeKind::ival)
+      node->ival_(attr::value, constant_on(node->ival(attr::value), device));
   });
 }
 
@@ -266,7 +264,8 @@ void convert_constants(Graph& graph, torch::ScalarType dtype) {
     if (!holds_tensor(node)) return;
     const auto value = node->t(attr::value);
     const bool wider = c10::elementSize(dtype) > c10::elementSize(value.scalar_type());
-    if (value.dim() == 0 || !value.is_floating_point() || !(wider || weights.count(node))) return;
+    if (value.dim() == 0 || !value.is_floating_point() || !(wider || weights.contains(node)))
+      return;
     set_constant(node, value.to(dtype));
   });
 }
@@ -290,14 +289,15 @@ void follow_weights(Graph& graph) {
     if (const auto* op = weighted_op(node)) follow_weights_of(node, *op);
   });
   for (const auto& attention : attention_nodes(graph)) {
-    // v comes straight from its projection; q and k may have gone through a wider embedding, and
+    // v comes straight from its projection. q and k may have gone through a wider embedding, and
     // softmax may be wider.
     Node* node = attention.node;
     if (!attention.probabilities) {
       cast_input(node, 0, attention.v);
       cast_input(node, 1, attention.v);
     } else if (auto* operands = node->input(1)->node(); operands->kind() == prim::ListConstruct) {
-      cast_input(operands, 0, attention.v);  // of einsum
+      // Einsum takes a list.
+      cast_input(operands, 0, attention.v);
     }
   }
 }

@@ -16,29 +16,28 @@ void replace_node(torch::jit::Node* node, torch::jit::Node* replacement);
 /// and the last product of an unfused attention by `sag::attention_probabilities`.
 void hook_attention(const AttentionNode& attention, const std::string& site);
 
-/// Lets nn.MultiheadAttention and nn.TransformerEncoderLayer, scripted, leave out their fast path,
-/// one op in which no attention can be hooked: beside it lies the slow one, step by step.
+/// Makes scripted nn.MultiheadAttention and nn.TransformerEncoderLayer take their slow path, step
+/// by step: the fast one is a single op, in which no attention can be hooked.
 void leave_fast_paths(torch::jit::Graph& graph);
 
-/// Replaces `_convolution`, in which tracing records cuDNN's switches, by convolutions that ask the
-/// process.
+/// Replaces `_convolution`, in which tracing records cuDNN's switches, by convolutions that take
+/// the process's switches.
 void use_plain_convolutions(torch::jit::Graph& graph);
 
-/// Brings constants to `device`: tensors, and the devices that tracing records. Tensors of no
-/// dimension go to the CPU, for traced graphs compute shapes with them: on a GPU each would wait
+/// Moves constants to `device`: tensors, and the devices that tracing records. Tensors without
+/// dimensions go to the CPU: traced graphs compute shapes with them, and on a GPU each would wait
 /// for the device.
 void move_constants(torch::jit::Graph& graph, torch::Device device);
 
-/// Lays the constants that serve as convolutions' weights out with channels last.
+/// Stores constant weights of convolutions with channels last.
 void constants_to_channels_last(torch::jit::Graph& graph);
 
-/// Lets views become reshapes: of a picture with channels last there is no view that merges
-/// channels and places.
+/// Replaces views by reshapes: a picture with channels last has no view that merges channels and
+/// pixels.
 void let_views_copy(torch::jit::Graph& graph);
 
-/// Converts floating constants that serve as weights, as frozen files have them, to `dtype`. Other
-/// constants are only ever widened: half precision is too coarse for the frequencies of an
-/// embedding.
+/// Converts floating constants that are weights, as in frozen files, to `dtype`. Other constants
+/// are only ever widened: half precision is too coarse for the frequencies of an embedding.
 void convert_constants(torch::jit::Graph& graph, torch::ScalarType dtype);
 
 /// Replaces the half-precision dtype `from` in the recorded arguments of casts and factories by
@@ -49,8 +48,7 @@ void replace_recorded_dtype(torch::jit::Graph& graph, torch::ScalarType from, to
 /// weights, whatever dtypes the file recorded.
 void follow_weights(torch::jit::Graph& graph);
 
-/// Returns the dtype of the constants that serve as weights, by number of elements; nothing if
-/// there are none.
+/// Returns the dtype that most elements of constant weights have; nothing if there are none.
 std::optional<torch::ScalarType> constant_weights_dtype(torch::jit::Graph& graph);
 
 /// Returns the device of the first constant tensor that has dimensions; nothing if there is none.

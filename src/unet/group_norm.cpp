@@ -10,8 +10,9 @@
 #include <torch/csrc/jit/ir/ir.h>
 #include <torch/csrc/jit/runtime/custom_operator.h>
 
-#include "flatten.h"
 #include "graph_rewrite.h"
+#include "graph_walk.h"
+#include "ops.h"
 
 #ifdef SAG_WITH_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -86,7 +87,7 @@ void run_group_norm(torch::jit::Stack& stack) {
   torch::jit::push(stack, fused_group_norm(x, groups, weight, bias, eps, silu));
 }
 
-// An operator of TorchScript's, not of the dispatcher: no graph that holds it is ever saved.
+// An operator of TorchScript, not of the dispatcher: no graph that holds it is ever saved.
 c10::Symbol fused_kind() {
   static const torch::jit::RegisterOperators registered(
       {torch::jit::Operator("sag::fused_group_norm(Tensor x, int groups, Tensor? weight, Tensor? "
@@ -96,13 +97,12 @@ c10::Symbol fused_kind() {
   return c10::Symbol::fromQualString("sag::fused_group_norm");
 }
 
-// The SiLU that is all that a value is used for, or null.
+// The SiLU that is the only use of a value, or null.
 Node* only_silu_of(const torch::jit::Value* value) {
-  static const auto kSilu = c10::Symbol::fromQualString("aten::silu"),
-                    kSiluInPlace = c10::Symbol::fromQualString("aten::silu_");
+  static const Ops silu = {c10::aten::silu, c10::aten::silu_};
   if (value->uses().size() != 1) return nullptr;
   Node* user = value->uses().front().user;
-  return user->kind() == kSilu || user->kind() == kSiluInPlace ? user : nullptr;
+  return silu.contains(user->kind()) ? user : nullptr;
 }
 
 void fuse_group_norm(Node* norm, c10::Symbol own) {
@@ -133,11 +133,10 @@ torch::Tensor fused_group_norm(const torch::Tensor& x, std::int64_t groups,
 }
 
 void fuse_group_norms(Graph& graph) {
-  static const auto kGroupNorm = c10::Symbol::fromQualString("aten::group_norm");
   const auto own = fused_kind();
   std::vector<Node*> norms;
   for_each_node(graph, [&](Node* node) {
-    if (node->kind() == kGroupNorm) norms.push_back(node);
+    if (node->kind() == c10::aten::group_norm) norms.push_back(node);
   });
   for (Node* norm : norms) fuse_group_norm(norm, own);
 }

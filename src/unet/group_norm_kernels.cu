@@ -1,8 +1,7 @@
-// Group norm of pictures whose channels are innermost, with SiLU behind it if wanted.
+// Group norm of pictures with channels last, followed by SiLU if wanted.
 //
 //   sum_chunks   per part of a picture and group: Σ (x − shift) and Σ (x − shift)²
-//   normalize    (x − mean) · weight / deviation + bias, where each block adds up its picture's
-//   sums
+//   normalize    (x − mean) · weight / deviation + bias; each block adds up the sums of its picture
 //
 // In both a thread owns eight neighbouring channels and steps through pixels; threads of one y
 // together hold a pixel. The shift, a group's first value, keeps the difference of the two sums
@@ -21,8 +20,10 @@ namespace {
 
 constexpr int kVector = kGroupNormVector;
 constexpr int kMaxThreads = 512;
-constexpr int kBlocks = 512;    // about as many as a large GPU keeps busy
-constexpr int kMaxChunks = 64;  // so that adding them up stays cheap
+// About as many as a large GPU keeps busy.
+constexpr int kBlocks = 512;
+// So that adding them up stays cheap.
+constexpr int kMaxChunks = 64;
 
 __device__ float to_float(__half value) {
   return __half2float(value);
@@ -74,7 +75,7 @@ __device__ float2 sum_of_warp(float2 value) {
 }
 
 // Calls finish(group, sum) in one lane, with the sum of term(group, i) for i < count. Whole warps
-// take turns; what is left of the block's last warp stays out.
+// take turns; a last warp with fewer threads does nothing.
 template <typename Term, typename Finish>
 __device__ void for_each_group(int groups, int count, const Term& term, const Finish& finish) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -184,7 +185,8 @@ cudaError_t launch(const GroupNormCall& call, cudaStream_t stream) {
 int group_norm_chunks(const GroupNormCall& call) {
   const int rows = static_cast<int>(block_of(call).y);
   const int wanted = std::min(kMaxChunks, divide_up(kBlocks / 2, call.images));
-  return std::min(wanted, divide_up(call.pixels, 4 * rows));  // at least four pixels a thread
+  // At least four pixels a thread.
+  return std::min(wanted, divide_up(call.pixels, 4 * rows));
 }
 
 cudaError_t launch_group_norm(const GroupNormCall& call, cudaStream_t stream) {

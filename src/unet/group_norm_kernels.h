@@ -11,20 +11,24 @@ namespace sag {
 /// begin at multiples of 16 bytes.
 struct GroupNormCall {
   const void* x = nullptr;
-  const void* weight = nullptr;  // [channels]
+  // weight and bias: [channels].
+  const void* weight = nullptr;
   const void* bias = nullptr;
   void* out = nullptr;
   bool is_bfloat16 = false;
   int images = 0, pixels = 0, channels = 0, groups = 0;
   float eps = 0;
-  bool silu = false;      // out = y · sigmoid(y) in place of y
-  float* sums = nullptr;  // working memory: [images, group_norm_chunks(…), groups, 2]
+  // Whether out is y · sigmoid(y) in place of y.
+  bool silu = false;
+  // Working memory: [images, group_norm_chunks(…), groups, 2].
+  float* sums = nullptr;
 };
 
-constexpr int kGroupNormVector = 8;  // channels must be a multiple of it
+// Channels must be a multiple of it.
+constexpr int kGroupNormVector = 8;
 constexpr int kGroupNormMaxChannels = 4096;
 
-/// In how many parts the pixels of an image are summed up.
+/// Returns in how many parts the pixels of an image are summed up.
 int group_norm_chunks(const GroupNormCall& call);
 
 /// Enqueues both kernels.

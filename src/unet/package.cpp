@@ -14,24 +14,25 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/version.h>
 
-#include "archive.h"
-#include "attention_sites.h"
+#include "file_problem.h"
+#include "plain_message.h"
+#include "site_names.h"
 
 namespace sag {
 namespace {
 
 using Metadata = std::unordered_map<std::string, std::string>;
 
-constexpr const char* kHowToExport = "tools/export_model.py --format aoti writes packages";
+constexpr const char* kHowToExport = "sag-export --format aoti writes packages";
 
 [[noreturn]] void refuse(const std::string& path, const std::string& what) {
-  C10_THROW_ERROR(
-      ValueError,
-      c10::str("[AotiUNet::load] path must name a compiled UNet (.pt2), got '", path, "', ", what));
+  C10_THROW_ERROR(ValueError,
+                  c10::str("[AotiUNet::load] path must name a compiled UNet (.pt2), got \"", path,
+                           "\", ", what));
 }
 
 // What keeps the loader from finding a compiled model in a zip archive, or nothing.
-std::string problem_of(const std::string& path) {
+std::string content_problem(const std::string& path) {
   try {
     caffe2::serialize::PyTorchStreamReader reader(path);
     const auto records = reader.getAllRecords();
@@ -41,16 +42,13 @@ std::string problem_of(const std::string& path) {
       });
     };
     if (has("data/aotinductor/model/", "wrapper_metadata.json")) return "";
-    if (has("constants.pkl", "")) return "which is a TorchScript archive (see TorchScriptUNet)";
-    if (has("data.pkl", "")) return "which holds tensors but no code (a file of torch.save)";
+    if (has("constants.pkl", "")) return "which is a TorchScript archive (see TorchScriptUNet).";
+    if (has("data.pkl", "")) return "which holds tensors but no code (a file of torch.save).";
     if (has("models/", ".json") || has("serialized_exported_program.json", ""))
-      return c10::str("which is an exported program that is not compiled: ", kHowToExport);
-    return c10::str("which holds no compiled model called \"model\": ", kHowToExport);
+      return c10::str("which is an exported program that is not compiled: ", kHowToExport, ".");
+    return c10::str("which holds no compiled model called \"model\": ", kHowToExport, ".");
   } catch (const std::exception& error) {
-    const auto message = plain_message(error);
-    return message.find("central directory") != std::string::npos
-               ? "which is truncated or damaged"
-               : "which cannot be read as one: " + message;
+    return read_problem(error);
   }
 }
 
@@ -58,7 +56,7 @@ const std::string& value_of(const Metadata& metadata, const std::string& key,
                             const std::string& path) {
   const auto found = metadata.find(key);
   if (found == metadata.end())
-    refuse(path, c10::str("whose metadata has no \"", key, "\": it is damaged"));
+    refuse(path, c10::str("whose metadata has no \"", key, "\": it is damaged."));
   return found->second;
 }
 
@@ -79,7 +77,8 @@ std::int64_t number(const std::string& text, const std::string& path) {
   std::int64_t value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || value < 0)
-    refuse(path, c10::str("whose metadata has \"", text, "\" in place of a number: it is damaged"));
+    refuse(path,
+           c10::str("whose metadata has \"", text, "\" in place of a number: it is damaged."));
   return value;
 }
 
@@ -92,7 +91,7 @@ PackageDim parse_dim(const std::string& text, const std::string& path) {
   dim.low = number(range.substr(0, dash), path);
   dim.high = dash == std::string::npos ? dim.low : number(range.substr(dash + 1), path);
   if (slash != std::string::npos) dim.multiple = number(text.substr(slash + 1), path);
-  if (dim.multiple < 1) refuse(path, "whose metadata has a multiple of 0: it is damaged");
+  if (dim.multiple < 1) refuse(path, "whose metadata has a multiple of 0: it is damaged.");
   return dim;
 }
 
@@ -111,24 +110,22 @@ std::vector<PackageInput> read_inputs(const Metadata& metadata, const std::strin
     const auto dtype = std::find_if(dtypes().begin(), dtypes().end(), [&](const auto& known) {
       return line.size() > 2 && known.first == line[1];
     });
-    if (dtype == dtypes().end()) refuse(path, "whose metadata lists inputs that make no sense");
+    if (dtype == dtypes().end()) refuse(path, "whose metadata lists inputs that make no sense.");
     PackageInput input{line[0], dtype->second, {}};
     for (std::size_t i = 2; i < line.size(); ++i) input.dims.push_back(parse_dim(line[i], path));
     inputs.push_back(std::move(input));
   }
   const bool fits = inputs.size() > 1 && inputs[0].name == "x" && inputs[0].dims.size() == 4 &&
                     inputs[1].name == "timesteps" && inputs[1].dims.size() == 1;
-  if (!fits) refuse(path, "whose forward does not take x and timesteps first");
+  if (!fits) refuse(path, "whose forward does not take x and timesteps first.");
   return inputs;
 }
 
 std::vector<AttentionSiteInfo> read_sites(const Metadata& metadata, const std::string& path) {
   std::vector<AttentionSiteInfo> sites;
   for (const auto& line : lines_of(metadata, "sag.sites", path)) {
-    if (line.size() != 2) refuse(path, "whose metadata lists sites that make no sense");
-    auto name = short_site_name(line[1]);
-    if (name.empty()) name = line[1];
-    sites.push_back({std::move(name), line[1], number(line[0], path)});
+    if (line.size() != 2) refuse(path, "whose metadata lists sites that make no sense.");
+    sites.push_back(make_site(line[1], number(line[0], path)));
   }
   return sites;
 }
@@ -138,7 +135,7 @@ std::map<std::string, std::string> read_weights(const Metadata& metadata, const 
   for (const auto& line : lines_of(metadata, "sag.weights", path)) {
     // A tensor of no dimensions has neither sizes nor strides.
     if (line.size() != 2 && line.size() != 4)
-      refuse(path, "whose metadata lists weights that make no sense");
+      refuse(path, "whose metadata lists weights that make no sense.");
     auto& text = weights[line[0]] = line[1];
     for (std::size_t i = 2; i < line.size(); ++i) text += ' ' + line[i];
   }
@@ -149,12 +146,12 @@ void check_format(const Metadata& metadata, const std::string& path) {
   const auto format = metadata.find("sag.format");
   if (format == metadata.end())
     refuse(path, c10::str("which was not written by sag's exporter: ", kHowToExport,
-                          " that say what they take"));
+                          " that say what they take."));
   if (format->second != "1")
-    refuse(path, c10::str("which has format ", format->second, ", where format 1 is read"));
+    refuse(path, c10::str("which has format ", format->second, ", but only format 1 can be read."));
 }
 
-// LibTorch promises nothing across minor versions to compiled code.
+// Compiled code may not work with another minor version of LibTorch.
 void check_torch(const Metadata& metadata, const std::string& path) {
   const auto& compiled = value_of(metadata, "sag.torch", path);
   const auto minor = [](const std::string& version) {
@@ -162,7 +159,7 @@ void check_torch(const Metadata& metadata, const std::string& path) {
   };
   if (minor(compiled) != minor(TORCH_VERSION))
     refuse(path, c10::str("which was compiled by PyTorch ", compiled, ", but this is LibTorch ",
-                          TORCH_VERSION, ": export it with that version"));
+                          TORCH_VERSION, ": export it with that version."));
 }
 
 bool cpu_has([[maybe_unused]] const std::string& isa) {
@@ -179,25 +176,26 @@ bool cpu_has([[maybe_unused]] const std::string& isa) {
 #endif
 }
 
-// Compiled for the CPU of the exporter: elsewhere it could die of an unknown instruction.
+// The code is for the exporter's CPU: elsewhere an instruction may be unknown, which ends the
+// process.
 void check_machine(const Metadata& metadata, const std::string& path) {
   utsname machine = {};
   const auto compiled = metadata.find("AOTI_MACHINE");
   if (compiled != metadata.end() && uname(&machine) == 0 && compiled->second != machine.machine)
     refuse(path, c10::str("which was compiled for ", compiled->second, ", but this is a ",
-                          machine.machine));
+                          machine.machine, "."));
   const auto isa = metadata.find("AOTI_CPU_ISA");
   std::istringstream extensions(isa == metadata.end() ? "" : isa->second);
   for (std::string extension; extensions >> extension;)
     if (!cpu_has(extension))
       refuse(path, c10::str("which was compiled for CPUs with ", extension,
-                            ", which this one has not: export it on such a machine"));
+                            ", which this CPU does not have: export it on such a machine."));
 }
 
 torch::DeviceType read_device(const Metadata& metadata, const std::string& path) {
   const auto& device = value_of(metadata, "sag.device", path);
   if (device != "cpu" && device != "cuda")
-    refuse(path, c10::str("which was compiled for ", device, ", where cpu and cuda are known"));
+    refuse(path, c10::str("which was compiled for ", device, ", but only cpu and cuda are known."));
   return device == "cpu" ? torch::kCPU : torch::kCUDA;
 }
 
@@ -214,7 +212,7 @@ bool PackageInput::takes(const torch::Tensor& t) const {
                     [](const PackageDim& dim, std::int64_t size) { return dim.takes(size); });
 }
 
-std::string Package::list_inputs() const {
+std::string PackageInfo::list_inputs() const {
   std::string text;
   for (const auto& input : inputs) {
     std::string dims;
@@ -224,16 +222,16 @@ std::string Package::list_inputs() const {
   return text;
 }
 
-std::size_t Package::free_dims() const {
+std::size_t PackageInfo::free_dims() const {
   std::size_t count = 0;
   for (const auto& input : inputs)
     for (const auto& dim : input.dims) count += dim.low != dim.high ? 1 : 0;
   return count;
 }
 
-Package read_package(const std::string& path) {
+PackageInfo read_package(const std::string& path) {
   auto problem = zip_problem(path);
-  if (problem.empty()) problem = problem_of(path);
+  if (problem.empty()) problem = content_problem(path);
   if (!problem.empty()) refuse(path, problem);
   Metadata metadata;
   try {
@@ -259,10 +257,9 @@ std::string describe_weight(const torch::Tensor& t) {
     return known.second == t.scalar_type();
   });
   std::string text = dtype != dtypes().end() ? dtype->first : c10::toString(t.scalar_type());
-  for (const auto numbers : {t.sizes(), t.strides()}) {
+  for (const auto numbers : {t.sizes(), t.strides()})
     for (std::size_t i = 0; i < numbers.size(); ++i)
       text += c10::str(i == 0 ? " " : ",", numbers[i]);
-  }
   return text;
 }
 
@@ -275,8 +272,8 @@ std::vector<std::string> find_packages(const std::string& path) {
     if (entry.path().extension() == ".pt2") packages.push_back(entry.path().string());
   if (packages.empty())
     C10_THROW_ERROR(ValueError, c10::str("[AotiUNet::load] path must name a folder with packages "
-                                         "(*.pt2), but '",
-                                         path, "' has none"));
+                                         "(*.pt2), got \"",
+                                         path, "\", which has none."));
   std::sort(packages.begin(), packages.end());
   return packages;
 }

@@ -23,22 +23,26 @@ struct PackageDim {
 struct PackageInput {
   std::string name;
   torch::ScalarType dtype;
-  std::vector<PackageDim> dims;  ///< rows first
+  /// Rows first.
+  std::vector<PackageDim> dims;
 
   bool takes(const torch::Tensor& t) const;
 };
 
-/// What a compiled package (.pt2) says about itself. The code in it checks nothing of what it is
-/// given, so `tools/export/package.py` writes this into its metadata.
-struct Package {
+/// What a compiled package (.pt2) says about itself. Its code does not check what it is given, so
+/// `exporter/sag_export/package.py` writes this into its metadata.
+struct PackageInfo {
   std::string path;
   torch::DeviceType device = torch::kCPU;
-  std::string model;                 ///< a fingerprint of the network
-  std::string gpu;                   ///< the compute capability, "9.0"; empty for the CPU
-  std::vector<PackageInput> inputs;  ///< in the order of its forward
+  /// A fingerprint of the network.
+  std::string model;
+  /// The compute capability, "9.0"; empty for the CPU.
+  std::string gpu;
+  /// In the order of its forward.
+  std::vector<PackageInput> inputs;
   std::vector<AttentionSiteInfo> sites;
-  /// "<dtype> <sizes> <strides>" of the tensors it needs from weights.pt, by name; empty: it holds
-  /// its weights.
+  /// "<dtype> <sizes> <strides>" of the tensors that it needs from weights.pt, by name. Empty: it
+  /// holds its own weights.
   std::map<std::string, std::string> weights;
 
   /// Returns "x [1-4, 4, 8-64 in steps of 8, …], timesteps [1-4], …".
@@ -47,15 +51,15 @@ struct Package {
   std::size_t free_dims() const;
 };
 
-/// Reads the metadata of a package. Throws ValueError, in one sentence, when the file is none that
-/// sag's exporter wrote, or was compiled for another LibTorch or another kind of machine.
-Package read_package(const std::string& path);
+/// Reads the metadata of a package. Throws ValueError, in one sentence, when the file was not
+/// written by sag's exporter, or was compiled for another LibTorch or another kind of machine.
+PackageInfo read_package(const std::string& path);
 
-/// Returns a tensor's dtype, sizes and strides as `Package::weights` writes them.
+/// Returns a tensor's dtype, sizes and strides as `PackageInfo::weights` writes them.
 std::string describe_weight(const torch::Tensor& t);
 
-/// Returns the packages in a folder (*.pt2), or the one that is named. Throws ValueError if there
-/// is none.
+/// Returns the packages in a folder (*.pt2), or the one that is named. Throws ValueError if a
+/// folder has none.
 std::vector<std::string> find_packages(const std::string& path);
 
 }  // namespace sag

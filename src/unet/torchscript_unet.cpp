@@ -14,12 +14,20 @@
 #include "archive.h"
 #include "attention_nodes.h"
 #include "attention_sites.h"
+#include "call_checks.h"
 #include "flatten.h"
 #include "forward_call.h"
+#include "forward_output.h"
 #include "graph_rewrite.h"
+#include "graph_walk.h"
 #include "group_norm.h"
+#include "model/site_list.h"
+#include "module_conversion.h"
+#include "numbered_device.h"
+#include "plain_message.h"
 #include "sag/attention.h"
 #include "sag/attention_scope.h"
+#include "site_names.h"
 
 namespace sag {
 namespace {
@@ -29,24 +37,24 @@ using torch::jit::GraphFunction;
 using torch::jit::Module;
 using torch::jit::Node;
 
-// What error texts call the model, and who reports.
+// Who reports an error, and what it calls the model.
 struct Origin {
   const char* caller;
   std::string model;
 };
 
-// Returns them with their device's number: tensors always have one.
+// Returns the options with a numbered device, as tensors have it.
 TorchScriptUNetOptions checked(TorchScriptUNetOptions options) {
   const auto dtype = options.dtype.value_or(torch::kFloat);
   TORCH_CHECK_TYPE(dtype == torch::kFloat || dtype == torch::kHalf || dtype == torch::kBFloat16 ||
                        dtype == torch::kDouble,
                    "[TorchScriptUNet::load] dtype must be float, half, bfloat16 or double, got ",
-                   dtype);
-  options.device = numbered_device("TorchScriptUNet::load", options.device);
+                   dtype, ".");
+  options.device = numbered_device(options.device, "TorchScriptUNet::load");
   return options;
 }
 
-// optimize_for_inference leaves constants that cannot be saved: their nodes come back without a
+// optimize_for_inference makes constants that cannot be saved: after loading, their nodes have no
 // value.
 void check_constants(Graph& graph, const Origin& origin) {
   for_each_node(graph, [&](Node* node) {
@@ -55,12 +63,12 @@ void check_constants(Graph& graph, const Origin& origin) {
                       node->output()->type()->kind() == c10::TypeKind::TensorType;
     TORCH_CHECK_VALUE(
         !lost, "[", origin.caller, "] ", origin.model,
-        " must hold its constants, but some were lost when it was saved: save it before "
-        "optimize_for_inference");
+        " must hold its constants, got one that lost some when it was saved: save it before "
+        "optimize_for_inference.");
   });
 }
 
-bool holds(Graph& graph, bool (*is_wanted)(const Node*)) {
+bool has_node(Graph& graph, bool (*is_wanted)(const Node*)) {
   bool found = false;
   for_each_node(graph, [&](Node* node) { found = found || is_wanted(node); });
   return found;
@@ -72,27 +80,28 @@ void check_sites(const FlatGraph& flat, const std::vector<AttentionSiteInfo>& si
   const auto attentions = flat.attention_paths.size();
   const std::string found =
       attentions > 0 ? "only cross-attention (" + std::to_string(attentions) + " of them)"
-      : holds(*flat.graph, is_softmax)
-          ? "only softmax that is no part of an attention known here: export it with "
+      : has_node(*flat.graph, is_softmax)
+          ? "only softmax that does not belong to an attention known here: export it with "
             "scaled_dot_product_attention"
-      : holds(*flat.graph, is_fast_path)
+      : has_node(*flat.graph, is_fast_path)
           ? "only the fast path of nn.MultiheadAttention: trace it after "
             "torch.backends.mha.set_fastpath_enabled(False)"
           : "no attention at all";
   TORCH_CHECK_VALUE(false, "[", origin.caller, "] ", origin.model,
-                    " must have a self-attention that can be hooked, but it has ", found);
+                    " must have a self-attention that can be hooked, got ", found, ".");
 }
 
 void check_is_in_eval_mode(const Module& module, const Origin& origin) {
   for (const Module& part : module.modules()) {
     TORCH_CHECK_VALUE(!part.hasattr("training") || !part.is_training(), "[", origin.caller, "] ",
-                      origin.model, " must be in eval mode, call eval() on it first");
+                      origin.model,
+                      " must be in eval mode, got one in training mode: call eval() on it first.");
   }
 }
 
 Origin check_has_forward(const Module& module, Origin origin) {
   TORCH_CHECK_VALUE(module.find_method("forward"), "[", origin.caller, "] ", origin.model,
-                    " must have a method forward, but has none");
+                    " must have a method forward, got none.");
   return origin;
 }
 
@@ -119,13 +128,19 @@ void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
     convert_constants(graph, dtype);
     if (half) replace_recorded_dtype(graph, recorded, dtype);
   }
-  // Timesteps come in fp32, and a file of another dtype may do without a cast of its own.
+  // Timesteps come in fp32, and a file of another dtype may not cast them itself.
   if (recorded != dtype || dtype != torch::kFloat) follow_weights(graph);
 }
 
-// Runs a forked task where it is forked. LibTorch would give it to another thread: hooks would be
-// called in any order, and on CUDA it would run on that thread's stream, not on the caller's, and
-// escape a capture.
+// A trace may have the number of rows that it was made with written into it.
+const char* note_on_rows(const UNetInput& input) {
+  return input.x.size(0) > 1 ? " If the file was traced for one row, set max_rows = 1 (sag-sample: "
+                               "--max-rows 1)."
+                             : "";
+}
+
+// Runs a forked task where it is forked. LibTorch would give it to another thread: hooks would run
+// in any order, and on CUDA the task would run on that thread's stream, outside of a capture.
 void run_in_place(const std::function<void()>& task) {
   task();
 }
@@ -133,7 +148,7 @@ void run_in_place(const std::function<void()>& task) {
 }  // namespace
 
 struct TorchScriptUNet::State {
-  // `wanted`: where to run it; nothing: as the module is.
+  // `wanted`: where and how to run it; null: as the module is.
   State(Module loaded, const Origin& from, const TorchScriptUNetOptions* wanted)
       : origin(check_has_forward(loaded, from)),
         module(std::move(loaded)),
@@ -175,8 +190,8 @@ struct TorchScriptUNet::State {
   bool channels_last = false;
 
   std::mutex mutex;
-  // By the sites that are hooked, sorted. GraphFunction compiles on first use and runs on many
-  // threads.
+  // By the sorted names of the hooked sites. GraphFunction compiles on first use, and may run on
+  // several threads.
   std::map<std::vector<std::string>, std::shared_ptr<GraphFunction>> functions;
 };
 
@@ -191,10 +206,10 @@ std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
   const auto nodes = attention_nodes(*graph);
   std::map<std::int64_t, std::string> names;
   for (const auto& name : hooked) {
-    const auto& site = site_called(sites, name, "TorchScriptUNet::forward");
+    const auto site = hooked_site(sites, name, "TorchScriptUNet::forward");
     const auto [other, is_new] = names.emplace(site.ordinal, name);
-    TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must go by one name, got '",
-                      name, "' and '", other->second, "'");
+    TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must have one name, got \"",
+                      name, "\" and \"", other->second, "\".");
     for (const auto i : nodes_of(flat, site)) hook_attention(nodes[i], name);
   }
   return graph;
@@ -204,8 +219,8 @@ std::shared_ptr<GraphFunction> TorchScriptUNet::State::function(
     const std::vector<std::string>& hooked) {
   const std::lock_guard lock(mutex);
   if (const auto known = functions.find(hooked); known != functions.end()) return known->second;
-  // SIMPLE: no profiling runs and no fusion, so no call is slower than the others, and nothing of
-  // it is a switch of the process.
+  // SIMPLE: without profiling runs and fusion no call is slower than the others, and no switch of
+  // the process is set.
   auto function =
       std::make_shared<GraphFunction>(c10::QualifiedName("sag_unet_forward"), hooked_graph(hooked),
                                       nullptr, torch::jit::ExecutorExecutionMode::SIMPLE);
@@ -223,20 +238,20 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
   const auto forward = function(hooked);
   c10::IValue result;
   try {
-    // A forked task would be run by an executor that profiles and fuses.
+    // Otherwise an executor that profiles and fuses would run forked tasks.
     const torch::jit::GraphOptimizerEnabledGuard as_it_is(false);
     const auto future = forward->runAsync(stack, run_in_place);
     future->waitAndThrow();
     result = future->value();
   } catch (const std::exception& error) {
     TORCH_CHECK(false, "[TorchScriptUNet::forward] ", origin.model, " failed for ",
-                list_shapes(input), ": ", plain_message(error));
+                list_shapes(input), ": ", plain_message(error), note_on_rows(input));
   }
   const auto out = output_tensor(result);
   TORCH_CHECK_VALUE(
       out.defined(), "[TorchScriptUNet::forward] the forward of ", origin.model,
       " must return a tensor, a tuple or list with one, or a dict with \"sample\" or \"out\", got ",
-      result.tagKind(), "; ", list_sites(sites));
+      result.tagKind(), ". ", list_sites(sites));
   return out.contiguous();
 }
 
@@ -247,13 +262,9 @@ std::shared_ptr<TorchScriptUNet> TorchScriptUNet::load(const std::string& path,
                                                        const TorchScriptUNetOptions& options) {
   ensure_ops_registered();
   const auto wanted = checked(options);
-  const Origin origin{"TorchScriptUNet::load", "'" + path + "'"};
+  const Origin origin{"TorchScriptUNet::load", "\"" + path + "\""};
   auto state = std::make_unique<State>(read_archive(path), origin, &wanted);
   return std::shared_ptr<TorchScriptUNet>(new TorchScriptUNet(std::move(state)));
-}
-
-std::shared_ptr<TorchScriptUNet> TorchScriptUNet::load(const std::string& path) {
-  return load(path, {});
 }
 
 std::shared_ptr<TorchScriptUNet> TorchScriptUNet::from_module(const Module& module) {
@@ -266,9 +277,9 @@ std::shared_ptr<TorchScriptUNet> TorchScriptUNet::from_module(const Module& modu
 
 torch::Tensor TorchScriptUNet::forward(const UNetInput& input) const {
   torch::NoGradGuard no_grad;
-  check_input(input, state_->device, state_->dtype);
+  check_input(input, state_->device, state_->dtype, "TorchScriptUNet::forward");
   const auto out = state_->run(input);
-  check_output(out, input.x, "TorchScriptUNet::forward", state_->origin.model);
+  check_output(out, input.x, state_->origin.model, "TorchScriptUNet::forward");
   return out;
 }
 

@@ -32,11 +32,11 @@ struct TorchScriptFixture {
   std::string result = "out";
   /// How an attention combines q, k and v, [rows, 2, tokens, kWidth / 2].
   std::string attention = "torch.scaled_dot_product_attention(q, k, v)";
-  /// Methods of the attentions, which that may call.
+  /// Methods of the attentions, which `attention` may call.
   std::string methods = {};
 };
 
-/// Knows "fork", which only code read from archives can say otherwise.
+/// Knows "fork", which otherwise only code from archives can call.
 struct ResolverWithFork : torch::jit::Resolver {
   std::shared_ptr<torch::jit::SugaredValue> resolveValue(
       const std::string& name, torch::jit::GraphFunction& m,

@@ -1,0 +1,41 @@
+#include "site_list.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include <c10/util/StringUtil.h>
+
+namespace sag {
+namespace {
+
+// "#6", or empty if the place is unknown.
+std::string number_of(const AttentionSiteInfo& site) {
+  return site.ordinal >= 0 ? c10::str("#", site.ordinal) : "";
+}
+
+}  // namespace
+
+std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
+                                            const std::string& name) {
+  std::vector<AttentionSiteInfo> found;
+  std::copy_if(sites.begin(), sites.end(), std::back_inserter(found), [&](const auto& site) {
+    return name == site.name || name == site.path || (!name.empty() && name == number_of(site));
+  });
+  return found;
+}
+
+std::string describe_site(const AttentionSiteInfo& site) {
+  std::string others;
+  for (const auto& name : {site.path, number_of(site)})
+    if (!name.empty() && name != site.name) others += (others.empty() ? "" : ", ") + name;
+  return others.empty() ? site.name : c10::str(site.name, " (", others, ")");
+}
+
+std::string list_sites(const std::vector<AttentionSiteInfo>& sites) {
+  if (sites.empty()) return "It has no self-attention that can be hooked.";
+  std::string text;
+  for (const auto& site : sites) text += (text.empty() ? "" : ", ") + describe_site(site);
+  return "Its self-attentions are " + text + ".";
+}
+
+}  // namespace sag

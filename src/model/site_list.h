@@ -1,0 +1,21 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "sag/unet.h"
+
+// Lists of sites: which one a name means, and how errors list them.
+namespace sag {
+
+/// Returns the sites whose name, path or "#ordinal" is `name`.
+std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
+                                            const std::string& name);
+
+/// Returns all that a site is called: "middle.0.0 (middle_block.1.transformer_blocks.0.attn1, #6)".
+std::string describe_site(const AttentionSiteInfo& site);
+
+/// Returns a sentence that lists the sites.
+std::string list_sites(const std::vector<AttentionSiteInfo>& sites);
+
+}  // namespace sag

@@ -1,0 +1,117 @@
+// The UNets of client_unets.h do what their users need.
+#include "support/client_unets.h"
+
+#include <string>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "sag/attention_hook.h"
+#include "sag/cfg_guider.h"
+#include "sag/model_patcher.h"
+#include "sag/samplers.h"
+#include "sag/self_attention_guidance.h"
+#include "sag/torchscript_unet.h"
+
+namespace sag {
+namespace {
+
+using ::testing::ElementsAre;
+
+std::vector<std::string> names(const UNet& unet) {
+  std::vector<std::string> names;
+  for (const auto& site : unet.attention_sites()) names.push_back(site.name);
+  return names;
+}
+
+std::vector<std::int64_t> tokens(const UNet& unet, const UNetInput& input) {
+  std::vector<std::int64_t> tokens;
+  for (const auto& shape : probe_attention_sites(unet, input)) tokens.push_back(shape.tokens);
+  return tokens;
+}
+
+struct Run {
+  torch::Tensor latent;
+  std::int64_t guided = 0;
+  // Shapes of q at the site.
+  std::vector<std::vector<std::int64_t>> seen;
+};
+
+// A guided run, with a hook of its own at the same site.
+Run run(ModelPatcher model, const Conditioning& prompt, const std::string& site,
+        const torch::Tensor& x, const std::vector<double>& sigmas, double scale) {
+  Run run;
+  model.set_attn1_replace(
+      [&run](const AttentionCall& call, const Pass&, const NextAttention& next) {
+        run.seen.push_back(call.q.sizes().vec());
+        return next(call);
+      },
+      AttentionSite(site));
+  const auto guided =
+      apply_self_attention_guidance(model, {.scale = scale, .site = AttentionSite(site)});
+  CfgGuider guider(guided, {prompt}, {prompt}, {.cond_scale = 1.0});
+  run.latent = sample_euler(std::ref(guider), x, sigmas);
+  run.guided = guider.report().guided();
+  return run;
+}
+
+void expect_guided_at(const ModelPatcher& model, const Conditioning& prompt,
+                      const std::string& site, const torch::Tensor& x,
+                      const std::vector<double>& sigmas, std::vector<std::int64_t> q_of_a_row) {
+  const auto guided = run(model, prompt, site, x, sigmas, 1.0);
+  EXPECT_EQ(guided.guided, 3);
+  ASSERT_FALSE(guided.seen.empty());
+  auto q = guided.seen.front();
+  EXPECT_GE(q.front(), 1);
+  q.front() = 1;
+  EXPECT_EQ(q, q_of_a_row);
+  const auto plain = run(model, prompt, site, x, sigmas, 0.0);
+  EXPECT_TRUE(guided.latent.isfinite().all().item<bool>());
+  EXPECT_GT((guided.latent - plain.latent).abs().max().item<double>(), 1e-4);
+}
+
+TEST(FlowUNet, ListsItsSelfAttentionsByTheirPaths) {
+  const auto unet = TorchScriptUNet::from_module(test::make_flow_unet());
+  EXPECT_THAT(names(*unet), ElementsAre("model.down.4.1", "model.mid.1", "model.up.3.1"));
+  EXPECT_THAT(unet->argument_names(), ElementsAre("x", "timestep", "context", "context_mask"));
+  EXPECT_THAT(tokens(*unet, test::flow_input()), ElementsAre(24, 6, 24));
+}
+
+TEST(FlowUNet, HidesTheTokensThatItsMaskHides) {
+  const auto unet = TorchScriptUNet::from_module(test::make_flow_unet());
+  auto input = test::flow_input();
+  const auto out = unet->forward(input);
+  EXPECT_EQ(out.sizes(), input.x.sizes());
+  input.context.select(1, 3).mul_(-5);
+  EXPECT_TRUE(torch::equal(unet->forward(input), out));
+  input.extra["context_mask"] = torch::ones({2, 4}, torch::kBool);
+  EXPECT_GT((unet->forward(input) - out).abs().max().item<double>(), 1e-3);
+}
+
+TEST(FlowUNet, IsGuidedAtASiteThatIsNamed) {
+  const ModelPatcher model(TorchScriptUNet::from_module(test::make_flow_unet()),
+                           ModelSampling::flow({.multiplier = 1}));
+  const auto input = test::flow_input(1);
+  const Conditioning prompt{.context = input.context, .extra = input.extra};
+  expect_guided_at(model, prompt, "model.mid.1", input.x, {0.9, 0.6, 0.3, 0}, {1, 2, 6, 4});
+}
+
+TEST(PictureUNet, ListsItsSites) {
+  const auto unet = test::make_picture_unet();
+  EXPECT_THAT(names(*unet), ElementsAre("down", "mid_attn", "up"));
+  const UNetInput input{.x = torch::ones({2, 1, 8, 12}), .timesteps = torch::ones({2})};
+  EXPECT_EQ(unet->forward(input).sizes(), input.x.sizes());
+  EXPECT_THAT(tokens(*unet, input), ElementsAre(24, 6, 24));
+}
+
+TEST(PictureUNet, IsGuidedAtASiteThatIsNamed) {
+  const ModelPatcher model(test::make_picture_unet(), ModelSampling::discrete());
+  torch::manual_seed(4);
+  const auto x = 8 * torch::randn({1, 1, 8, 12});
+  expect_guided_at(model, {}, "mid_attn", x, {8, 3, 1, 0}, {1, 1, 6, 8});
+}
+
+}  // namespace
+}  // namespace sag
