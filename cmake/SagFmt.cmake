@@ -8,7 +8,9 @@ if(NOT TARGET fmt::fmt-header-only)
   find_path(SAG_FMT_INCLUDE_DIR fmt/format.h HINTS ${TORCH_INCLUDE_DIRS})
   mark_as_advanced(SAG_FMT_INCLUDE_DIR)
   if(NOT SAG_FMT_INCLUDE_DIR)
-    message(FATAL_ERROR "sag needs {fmt}: install it (Debian and Ubuntu: libfmt-dev) or set fmt_DIR.")
+    message(FATAL_ERROR
+      "The tests and the command need {fmt}: install it (Debian and Ubuntu: libfmt-dev), set fmt_DIR, or build the "
+      "library alone: -DSAG_BUILD_TESTS=OFF -DSAG_BUILD_EXAMPLES=OFF.")
   endif()
 endif()
 

@@ -1,6 +1,8 @@
 # Finds LibTorch. Include at file scope, after project(): a CUDA build of LibTorch enables the CUDA language.
 
-set(sag_torch_minimum 2.6)
+# The version that sag is tested with: scripts/bootstrap.sh reads it here and downloads it. Older ones are refused.
+set(sag_torch_tested 2.11.0)
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" sag_torch_minimum "${sag_torch_tested}")
 
 if(NOT DEFINED CMAKE_BUILD_TYPE OR "${CMAKE_BUILD_TYPE}" STREQUAL "")
   if(PROJECT_IS_TOP_LEVEL AND NOT CMAKE_CONFIGURATION_TYPES)

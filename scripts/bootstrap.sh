@@ -12,13 +12,13 @@
 #   CMAKE_BUILD_PARALLEL_LEVEL        how many jobs run at once
 #   SAG_WARNINGS_AS_ERRORS=ON         as CI builds; OFF by default, for compilers that nobody has tried yet
 
-sag_torch_version=2.11.0
 sag_cuda_version=13.0
 sag_cmake_version=3.31.10
 sag_cmake_minimum=3.25
 sag_needed_gib=8
 
 sag_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+sag_torch_version=$(sed -n 's/^set(sag_torch_tested \(.*\))$/\1/p' "$sag_root/cmake/SagTorch.cmake")
 sag_build_dir=$sag_root/build/release
 sag_cache=${SAG_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/sag}
 sag_cmake=cmake

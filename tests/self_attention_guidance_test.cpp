@@ -1,11 +1,17 @@
 #include "sag/self_attention_guidance.h"
 
 #include <algorithm>
+#include <cctype>
+#include <map>
 #include <stdexcept>
+#include <string>
 #include <thread>
+#include <tuple>
+#include <vector>
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <nlohmann/json.hpp>
 
 #include "sag/attention.h"
 #include "sag/attention_map.h"
@@ -65,93 +71,92 @@ ToyResult run(const ToyRun& toy, torch::Device device = torch::kCPU) {
 
 const SelfAttentionGuidanceOptions kSag = {.scale = .75};
 
-struct Golden {
-  const char* id;
+/// A run of ComfyUI 0.3.64 on the toy model: an entry of golden/toy.json with the values at flat
+/// indices 0, 100, 777 and 1535, and one with the sum of absolute values.
+struct ToyGolden {
+  std::string name;
   ToyRun run;
-  std::vector<double> at;  // flat indices 0, 100, 777, 1535
-  double sum_abs;
+  std::vector<double> at;
+  double at_tolerance = 0;
+  double sum_abs = 0, sum_tolerance = 0;
 };
 
-/// ComfyUI 0.3.64 on the toy model (golden/toy.json), its own values, tolerances and names.
-const std::vector<Golden> kGoldens = {
-    {"T12", {}, {-2.842114, -0.246421, -6.716259, -2.545937}, 6243.8574},
-    {"T13", {.sag = {kSag}}, {-3.503472, -2.202827, -5.858837, -2.740784}, 6241.373676},
-    {"T14_no_sag", {.sigmas = {4, 0}}, {-4.292791, -2.343381, -7.197773, -4.059066}, 7986.710148},
-    {"T14",
-     {.sigmas = {4, 0}, .sag = {kSag}},
-     {-4.657514, -3.385478, -6.416913, -4.368860},
-     7986.743181},
-    {"T15",
-     {.sag = {{.scale = -1, .blur_sigma = 1}}},
-     {-0.613078, 3.844987, -7.405267, -2.487843},
-     7163.496012},
-    {"T16",
-     {.cond_scale = 1, .sag = {kSag}},
-     {0.228555, 1.527738, -1.511618, 1.024782},
-     2749.466776},
-    {"T17", {.cond_scale = 1}, {0.896883, 3.492578, -2.964271, 1.210637}, 4032.066184},
-    {"T18",
-     {.sag = {{.scale = .75, .sigma_start = 5, .sigma_end = 1}}},
-     {-3.243425, -1.413695, -6.715827, -2.549601},
-     6243.373595},
-    {"T18_edges",
-     {.sag = {{.scale = .75, .sigma_start = 4, .sigma_end = 1.5}}},
-     {-3.243425, -1.413695, -6.715827, -2.549601},
-     6243.373595},
-    {"T20",
-     {.prediction = Prediction::v, .sag = {kSag}},
-     {-0.979830, -0.774858, -1.269959, -0.901142},
-     1643.082345},
-    {"T21",
-     {.prediction = Prediction::flow, .sigmas = {1, .75, .5, .25, 0}},
-     {-0.700147, -0.145357, -1.527921, -0.635644},
-     1472.9908},
-    {"T23",
-     {.prediction = Prediction::flow, .sigmas = {1, .75, .5, .25, 0}, .sag = {kSag}},
-     {-0.851962, -0.592915, -1.197525, -0.662125},
-     1472.762962},
-    {"T25",
-     {.sag = {kSag, {.scale = .25, .blur_sigma = 1}}},
-     {-3.701168, -2.605481, -5.575083, -2.756134},
-     6241.627677},
-    {"T26",
-     {.sag = {kSag}, .sampler = "heun"},
-     {-1.885284, -0.959453, -3.450225, -1.226830},
-     3586.8808},
-    {"T27",
-     {.sag = {kSag}, .sampler = "dpmpp_2m"},
-     {-2.144064, -1.168253, -3.700621, -1.406419},
-     4013.1545},
-    {"T27b",
-     {.sag = {kSag}, .sampler = "dpm_2"},
-     {-2.091223, -1.132189, -3.920791, -1.338132},
-     3919.7379},
-    {"T28",
-     {.sag = {kSag}, .sampler = "uni_pc"},
-     {-1.042619, -0.352144, -2.176814, -0.333319},
-     2347.6622},
-    {"T29",
-     {.sag = {kSag}, .sampler = "euler_cfg_pp"},
-     {-5.909357, -4.994708, -7.410383, -5.096119},
-     9663.2613},
-};
+/// Returns the run that the parameters of an entry describe. What they leave out is as in ToyRun,
+/// and as in kSag.
+ToyRun described_run(const nlohmann::json& params) {
+  ToyRun toy{.prediction = parse_prediction(params.value("pred", "eps")),
+             .cond_scale = params.value("cfg", 7.0),
+             .sampler = params.value("sampler", "euler")};
+  if (params.contains("sig")) toy.sigmas = params["sig"].get<std::vector<double>>();
+  if (params.value("variant", "") == "no_sag") return toy;
+  toy.sag = {kSag};
+  toy.sag[0].scale = params.value("scale", kSag.scale);
+  toy.sag[0].blur_sigma = params.value("blur", kSag.blur_sigma);
+  if (params.contains("window")) {
+    toy.sag[0].sigma_start = params["window"]["sigma_start"];
+    toy.sag[0].sigma_end = params["window"]["sigma_end"];
+  }
+  return toy;
+}
 
-class Toy : public testing::TestWithParam<std::tuple<const char*, Golden>> {};
+std::vector<ToyGolden> toy_goldens() {
+  std::vector<ToyGolden> goldens;
+  for (const char* id : {"T12", "T13", "T14", "T15", "T16", "T17", "T18", "T20", "T21", "T23",
+                         "T26", "T27", "T27b", "T28", "T29"}) {
+    std::map<std::string, ToyGolden> runs;  // by what the entry says before the colon
+    for (const auto& entry : test::toy_entries(id)) {
+      const auto what = entry.at("what").get<std::string>();
+      const auto colon = what.rfind(": ");
+      if (colon == std::string::npos) continue;
+      auto& golden = runs[what.substr(0, colon)];
+      golden.name = id;
+      golden.run = described_run(entry.at("params"));
+      if (entry.at("value").is_array()) {
+        golden.at = entry["value"].get<std::vector<double>>();
+        golden.at_tolerance = entry.at("tolerance");
+      } else {
+        golden.sum_abs = entry["value"];
+        golden.sum_tolerance = entry.at("tolerance");
+      }
+    }
+    for (auto& [what, golden] : runs) {
+      if (runs.size() > 1) golden.name += "_" + what;
+      std::erase_if(golden.name, [](unsigned char c) { return c != '_' && !std::isalnum(c); });
+      goldens.push_back(golden);
+    }
+  }
+
+  // T25, two SAGs: all in one entry, whose tolerance is that of the sum.
+  const auto entry = test::toy_entries("T25").front();
+  auto at = entry.at("value").get<std::vector<double>>();
+  const double sum_abs = at.back();
+  at.pop_back();
+  goldens.push_back({.name = "T25",
+                     .run = {.sag = {kSag, {.scale = .25, .blur_sigma = 1}}},
+                     .at = at,
+                     .at_tolerance = test::toy_entries("T13").front().at("tolerance"),
+                     .sum_abs = sum_abs,
+                     .sum_tolerance = entry.at("tolerance")});
+  return goldens;
+}
+
+class Toy : public testing::TestWithParam<std::tuple<const char*, ToyGolden>> {};
 
 TEST_P(Toy, GivesTheReferencesNumbers) {
   const auto& [device_name, golden] = GetParam();
   const torch::Device device(device_name);
   SAG_SKIP_WITHOUT_CUDA(device);
+  ASSERT_EQ(golden.at.size(), 4u);
   const auto samples = run(golden.run, device).samples.cpu();
   const auto at = samples.flatten().index_select(0, torch::tensor({0, 100, 777, 1535}));
-  EXPECT_LT(max_diff(at, torch::tensor(golden.at)), 2e-4);
-  EXPECT_NEAR(samples.abs().sum(torch::kDouble).item<double>(), golden.sum_abs, 5e-3);
+  EXPECT_LT(max_diff(at, torch::tensor(golden.at)), golden.at_tolerance);
+  EXPECT_NEAR(samples.abs().sum(torch::kDouble).item<double>(), golden.sum_abs,
+              golden.sum_tolerance);
 }
 INSTANTIATE_TEST_SUITE_P(Reference, Toy,
-                         testing::Combine(test::backends(), testing::ValuesIn(kGoldens)),
+                         testing::Combine(test::backends(), testing::ValuesIn(toy_goldens())),
                          [](const auto& info) {
-                           return std::string(std::get<1>(info.param).id) + "_" +
-                                  std::get<0>(info.param);
+                           return std::get<1>(info.param).name + "_" + std::get<0>(info.param);
                          });
 
 // T1 of golden/toy.json: the layer that is watched gives what it gives there.

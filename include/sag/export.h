@@ -1,8 +1,8 @@
 #pragma once
 
-/// Marks what the shared library exports; everything else is hidden.
-#if defined(_WIN32)
-#define SAG_API
-#else
-#define SAG_API __attribute__((visibility("default")))
+#if !defined(__linux__)
+#error "sag is built and tested on Linux only."
 #endif
+
+/// Marks what the shared library exports; everything else is hidden.
+#define SAG_API __attribute__((visibility("default")))
