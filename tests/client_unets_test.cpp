@@ -6,11 +6,13 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/jit/api/module.h>
 #include <torch/torch.h>
 
 #include "sag/attention_hook.h"
 #include "sag/cfg_guider.h"
 #include "sag/model_patcher.h"
+#include "sag/sample.h"
 #include "sag/samplers.h"
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
@@ -111,6 +113,43 @@ TEST(PictureUNet, IsGuidedAtASiteThatIsNamed) {
   torch::manual_seed(4);
   const auto x = 8 * torch::randn({1, 1, 8, 12});
   expect_guided_at(model, {}, "mid_attn", x, {8, 3, 1, 0}, {1, 1, 6, 8});
+}
+
+// A run as the README has it, without a word about sites.
+GuiderReport sampled(const std::shared_ptr<const UNet>& unet, const ModelSampling& sampling,
+                     const Conditioning& prompt, const torch::Tensor& noise) {
+  const auto model = apply_self_attention_guidance({unet, sampling}, {.scale = 0.75});
+  CfgGuider guider(model, {prompt}, {prompt}, {.cond_scale = 5.0});
+  const auto latent = sample(guider, noise, {.steps = 3});
+  EXPECT_TRUE(latent.isfinite().all().item<bool>());
+  return guider.report();
+}
+
+TEST(FlowUNet, IsSampledWithoutNamingASite) {
+  const auto input = test::flow_input(1);
+  const Conditioning prompt{.context = input.context, .extra = input.extra};
+  const auto sampling = ModelSampling::flow({.multiplier = 1});
+  const auto module = test::make_flow_unet();
+  const auto named = sampled(TorchScriptUNet::from_module(module), sampling, prompt, input.x);
+  EXPECT_EQ(named.guided(), 3);
+  EXPECT_EQ(named.sites.front().site, "model.mid.1");
+  EXPECT_EQ(named.sites.front().reason, "mid is a part of its path");
+
+  // A frozen file has no names left.
+  auto trained = module.clone();
+  trained.eval();
+  const auto frozen = TorchScriptUNet::from_module(torch::jit::freeze(trained));
+  const auto probed = sampled(frozen, sampling, prompt, input.x);
+  EXPECT_EQ(probed.guided(), 3);
+  EXPECT_THAT(probed.sites.front().reason, ::testing::HasSubstr("fewest tokens, 6,"));
+}
+
+TEST(PictureUNet, IsSampledWithoutNamingASite) {
+  torch::manual_seed(4);
+  const auto noise = torch::randn({1, 1, 8, 12});
+  const auto report = sampled(test::make_picture_unet(), ModelSampling::discrete(), {}, noise);
+  EXPECT_EQ(report.guided(), 3);
+  EXPECT_EQ(report.sites.front().site, "mid_attn");
 }
 
 }  // namespace

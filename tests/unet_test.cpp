@@ -14,14 +14,17 @@ namespace {
 
 class ListedUNet final : public UNet {
  public:
-  explicit ListedUNet(std::vector<AttentionSiteInfo> sites) : sites_(std::move(sites)) {}
+  explicit ListedUNet(std::vector<AttentionSiteInfo> sites, std::string note = {})
+      : sites_(std::move(sites)), note_(std::move(note)) {}
   torch::Tensor forward(const UNetInput& input) const override { return input.x; }
   std::vector<AttentionSiteInfo> attention_sites() const override { return sites_; }
+  std::string note_on_sites() const override { return note_; }
   torch::Device device() const override { return torch::kCPU; }
   torch::ScalarType dtype() const override { return torch::kFloat; }
 
  private:
   std::vector<AttentionSiteInfo> sites_;
+  std::string note_;
 };
 
 const ListedUNet kUNet({{"input.4.0", "unet.input_blocks.4.1.transformer_blocks.0.attn1", 2},
@@ -101,6 +104,15 @@ TEST(FindMiddleAttention, GuessesNothing) {
                            testing::Not(testing::HasSubstr("up")))));
   EXPECT_THROW(middle_of({}), c10::ValueError);
   EXPECT_THROW(find_middle_attention(kUNet), c10::ValueError) << "two are called middle.0.0";
+}
+
+// A compiled package lists what was marked at export, which may be any site.
+TEST(FindMiddleAttention, DoesNotTakeTheOnlyOneOfAListThatIsNotWhole) {
+  const ListedUNet unet({{"input.1.0"}}, "Others were not marked.");
+  EXPECT_THAT([&] { find_middle_attention(unet); },
+              testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("Others were not")));
+  EXPECT_EQ(find_middle_attention(ListedUNet({{"mid.1"}}, "Others were not marked."))->site,
+            "mid.1");
 }
 
 TEST(FindMiddleAttention, TakesTheFewestTokensOfAProbe) {

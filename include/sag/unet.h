@@ -92,7 +92,7 @@ struct SiteChoice {
 /// diffusers' are; else the only one with mid, middle, middle_block, mid_block, mid_attn or
 /// bottleneck as a part of its path; else the only one that there is. Returns nothing when names do
 /// not tell. Throws ValueError, with the list of sites, when there is none, or several with such a
-/// part.
+/// part, and when names do not tell in a UNet that lists only some sites (a compiled package).
 SAG_API std::optional<SiteChoice> find_middle_attention(const UNet& unet);
 
 /// Finds it by a probe: the only self-attention with the fewest tokens. Throws ValueError, with the

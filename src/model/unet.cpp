@@ -105,11 +105,16 @@ std::optional<SiteChoice> find_middle_attention(const UNet& unet) {
                     note.empty() ? "" : " ", note);
   if (const auto known = sites_called(sites, "middle.0.0"); !known.empty())
     return SiteChoice{kMiddle, only_name(unet, known, "middle.0.0"), "its name is middle.0.0"};
-  if (sites.size() == 1)
+  // Where some sites are missing, the only one, or the one with the fewest tokens, means nothing.
+  if (sites.size() == 1 && note.empty())
     return SiteChoice{kMiddle, own_name(sites, sites.front()), "it is the only self-attention"};
   std::vector<AttentionSiteInfo> found;
   std::copy_if(sites.begin(), sites.end(), std::back_inserter(found),
                [](const auto& site) { return !middle_part(site).empty(); });
+  TORCH_CHECK_VALUE(!found.empty() || note.empty(),
+                    "[find_middle_attention] site must be named for this UNet, as it does not list "
+                    "all its self-attentions and none of these is called the middle block's. ",
+                    list_sites(sites), " ", note);
   if (found.empty()) return std::nullopt;
   TORCH_CHECK_VALUE(found.size() == 1, "[find_middle_attention] site must be named for this UNet, ",
                     "as ", found.size(), " self-attentions are in its middle block. ",
