@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Sets up what sag is built with. Sourced by demo.sh and test.sh, which then call
 #
-#   sag_bootstrap [tools]      system packages, LibTorch, a CUDA compiler, a new enough CMake; what the tests in Python need
-#   sag_build [<target>...]    configures and builds build/release (everything, or the targets named)
+#   sag_bootstrap [tools|tests]  system packages, LibTorch, a CUDA compiler, a new enough CMake; what tools/ and the tests in
+#                                Python need; doxygen, for the tests
+#   sag_build [<target>...]      configures and builds build/release (everything, or the targets named)
 #
 # What is downloaded, and the compiler's cache, lie outside the clone, in one folder that later clones use again:
 #
@@ -38,12 +39,12 @@ sag_bootstrap() {
   trap sag_clean_up EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
-  sag_system_packages
+  sag_system_packages "${1:-}"
   sag_open_cache
   sag_find_cmake
   sag_find_torch
   sag_find_nvcc
-  [[ ${1:-} != tools ]] || sag_find_tools
+  [[ -z ${1:-} ]] || sag_find_tools
   sag_close_cache
 }
 
@@ -51,7 +52,7 @@ sag_bootstrap() {
 
 sag_system_packages() {
   local missing=()
-  sag_look_for_packages
+  sag_look_for_packages "${1:-}"
   ((${#missing[@]})) || return 0
   local list="${missing[*]}" sudo=()
   command -v apt-get >/dev/null ||
@@ -66,7 +67,7 @@ sag_system_packages() {
   "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
     >/dev/null || die "apt-get could not install (is there a network?): $list"
   missing=()
-  sag_look_for_packages
+  sag_look_for_packages "${1:-}"
   ((${#missing[@]} == 0)) || die "still missing after apt-get install: ${missing[*]}"
 }
 
@@ -85,13 +86,16 @@ sag_look_for_packages() {
   sag_look_for_header CLI/CLI.hpp libcli11-dev
   sag_look_for_header nlohmann/json.hpp nlohmann-json3-dev
   sag_look_for_header png.h libpng-dev
+  if [[ ${1:-} == tests ]]; then
+    command -v doxygen >/dev/null || ! sag_may_install || missing+=(doxygen)
+  fi
 }
 
 sag_look_for_header() {
   echo "#include <$1>" | "${CXX:-c++}" -std=c++17 -E -x c++ - >/dev/null 2>&1 || missing+=("$2")
 }
 
-# ccache is worth installing, not worth failing for.
+# ccache and doxygen are worth installing, not worth failing for.
 sag_may_install() {
   command -v apt-get >/dev/null && { ((EUID == 0)) || sudo -n true 2>/dev/null; }
 }
