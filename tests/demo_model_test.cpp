@@ -1,7 +1,6 @@
 // The shipped model: small, clean, and it samples.
 
 #include <filesystem>
-#include <fstream>
 #include <regex>
 
 #include <caffe2/serialize/inline_container.h>
@@ -16,16 +15,17 @@
 #include "sag/schedules.h"
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
+#include "support/files.h"
 #include "support/reference.h"
 
 namespace sag {
 namespace {
 
-const std::string kDir = std::string(SAG_SOURCE_DIR) + "/models/emoji";
+using test::kModelDir;
 
 TEST(DemoModel, IsAtMost16MiB) {
   std::uintmax_t bytes = 0;
-  for (const auto& file : std::filesystem::recursive_directory_iterator(kDir))
+  for (const auto& file : std::filesystem::recursive_directory_iterator(kModelDir))
     if (file.is_regular_file()) bytes += file.file_size();
   EXPECT_LE(bytes, 16u << 20);
 }
@@ -33,7 +33,7 @@ TEST(DemoModel, IsAtMost16MiB) {
 TEST(DemoModel, ArchivesTellNothingOfTheMachineThatMadeThem) {
   const std::regex machine(R"((/root|/home|/tmp|/usr|/opt|\.py\b|site-packages))");
   for (const char* name : {"unet.ts", "text_encoder.ts"}) {
-    caffe2::serialize::PyTorchStreamReader reader(kDir + "/" + name);
+    caffe2::serialize::PyTorchStreamReader reader(kModelDir + name);
     for (const auto& record : reader.getAllRecords()) {
       EXPECT_EQ(record.find("debug_pkl"), std::string::npos) << name << ": " << record;
       if (record.find(".storage/") != std::string::npos || record.starts_with("data/") ||
@@ -47,11 +47,11 @@ TEST(DemoModel, ArchivesTellNothingOfTheMachineThatMadeThem) {
 }
 
 TEST(DemoModel, DrawsAWordAndSagChangesIt) {
-  auto encoder = torch::jit::load(kDir + "/text_encoder.ts");
+  auto encoder = torch::jit::load(kModelDir + "text_encoder.ts");
   const auto encode = [&](const std::string& text) {
     return encoder.get_method("encode")({text}).toTensor().to(torch::kFloat);
   };
-  const auto unet = TorchScriptUNet::load(kDir + "/unet.ts");
+  const auto unet = TorchScriptUNet::load(kModelDir + "unet.ts");
   const ModelPatcher model(
       unet, ModelSampling::edm({.sigma_data = 0.5, .sigma_min = 0.02, .sigma_max = 60}));
   const auto sigmas = get_sigmas("karras", model.model_sampling(), 4);

@@ -199,7 +199,7 @@ TEST_P(HalfPrecisionCall, LiesNearTheReference) {
       *std::find_if(runs.begin(), runs.end(), [id = id](const json& r) { return r["id"] == id; });
   const test::Golden golden(run["file"], device);
   const auto model = [&, dtype = dtype](std::optional<bool> channels_last) {
-    const auto path = test::golden_dir() + "/" + run["unet"].get<std::string>();
+    const auto path = test::kGoldenDir + run["unet"].get<std::string>();
     return ModelPatcher(
         TorchScriptUNet::load(path,
                               {.device = device, .dtype = dtype, .channels_last = channels_last}),

@@ -21,7 +21,6 @@ namespace sag {
 namespace {
 
 using nlohmann::json;
-using test::golden_dir;
 using test::golden_index;
 using test::is_faulty;
 using test::max_diff;
@@ -285,7 +284,7 @@ INSTANTIATE_TEST_SUITE_P(Golden, DiffusersFault,
 TEST(GoldenData, EveryRunIsRepeatedOrSaysWhyNot) {
   std::size_t left_out = 0;
   for (const auto& run : golden_index()["comfyui_runs"]) {
-    EXPECT_TRUE(std::filesystem::exists(golden_dir() + "/" + run["file"].get<std::string>()))
+    EXPECT_TRUE(std::filesystem::exists(test::kGoldenDir + run["file"].get<std::string>()))
         << run["id"];
     left_out += kSamplersNotRepeated.contains(run["sampler"]);
   }
@@ -297,7 +296,7 @@ TEST(GoldenData, EveryRunIsRepeatedOrSaysWhyNot) {
   EXPECT_EQ(comfyui_runs().size() + faulty_runs().size() + mended + left_out,
             golden_index()["comfyui_runs"].size());
   for (const auto& run : golden_index()["diffusers_runs"])
-    EXPECT_TRUE(std::filesystem::exists(golden_dir() + "/" + run["file"].get<std::string>()))
+    EXPECT_TRUE(std::filesystem::exists(test::kGoldenDir + run["file"].get<std::string>()))
         << run["id"];
 }
 

@@ -2,28 +2,24 @@
 
 // Reads the reference runs in tests/golden.
 
-#include <fstream>
-#include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include <torch/script.h>
 #include <torch/torch.h>
 
-namespace sag::test {
+#include "support/files.h"
 
-inline std::string golden_dir() {
-  return SAG_TEST_DATA_DIR;
-}
+namespace sag::test {
 
 /// The tensors of one file, on a device.
 class Golden {
  public:
   Golden(const std::string& file, torch::Device device) : device_(device) {
-    std::ifstream stream(golden_dir() + "/" + file, std::ios::binary);
-    TORCH_CHECK(stream, "cannot read ", file);
-    const std::vector<char> bytes((std::istreambuf_iterator<char>(stream)), {});
-    dict_ = std::make_unique<c10::impl::GenericDict>(torch::pickle_load(bytes).toGenericDict());
+    const auto bytes = read_bytes(kGoldenDir + file);
+    dict_ = std::make_unique<c10::impl::GenericDict>(
+        torch::pickle_load({bytes.begin(), bytes.end()}).toGenericDict());
   }
   /// Returns a tensor, or an undefined one if there is none.
   torch::Tensor get(const std::string& key) const {

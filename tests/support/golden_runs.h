@@ -3,7 +3,6 @@
 // The entries of golden/index.json: what was run, and what our counterpart of it is.
 
 #include <algorithm>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <optional>
@@ -17,6 +16,7 @@
 #include "sag/model_patcher.h"
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
+#include "support/files.h"
 #include "support/golden.h"
 
 namespace sag::test {
@@ -27,7 +27,7 @@ constexpr double kGoldenTolerance = 2e-5;
 constexpr double kTokenSumTolerance = 1e-4;
 
 inline const nlohmann::json& golden_index() {
-  static const auto parsed = nlohmann::json::parse(std::ifstream(golden_dir() + "/index.json"));
+  static const auto parsed = nlohmann::json::parse(read_bytes(kGoldenDir + "index.json"));
   return parsed;
 }
 
@@ -64,7 +64,7 @@ inline std::shared_ptr<TorchScriptUNet> load_unet(const std::string& file, torch
   static std::map<std::string, std::shared_ptr<TorchScriptUNet>> loaded;
   auto& unet = loaded[c10::str(file, device, dtype)];
   if (!unet) {
-    unet = TorchScriptUNet::load(golden_dir() + "/" + file, {.device = device, .dtype = dtype});
+    unet = TorchScriptUNet::load(kGoldenDir + file, {.device = device, .dtype = dtype});
   }
   return unet;
 }

@@ -1,19 +1,19 @@
 #pragma once
 
-#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
+#include "support/files.h"
+
 namespace sag::test {
 
 /// Returns the entries of tests/golden/toy.json that carry the id, each with "params", "value" and
 /// "tolerance": what ComfyUI v0.3.64 gives on the CPU in fp32.
 inline std::vector<nlohmann::json> toy_entries(const std::string& id) {
-  static const nlohmann::json toy =
-      nlohmann::json::parse(std::ifstream(SAG_SOURCE_DIR "/tests/golden/toy.json"));
+  static const nlohmann::json toy = nlohmann::json::parse(read_bytes(kGoldenDir + "toy.json"));
   std::vector<nlohmann::json> entries;
   for (const auto& entry : toy.at("entries")) {
     if (entry.at("id") == id) entries.push_back(entry);
