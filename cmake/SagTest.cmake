@@ -41,3 +41,10 @@ function(sag_add_test name)
     NO_PRETTY_VALUES
     PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} ${ARG_PROPERTIES})
 endfunction()
+
+# sag_add_skipped_test(<name> <reason> LABELS <label>...)
+function(sag_add_skipped_test name reason)
+  cmake_parse_arguments(PARSE_ARGV 2 ARG "" "" "LABELS")
+  add_test(NAME ${name} COMMAND "${CMAKE_COMMAND}" -E echo "Skipped: this ${reason}")
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" SKIP_REGULAR_EXPRESSION "^Skipped: ")
+endfunction()
