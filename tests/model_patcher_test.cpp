@@ -107,7 +107,7 @@ TEST(DecideSites, RefusesToGuess) {
       [&] {
         guider(test::fill({1, 4, 16, 24}, .7, .3, 1), 4);
       },
-      testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("a  6 tokens")));
+      testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("a with 6 tokens")));
 }
 
 }  // namespace

@@ -560,7 +560,7 @@ TEST(TorchScriptUNetLoad, RefusesWhatIsNoArchive) {
   file.write(std::string("\x40\0\0\0PTMF\0\0\0\0", 12));
   EXPECT_THAT(error_of<c10::ValueError>(load), refusal("flatbuffer (.ff): save the module with"));
   file.write("\x89PNG\r\n\x1a\n and so on");
-  EXPECT_THAT(error_of<c10::ValueError>(load), refusal("no zip archive"));
+  EXPECT_THAT(error_of<c10::ValueError>(load), refusal("not a zip archive"));
   torch::save(torch::ones({2}), file.path());
   EXPECT_THAT(error_of<c10::ValueError>(load), one_sentence());
   file.write(read_bytes(kGolden + "unet_io.pt"));
