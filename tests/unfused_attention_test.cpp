@@ -447,11 +447,11 @@ TEST(SplitBatches, WithTheirPartsInTheWrongPlaceAreNotGuided) {
       // heads in two calls
       {"torch.cat([" + kSdpa + "q[:, :1], k[:, :1], v[:, :1]), " + kSdpa +
            "q[:, 1:], k[:, 1:], v[:, 1:])], 1)",
-       "no parts of the batch"},
+       "not parts of the batch"},
       // some rows pass by
       {"torch.cat([" + kSdpa + "q[:1], k[:1], v[:1]), v[1:]])", "ran for 1 of the pass's 4 rows"},
       // twice
-      {"0.5 * " + kSdpa + "q, k, v) + 0.5 * " + kSdpa + "q, k, v)", "no parts of the batch"},
+      {"0.5 * " + kSdpa + "q, k, v) + 0.5 * " + kSdpa + "q, k, v)", "not parts of the batch"},
       // queries in two calls
       {"torch.cat([" + kSdpa + "q[:, :, :1], k, v), " + kSdpa + "q[:, :, 1:], k, v)], 2)",
        "no self-attention"},
