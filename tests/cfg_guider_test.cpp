@@ -196,7 +196,7 @@ TEST_F(CfgGuiderRefuses, NanAndInfinity) {
   expect_refused(prompt([](auto& cond) {
                    cond.mask = torch::full({16, 24}, 2.0);
                  }),
-                 toy_prompt(-1), "[CfgGuider] mask must be within 0 and 1, got 2 to 2.");
+                 toy_prompt(-1), "[CfgGuider] mask must be between 0 and 1, got 2 to 2.");
 }
 
 TEST_F(CfgGuiderRefuses, WhatDoesNotFitTheLatentOrTheOtherPrompts) {

@@ -85,8 +85,8 @@ TEST(CheckConditioningValues, NamesWhatHoldsNanOrInfinity) {
     refuses({.extra = {{"c", with({1, 4}, bad)}}}, "extra input \"c\" must be finite");
     refuses({.mask = with({3, 4}, bad)}, "mask must be finite");
   }
-  refuses({.mask = with({3, 4}, 1.001)}, "mask must be within 0 and 1, got 0.5 to 1.001");
-  refuses({.mask = with({3, 4}, -0.1)}, "mask must be within 0 and 1, got -0.1");
+  refuses({.mask = with({3, 4}, 1.001)}, "mask must be between 0 and 1, got 0.5 to 1.001");
+  refuses({.mask = with({3, 4}, -0.1)}, "mask must be between 0 and 1, got -0.1");
   refuses({.context = torch::zeros({3, 4})}, "context must have shape");
   refuses({.y = torch::zeros({4})}, "y must have shape");
 }

@@ -149,8 +149,9 @@ TEST(BrownianNoise, RefusesWhatIsNoPath) {
   EXPECT_THROW(brownian_noise_sampler(Seeds{1}, x, 10.0), c10::ValueError);
   EXPECT_THROW(brownian_noise_sampler(Seeds{1, 2}, x, 0.0), c10::ValueError);
   const auto noise = brownian_noise_sampler(Seeds{1, 2}, x, 10.0);
-  EXPECT_THAT([&] { noise(11.0, 1.0); },
-              ThrowsMessage<c10::ValueError>(HasSubstr("sigmas must fall within 0 and 10")));
+  EXPECT_THAT(
+      [&] { noise(11.0, 1.0); },
+      ThrowsMessage<c10::ValueError>(HasSubstr("sigmas must fall and be between 0 and 10")));
   EXPECT_THROW(noise(1.0, 1.0), c10::ValueError);
   EXPECT_THROW(noise(1.0, -1.0), c10::ValueError);
 }

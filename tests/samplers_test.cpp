@@ -196,8 +196,8 @@ TEST_P(EverySampler, RefusesSigmasThatAreNone) {
   const auto says = [&](const char* what) {
     return ThrowsMessage<c10::ValueError>(HasSubstr(caller + what));
   };
-  EXPECT_THAT(with({}), says("be at least two, got 0."));
-  EXPECT_THAT(with({1.0}), says("be at least two, got 1."));
+  EXPECT_THAT(with({}), says("be at least two sigmas, got 0."));
+  EXPECT_THAT(with({1.0}), says("be at least two sigmas, got 1."));
   EXPECT_THAT(with({1.0, 2.0, 0.0}), says("fall strictly, got 2 at 1 after 1."));
   EXPECT_THAT(with({1.0, 1.0}), says("fall strictly"));
   EXPECT_THAT(with({1.0, -1.0}),
@@ -629,9 +629,10 @@ TEST_F(RunSampler, RefusesTensorsOfTheWrongSize) {
   const auto with = [this](RunSamplerOptions options) {
     return [=, this] { run(eps, {1, 0}, options); };
   };
-  EXPECT_THAT(with({.latent = latent.slice(3, 1)}),
-              ThrowsMessage<c10::ValueError>(HasSubstr(
-                  "[run_sampler] latent must be [2, 4, 6, 8] as noise is, got [2, 4, 6, 7].")));
+  EXPECT_THAT(
+      with({.latent = latent.slice(3, 1)}),
+      ThrowsMessage<c10::ValueError>(HasSubstr(
+          "[run_sampler] latent must have the shape of noise, [2, 4, 6, 8], got [2, 4, 6, 7].")));
   for (const auto& mask_shape : std::vector<std::vector<std::int64_t>>{
            {8, 6}, {6}, {1, 6, 8}, {3, 1, 6, 8}, {2, 4, 6, 8}, {1, 1, 3, 4}}) {
     EXPECT_THAT(with({.denoise_mask = torch::ones(mask_shape)}),
@@ -682,13 +683,14 @@ TEST_F(RunSampler, RefusesMasksOutOfRangeAndIntegers) {
       [&] {
         run(eps, {1, 0}, {.denoise_mask = torch::full({6, 8}, 255.0)});
       },
-      ThrowsMessage<c10::ValueError>(HasSubstr("within 0 and 1, got 255 to 255")));
+      ThrowsMessage<c10::ValueError>(HasSubstr("between 0 and 1, got 255 to 255")));
   const auto integers = torch::ones({6, 8}, torch::kInt64);
   EXPECT_THROW(run(eps, {1, 0}, {.denoise_mask = integers}), c10::TypeError);
   EXPECT_THROW(run(eps, {1, 0}, {.latent = torch::ones(shape, torch::kInt64)}), c10::TypeError);
   EXPECT_THROW(run_sampler(nullptr, model, eps, noise, std::vector<double>{1, 0}), c10::ValueError);
-  EXPECT_THAT([&] { run(eps, {}); }, ThrowsMessage<c10::ValueError>(
-                                         HasSubstr("[run_sampler] sigmas must be at least two")));
+  EXPECT_THAT(
+      [&] { run(eps, {}); },
+      ThrowsMessage<c10::ValueError>(HasSubstr("[run_sampler] there must be at least two sigmas")));
 }
 
 }  // namespace

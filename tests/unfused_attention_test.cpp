@@ -449,14 +449,14 @@ TEST(SplitBatches, WithTheirPartsInTheWrongPlaceAreNotGuided) {
       // The heads in two calls.
       {"torch.cat([" + kSdpa + "q[:, :1], k[:, :1], v[:, :1]), " + kSdpa +
            "q[:, 1:], k[:, 1:], v[:, 1:])], 1)",
-       "no parts of the batch"},
+       "not parts of the batch"},
       // Some rows without attention.
       {"torch.cat([" + kSdpa + "q[:1], k[:1], v[:1]), v[1:]])", "ran for 1 of the pass's 4 rows"},
       // All rows twice.
-      {"0.5 * " + kSdpa + "q, k, v) + 0.5 * " + kSdpa + "q, k, v)", "no parts of the batch"},
+      {"0.5 * " + kSdpa + "q, k, v) + 0.5 * " + kSdpa + "q, k, v)", "not parts of the batch"},
       // The queries in two calls.
       {"torch.cat([" + kSdpa + "q[:, :, :1], k, v), " + kSdpa + "q[:, :, 1:], k, v)], 2)",
-       "no self-attention"},
+       "not self-attention"},
   };
   for (const auto& [attention, reason] : cases) {
     SCOPED_TRACE(attention);

@@ -20,15 +20,15 @@ struct AttentionOptions {
 };
 
 /// Scaled dot-product attention that can be hooked (`AttentionScope`). A UNet written in C++ calls
-/// it in place of `at::scaled_dot_product_attention`; without a scope it is that function, to the
-/// bit. q: [rows, heads, tokens, head_dim]; k, v: [rows, heads, key tokens, head_dim]. TorchScript
-/// and AOTInductor models reach the same code as the op `sag::attention`.
+/// it instead of `at::scaled_dot_product_attention`; without a scope the result is the same, bit
+/// for bit. q: [rows, heads, tokens, head_dim]; k, v: [rows, heads, key tokens, head_dim].
+/// TorchScript and AOTInductor models reach the same code as the op `sag::attention`.
 SAG_API torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k,
                                 const torch::Tensor& v, const AttentionOptions& options = {});
 
 /// Makes sure that the ops `sag::attention` and `sag::attention_probabilities` are registered.
-/// Called by everything that loads models; a program that links the static library and loads models
-/// itself calls it once.
+/// Everything that loads models calls it. A program that links the static library and loads models
+/// itself must call it once.
 SAG_API void ensure_ops_registered();
 
 }  // namespace sag

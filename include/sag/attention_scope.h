@@ -20,14 +20,15 @@ namespace sag {
 
 struct AttentionScopeState;
 
-/// While it lives, calls of `sag::attention` on this thread, and on those to which LibTorch hands
-/// its tasks (at::launch; not a std::thread), run the hooks of their site: installed first is
-/// outermost. Scopes nest; the innermost counts. Without a scope `sag::attention` is plain SDPA.
+/// While it exists, calls of `sag::attention` on this thread, and on threads that run LibTorch's
+/// tasks (at::launch; not a std::thread), run the hooks of their site; the first installed is
+/// outermost. Scopes nest, and only the innermost has an effect. Without a scope `sag::attention`
+/// is plain SDPA.
 ///
-/// The calls of a site must bring each row of the pass once: all in one call (heads may be folded
-/// into rows), or some in each, [rows, heads, tokens, head_dim], in order and one call after the
-/// other. Hooks then see a pass of the call's rows. A call that fits neither gets a pass without
-/// groups.
+/// The calls of a site must cover each row of the pass once: all rows in one call (heads may be
+/// folded into rows), or some rows in each call, [rows, heads, tokens, head_dim], in order and one
+/// call after the other. Hooks then see a pass of the call's rows. In any other case the call gets
+/// a pass without groups.
 class SAG_API AttentionScope {
  public:
   /// `hooks` must be active (see `active_hooks`); `pass.step` must not be null.
@@ -37,7 +38,7 @@ class SAG_API AttentionScope {
   AttentionScope& operator=(const AttentionScope&) = delete;
 
   /// Returns the sites that have a hook in the innermost scope of this thread, in the order in
-  /// which they were hooked. A UNet that rewrites its graph looks here.
+  /// which they were hooked. UNets that rewrite their graph use it.
   static std::vector<std::string> hooked_sites();
   /// Returns the hooks of the innermost scope of this thread; none without a scope.
   static std::span<const InstalledHook> hooks();
@@ -55,13 +56,13 @@ class SAG_API AttentionScope {
 };
 
 /// Runs `call`, one call of a UNet, in a scope with these hooks and this pass, ends the pass and
-/// returns what `call` returned. What hooks recorded is in `pass.step` afterwards. Where the calls
-/// of a site did not bring each row once, as when heads are split over calls, the records of that
-/// site are dropped and `StepContext::skipped` says why.
+/// returns what `call` returned. What hooks recorded is in `pass.step` afterwards. If the calls of
+/// a site did not cover each row once, for example because heads are split over calls, the records
+/// of that site are dropped and `StepContext::skipped` says why.
 ///
-/// Rethrows what a hook threw, even where `call` did not throw or threw something else: an
-/// interpreter would change the type of a hook's exception, so the op keeps it and goes on with
-/// plain attention. Throws ValueError when `pass.step` is null.
+/// Rethrows what a hook threw, even if `call` did not throw or threw something else: an interpreter
+/// would change the type of a hook's exception, so the op keeps it and continues with plain
+/// attention. Throws ValueError when `pass.step` is null.
 SAG_API torch::Tensor run_hooked(std::vector<InstalledHook> hooks, Pass pass,
                                  const std::function<torch::Tensor()>& call);
 

@@ -24,8 +24,8 @@ struct CondRequest {
 };
 
 struct CalcCondBatchOptions {
-  /// At most so many rows in one UNet call; 0: no limit but the UNet's own. The limit changes
-  /// memory and speed, never the result (but for the rounding of another batch size).
+  /// The most rows in one UNet call; 0: no limit but the UNet's own. The limit changes memory and
+  /// speed, never the result (except for the rounding of another batch size).
   std::int64_t max_rows = 0;
 };
 
@@ -37,14 +37,15 @@ struct CondBatch {
   std::int64_t unet_calls = 0, unet_rows = 0;
 };
 
-/// Evaluates several predictions in as few UNet calls as fit together (same size, same tensors but
-/// for the number of tokens, which is evened out by repeating them), under the model's attention
-/// hooks. Conditionings of one request are averaged per latent cell by strength and mask; inside an
-/// area with a feathered edge of up to 8 cells. Rows keep the order of requests, conditionings and
-/// images.
+/// Evaluates several predictions in as few UNet calls as possible, under the model's attention
+/// hooks. Rows can share a call if they have the same size and the same tensors except for the
+/// number of tokens, which is evened out by repeating them. Conditionings of one request are
+/// averaged per latent cell by strength and mask; areas have a feathered edge of up to 8 cells.
+/// Rows keep the order of requests, conditionings and images.
 ///
 /// Throws ValueError or TypeError when a conditioning does not fit x, and when the site of a hook
-/// is not decided; rethrows what a hook threw. ComfyUI: `calc_cond_batch`, `get_area_and_mult`.
+/// has not been decided; rethrows what a hook threw. ComfyUI: `calc_cond_batch`,
+/// `get_area_and_mult`.
 SAG_API CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests,
                                   double sigma, StepContext& step,
                                   const CalcCondBatchOptions& options = {});

@@ -22,20 +22,20 @@ struct CfgArgs {
   StepContext& step;
 };
 
-/// The two predictions, as a pre-CFG function hands them on.
+/// The two predictions that a pre-CFG function returns.
 struct CfgPredictions {
   torch::Tensor cond_denoised, uncond_denoised;
 };
 using PreCfgFunction = std::function<CfgPredictions(const CfgArgs&)>;
 
-/// Returns the denoised latent in place of uncond + (cond − uncond)·cond_scale. Called only with
-/// both predictions. (ComfyUI's returns x − denoised; this one returns denoised.)
+/// Returns the denoised latent instead of uncond + (cond − uncond)·cond_scale. Called only if both
+/// predictions exist. (ComfyUI's returns x − denoised; this one returns denoised.)
 using CfgFunction = std::function<torch::Tensor(const CfgArgs&)>;
 
 /// What a post-CFG function gets. The predictions are those that entered the CFG formula. Tensors
 /// may share memory: make new ones instead of writing to these.
 struct PostCfgArgs {
-  /// The CFG result, or what the previous post-CFG function made of it.
+  /// The CFG result, or what the previous post-CFG function returned.
   torch::Tensor denoised;
   /// Undefined: not evaluated.
   torch::Tensor cond_denoised, uncond_denoised;
@@ -46,11 +46,11 @@ struct PostCfgArgs {
   StepContext& step;
   RunContext& run;
   /// Evaluates a branch once more, at another x of the same shape, in a pass whose rows belong to
-  /// `owner`, which must be a named one. Returns the branch's denoised prediction; undefined if it
-  /// has no conditioning active at this sigma.
+  /// `owner`, which must be named. Returns the branch's denoised prediction; undefined if it has no
+  /// conditioning active at this sigma.
   std::function<torch::Tensor(const torch::Tensor& x, Branch branch, const Owner& owner)> predict;
-  /// The prediction of the rows that `PostCfgOptions::early` asked for; undefined: it did not, or
-  /// the branch has no conditioning active at this sigma.
+  /// The prediction of the rows that `PostCfgOptions::early` asked for. Undefined if it asked for
+  /// none or the branch has no conditioning active at this sigma.
   torch::Tensor early = {};
 };
 using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;
@@ -67,24 +67,24 @@ struct EarlyArgs {
 /// Rows to evaluate together with the main ones: a branch at another x of the same shape.
 struct EarlyRows {
   Branch branch = Branch::uncond;
-  /// Must be named: the main pass has its rows already.
+  /// Must be named: the main pass already has its rows.
   Owner owner;
   torch::Tensor x;
 };
 
 struct PostCfgOptions {
-  /// Whether the function needs `uncond_denoised` in this evaluation (its sigma, step and latent
-  /// size are known, nothing is recorded yet), also where cond_scale 1 does not. Empty: never.
-  /// (ComfyUI: `disable_cfg1_optimization`, which cannot be switched off again.)
+  /// Returns whether the function needs `uncond_denoised` in this evaluation, even at cond_scale 1.
+  /// Its sigma, step and latent size are known; nothing is recorded yet. Empty: never. (ComfyUI:
+  /// `disable_cfg1_optimization`, which cannot be switched off again.)
   std::function<bool(const StepContext& step)> needs_uncond = {};
-  /// True if the function depends on the step: the guider then insists on `begin_run`.
+  /// True if the function depends on the step: the guider then requires `begin_run`.
   bool needs_steps = false;
   /// Asks for rows in the main call, where they cost less than in a call of their own. Empty, or
-  /// nothing returned: none.
+  /// returning nullopt: none.
   std::function<std::optional<EarlyRows>(const EarlyArgs&)> early = {};
 };
 
-/// A post-CFG function in its place.
+/// A post-CFG function and its options.
 struct InstalledPostCfg {
   PostCfgFunction function;
   PostCfgOptions options;

@@ -29,7 +29,7 @@ struct EvaluationReport {
 /// What a guider did in its run so far.
 struct SAG_API GuiderReport {
   std::vector<EvaluationReport> evaluations = {};
-  /// Which self-attention each hook of the model was given, and why.
+  /// Which self-attention was chosen for each hook of the model, and why.
   std::vector<SiteChoice> sites = {};
 
   std::int64_t unet_calls() const;
@@ -43,11 +43,11 @@ struct SAG_API GuiderReport {
 struct CfgGuiderOptions {
   /// 1: the conditional prediction alone, and no unconditional rows unless a guidance needs them.
   double cond_scale = 1.0;
-  /// At most so many rows in one UNet call; 0: no limit. See `CalcCondBatchOptions`.
+  /// The most rows in one UNet call; 0: no limit. See `CalcCondBatchOptions`.
   std::int64_t max_rows = 0;
 };
 
-/// Classifier-free guidance and all that is patched onto the model: the function `denoised =
+/// Classifier-free guidance and everything that is patched onto the model: the function `denoised =
 /// guider(x, σ)` that samplers call. A guider makes one run at a time: it holds the report and what
 /// guidances keep from step to step. The patched model may be shared with other guiders on other
 /// threads.
@@ -55,10 +55,10 @@ struct CfgGuiderOptions {
 class SAG_API CfgGuider {
  public:
   /// Several positives or negatives are averaged (see `calc_cond_batch`). Without positives the
-  /// result is the unconditional prediction, guided: this is how an unconditional picture is drawn.
+  /// result is the unconditional prediction, guided: this is how to draw an unconditional picture.
   /// Throws ValueError when both are empty, on a scale that is not finite, on conditionings with
-  /// NaN or infinity (this is where they are looked for, not in every evaluation) or a mask outside
-  /// 0 … 1, and on contexts or y of different widths.
+  /// NaN or infinity (checked here, not in every evaluation) or a mask outside 0 … 1, and on
+  /// contexts or y of different widths.
   CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
             std::vector<Conditioning> negative, const CfgGuiderOptions& options = {});
 
@@ -66,23 +66,24 @@ class SAG_API CfgGuider {
   CfgGuider(const CfgGuider&) = delete;
   CfgGuider& operator=(const CfgGuider&) = delete;
 
-  /// Begins a run over these sigmas, the ones that the sampler gets; `sample` calls it, and a
-  /// sampling loop of your own calls it before its first step. An evaluation at σ belongs to step
-  /// i, the largest i with sigmas[i] >= σ, so that Heun's corrector counts as the next step. Drops
-  /// the report, and what guidances kept, of the run before. Without it every evaluation is step 0,
-  /// which guidances that depend on the step refuse. Throws ValueError on sigmas that do not fall.
+  /// Begins a run over these sigmas, the ones that the sampler gets. `sample` calls it; a sampling
+  /// loop of your own calls it before its first step. An evaluation at σ belongs to step i, the
+  /// largest i with sigmas[i] >= σ, so Heun's corrector counts as the next step. Drops the report
+  /// of the previous run, and what guidances kept in it. Without it every evaluation is step 0, and
+  /// guidances that depend on the step make the guider throw. Throws ValueError on sigmas that do
+  /// not fall.
   void begin_run(std::vector<double> sigmas);
 
   /// Returns the denoised latent, the shape of x, fp32 (fp64 for fp64 x).
   /// x: [images, channels, height, width], floating. Runs without gradients.
-  /// Throws ValueError or TypeError on other x or sigma <= 0, and when a guidance depends on the
-  /// step and `begin_run` was not called; rethrows what hooks and functions threw. The guider and
-  /// the model work afterwards.
+  /// Throws ValueError or TypeError on any other x, on sigma <= 0, and when a guidance depends on
+  /// the step and `begin_run` was not called; rethrows what hooks and functions threw. The guider
+  /// and the model work afterwards.
   torch::Tensor operator()(const torch::Tensor& x, double sigma);
 
-  /// Like operator(), with the unconditional prediction, as it was before any post-CFG function and
-  /// evaluated at cond_scale 1 too: what CFG++ samplers need. Undefined where no negative is
-  /// active.
+  /// Like operator(), but also returns the unconditional prediction, from before any post-CFG
+  /// function and evaluated at cond_scale 1 too, as CFG++ samplers need it. It is undefined where
+  /// no negative is active.
   Denoised predict_both(const torch::Tensor& x, double sigma);
 
   const ModelPatcher& model() const { return model_; }

@@ -13,22 +13,22 @@
 
 namespace sag {
 
-/// What a prompt gives to the UNet, and where, how much and when it counts (ComfyUI: a `cond`
+/// What a prompt gives to the UNet, and where, how strongly and when it applies (ComfyUI: a `cond`
 /// entry). Tensors with a first dimension of 1 are repeated for every image of a batch.
 struct Conditioning {
   /// Text for cross-attention, [1 or images, tokens, width]. Undefined for UNets that take none.
   torch::Tensor context = {};
-  /// Vector of the whole picture (SDXL: pooled text and sizes), [1 or images, features].
+  /// Vector for the whole picture (SDXL: pooled text and sizes), [1 or images, features].
   torch::Tensor y = {};
-  /// Further inputs of the UNet by the name of its argument, each [1 or images, …]. Where the
-  /// argument is a dict, list or tuple of tensors, "argument.key" and "argument.0" name its
-  /// entries. Pictures of the latent's height and width, [1 or images, channels, height, width],
-  /// are cropped to `area`; whatever else depends on the size must fit the area as it is.
+  /// Further inputs of the UNet by argument name, each [1 or images, …]. Where the argument is a
+  /// dict, list or tuple of tensors, "argument.key" and "argument.0" name its entries. Pictures of
+  /// the latent's height and width, [1 or images, channels, height, width], are cropped to `area`;
+  /// anything else that depends on the size must fit the area as it is.
   std::map<std::string, torch::Tensor> extra = {};
 
-  /// Weight against other conditionings of the same branch.
+  /// Weight relative to other conditionings of the same branch.
   double strength = 1.0;
-  /// The part of the latent it is evaluated on; nothing: all of it. Clipped to the latent.
+  /// The part of the latent it is evaluated on; unset: all of it. Clipped to the latent.
   std::optional<Area> area = {};
   /// Weight per latent cell, [height, width] or [1 or images, height, width] of the latent, 0 … 1.
   torch::Tensor mask = {};

@@ -14,13 +14,13 @@ struct Denoised {
 
   /// The clean latent, guided.
   torch::Tensor denoised;
-  /// The unconditional clean latent, before any guidance; undefined: not asked for. CFG++ samplers
-  /// need it.
+  /// The unconditional clean latent, before any guidance; undefined if it was not asked for. CFG++
+  /// samplers need it.
   torch::Tensor uncond_denoised;
 };
 
 /// Predicts the clean latent: denoised = model(x, sigma). A `CfgGuider`, or any function that
-/// returns a tensor; for CFG++ samplers one that returns both predictions, as
+/// returns a tensor; for CFG++ samplers, one that returns both predictions, as
 /// `CfgGuider::predict_both` does.
 using DenoiseFunction = std::function<Denoised(const torch::Tensor& x, double sigma)>;
 

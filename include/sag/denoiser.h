@@ -19,13 +19,13 @@ class SAG_API Denoiser {
   Denoiser(std::shared_ptr<const UNet> unet, ModelSampling sampling);
 
   /// Returns the denoised latent, the shape of x, fp32 (fp64 for fp64 x), from one UNet call.
-  /// x: [rows, channels, height, width], floating, on the UNet's device. Of `cond` the tensors for
-  /// the UNet count (context, y, extra), not strength, area, mask and range: `calc_cond_batch` sees
-  /// to those. Throws ValueError or TypeError on other shapes, dtypes, devices, and on sigma <= 0
-  /// or not finite.
+  /// x: [rows, channels, height, width], floating, on the UNet's device. Of `cond` it uses only the
+  /// tensors for the UNet (context, y, extra); `calc_cond_batch` handles strength, area, mask and
+  /// range. Throws ValueError or TypeError on other shapes, dtypes and devices, and if sigma is not
+  /// finite or <= 0.
   torch::Tensor operator()(const torch::Tensor& x, double sigma, const Conditioning& cond) const;
 
-  /// Returns what the UNet is called with for these arguments. Throws as operator().
+  /// Returns what the UNet is called with for these arguments. Throws like operator().
   UNetInput unet_input(const torch::Tensor& x, double sigma, const Conditioning& cond) const;
 
   const UNet& unet() const { return *unet_; }

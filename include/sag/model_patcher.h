@@ -16,8 +16,8 @@
 namespace sag {
 
 /// A model and what has been patched onto it. Copies share the weights and own their patches:
-/// patching one never shows in another. A patched model is read-only while it is used, so one may
-/// serve several threads. ComfyUI: `ModelPatcher`.
+/// patching one never affects another. A patched model is read-only while it is used, so several
+/// threads may share one. ComfyUI: `ModelPatcher`.
 class SAG_API ModelPatcher {
  public:
   ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling);
@@ -25,24 +25,24 @@ class SAG_API ModelPatcher {
   /// Returns a copy with its own patches.
   ModelPatcher clone() const { return *this; }
 
-  /// Appends `hook` to the chain of a self-attention; the first installed is outermost. It replaces
-  /// no other hook, and the attention itself only if it does not call `next`. "middle" is found by
-  /// names (`find_middle_attention`) or, where they do not tell, by `decide_sites`. Throws
-  /// ValueError, with the list of sites, when the UNet has no such site. ComfyUI:
-  /// `set_model_attn1_replace`, which holds one hook a site.
+  /// Appends `hook` to the chain of a self-attention; the first installed is outermost. It does not
+  /// replace other hooks, and it replaces the attention itself only if it does not call `next`.
+  /// "middle" is found by names (`find_middle_attention`) or, where names do not decide, by
+  /// `decide_sites`. Throws ValueError, with the list of sites, when the UNet has no such site.
+  /// ComfyUI: `set_model_attn1_replace`, which holds one hook per site.
   ModelPatcher& set_attn1_replace(AttentionHook hook, const AttentionSite& site,
                                   AttentionHookOptions options = {});
   /// Appends a function that sees and may change both predictions before CFG.
   ModelPatcher& set_pre_cfg_function(PreCfgFunction function);
-  /// Sets the CFG formula; the last one set counts.
+  /// Sets the CFG formula; the last one set is used.
   ModelPatcher& set_cfg_function(CfgFunction function);
   /// Appends a function that sees and may change the CFG result.
   ModelPatcher& set_post_cfg_function(PostCfgFunction function, PostCfgOptions options = {});
 
   /// Decides the sites that names leave open, by running the UNet once on the first image of x
-  /// (`probe_attention_sites`). Returns the number of UNet calls: 0 when nothing was open. A
-  /// `CfgGuider` does it before its first evaluation. Throws ValueError when the probe leaves a
-  /// choice.
+  /// (`probe_attention_sites`). Returns the number of UNet calls: 0 if nothing was open. A
+  /// `CfgGuider` does it before its first evaluation. Throws ValueError when the probe does not
+  /// decide either.
   std::int64_t decide_sites(const torch::Tensor& x, double sigma, const Conditioning& cond);
   /// Returns what was chosen for each hook, and why, in the order in which the hooks were set.
   const std::vector<SiteChoice>& site_choices() const { return choices_; }

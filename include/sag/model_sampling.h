@@ -44,8 +44,8 @@ struct DiscreteSamplingOptions {
   double beta_start = 0.00085, beta_end = 0.012;
   std::int64_t timesteps = 1000;
   BetaSchedule beta_schedule = BetaSchedule::scaled_linear;
-  /// Rescales the table so that its last entry is all but pure noise (Lin et al. 2023, algorithm
-  /// 1). ComfyUI: `rescale_zero_terminal_snr_sigmas`.
+  /// Rescales the table so that its last entry is almost pure noise (Lin et al. 2023, algorithm 1).
+  /// ComfyUI: `rescale_zero_terminal_snr_sigmas`.
   bool zero_terminal_snr = false;
 };
 
@@ -60,18 +60,18 @@ struct FlowSamplingOptions {
   double shift = 1.0, multiplier = 1000.0;
 };
 
-/// How a model's σ, timesteps, inputs and outputs belong together. ComfyUI: `ModelSampling` and its
-/// prediction classes, formula for formula. σ is a host number; tensors keep their dtype, in which
-/// the arithmetic is done (fp32 is meant).
+/// How the σ, timesteps, inputs and outputs of a model relate. ComfyUI: `ModelSampling` and its
+/// prediction classes, formula for formula. σ is a number on the host. Tensors keep their dtype,
+/// and the arithmetic is done in it (fp32 is intended).
 class SAG_API ModelSampling {
  public:
   /// A model with a table of noise levels; `prediction` is eps, v or x0.
   static ModelSampling discrete(Prediction prediction = Prediction::eps,
                                 const DiscreteSamplingOptions& options = {});
-  /// A model whose table is given: ᾱ of every timestep, falling, each in (0, 1).
+  /// A model with a given table: ᾱ of every timestep, falling, each in (0, 1).
   static ModelSampling from_alphas_cumprod(Prediction prediction,
                                            const std::vector<double>& alphas_cumprod);
-  /// A model of Karras et al. 2022, with 1000 noise levels, even in ln σ.
+  /// A model of Karras et al. 2022, with 1000 noise levels, evenly spaced in ln σ.
   static ModelSampling edm(const EdmSamplingOptions& options = {});
   /// A rectified-flow model, with 1000 noise levels.
   static ModelSampling flow(const FlowSamplingOptions& options = {});
@@ -82,22 +82,22 @@ class SAG_API ModelSampling {
   double sigma_min() const { return sigmas_.front(); }
   double sigma_max() const { return sigmas_.back(); }
 
-  /// Returns what the UNet takes as timestep: the index of the nearest ln σ (eps, v, x0), ln σ / 4
-  /// (edm), σ·multiplier (flow). `sigma` must be > 0, for flow >= 0.
+  /// Returns what the UNet takes as the timestep: the index of the nearest ln σ (eps, v, x0), ln σ
+  /// / 4 (edm), σ·multiplier (flow). `sigma` must be > 0, for flow >= 0.
   double timestep(double sigma) const;
-  /// Returns the σ of a timestep, its inverse, computed in fp32; between entries of the table ln σ
-  /// is interpolated.
+  /// Returns the σ of a timestep, the inverse of `timestep`, computed in fp32. Between entries of
+  /// the table ln σ is interpolated.
   double sigma(double timestep) const;
-  /// Returns the σ at which a share `percent` in [0, 1] of the model's timesteps is over: infinity
-  /// at 0 (flow: 1), 0 at 1. ComfyUI: `percent_to_sigma`.
+  /// Returns the σ at which a share `percent` in [0, 1] of the model's timesteps has passed:
+  /// infinity at 0 (flow: 1), 0 at 1. ComfyUI: `percent_to_sigma`.
   double percent_to_sigma(double percent) const;
 
   /// Returns the UNet's input for the noisy latent x.
   torch::Tensor calculate_input(double sigma, const torch::Tensor& x) const;
-  /// Returns the clean latent that the UNet's output stands for.
+  /// Returns the clean latent that the UNet's output corresponds to.
   torch::Tensor calculate_denoised(double sigma, const torch::Tensor& output,
                                    const torch::Tensor& x) const;
-  /// Returns `latent` noised to σ. `max_denoise`: start from pure noise of the model's whole
+  /// Returns `latent` noised to σ. `max_denoise`: start from pure noise of the model's full
   /// variance, noise·√(1 + σ²) + latent for models with x = x0 + σ·n.
   torch::Tensor noise_scaling(double sigma, const torch::Tensor& noise, const torch::Tensor& latent,
                               bool max_denoise = false) const;
@@ -114,7 +114,7 @@ class SAG_API ModelSampling {
 
   Prediction prediction_;
   std::vector<double> sigmas_;
-  // Of the sigmas before they were rounded to fp32.
+  // Computed from the sigmas before they were rounded to fp32.
   std::vector<float> log_sigmas_;
   double sigma_data_ = 1.0;
   FlowSamplingOptions flow_;

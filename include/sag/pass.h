@@ -14,11 +14,11 @@ namespace sag {
 
 class StepContext;
 
-/// Which prompt a row of a UNet batch stands for.
+/// Which prompt a row of a UNet batch belongs to.
 enum class Branch { cond, uncond };
 
 /// Who asked for rows of a UNet batch: the main pass, or one guidance for an evaluation of its own.
-/// Copies are equal; every named owner is unequal to every other, also to one of the same name.
+/// Copies are equal. A named owner differs from every other, even one of the same name.
 class SAG_API Owner {
  public:
   /// The main pass.
@@ -51,19 +51,19 @@ struct SAG_API RowGroup {
   /// Which of several positives or negatives.
   std::int64_t entry = 0;
   Owner owner = {};
-  /// The part of the latent that the rows show; nothing: all of it.
+  /// The part of the latent that the rows show; unset: all of it.
   std::optional<Area> area = {};
   /// How much the rows count in the branch's prediction, [1 or count, 1, h, w] over the area.
-  /// Undefined: everywhere the same.
+  /// Undefined: the same everywhere.
   torch::Tensor weight = {};
 
   /// Returns these rows of `t`, a view: t[begin : begin + count].
   torch::Tensor of(const torch::Tensor& t) const;
-  /// Returns `rows` of these rows from `offset` on, with their images and weights.
+  /// Returns `rows` of these rows, from `offset` on, with their images and weights.
   RowGroup part(std::int64_t offset, std::int64_t rows) const;
 };
 
-/// One call of the UNet, as hooks see it: what its rows stand for. A hook asks the pass instead of
+/// One call of the UNet, as hooks see it: what each of its rows is. A hook asks the pass instead of
 /// guessing the order of a batch (ComfyUI: `cond_or_uncond`).
 struct SAG_API Pass {
   double sigma = 0;
@@ -71,9 +71,9 @@ struct SAG_API Pass {
   std::int64_t step_index = 0;
   /// Size of the UNet's input in this pass: the latent's, or an area's.
   std::int64_t height = 0, width = 0;
-  /// In row order, without gaps. Empty where nobody knows what the rows are (`AttentionScope`).
+  /// In row order, without gaps. Empty where it is unknown what the rows are (`AttentionScope`).
   std::vector<RowGroup> groups = {};
-  /// Where hooks leave what a guidance reads after the evaluation; never null while a hook runs.
+  /// Where hooks record what a guidance reads after the evaluation; never null while a hook runs.
   StepContext* step = nullptr;
 
   /// Number of rows of the UNet batch.
@@ -83,9 +83,9 @@ struct SAG_API Pass {
   /// Returns the groups of a branch that `owner` asked for.
   std::vector<RowGroup> rows(Branch branch, const Owner& owner = Owner::main) const;
   /// Returns the group's rows of q, k, v or probabilities as [count, heads, tokens, head_dim], a
-  /// view. UNets lay heads out in three ways, and all are taken: [rows, heads, tokens, head_dim],
-  /// [rows * heads, tokens, head_dim] and [rows * heads, 1, tokens, head_dim]. Throws ValueError
-  /// when the first dimension is no multiple of the pass's rows.
+  /// view. UNets lay out heads in three ways, and all are accepted: [rows, heads, tokens,
+  /// head_dim], [rows * heads, tokens, head_dim] and [rows * heads, 1, tokens, head_dim]. Throws
+  /// ValueError when the first dimension is not a multiple of the pass's rows.
   torch::Tensor select(const RowGroup& group, const torch::Tensor& t) const;
 };
 

@@ -15,9 +15,9 @@ namespace sag {
 class SAG_API RunContext {
  public:
   /// Keeps `value` for the guidance `owner`, made in step `step_index`. It replaces what that step
-  /// kept, and three steps stay: samplers look up to two ahead. What was kept of steps still
-  /// further ahead goes, for a sampling loop may begin again without saying so
-  /// (`CfgGuider::begin_run`).
+  /// kept. Three steps are kept, because samplers look up to two ahead. Values of steps still
+  /// further ahead are dropped: a sampling loop may have started again without calling
+  /// `CfgGuider::begin_run`.
   void keep(const Owner& owner, std::int64_t step_index, torch::Tensor value);
   /// Returns the value of the latest step before `step_index`; undefined if there is none.
   torch::Tensor latest_before(const Owner& owner, std::int64_t step_index) const;

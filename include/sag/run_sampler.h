@@ -11,7 +11,7 @@
 
 namespace sag {
 
-/// What a run starts from, and how its sampler works.
+/// What a run starts from, and the options of its sampler.
 struct RunSamplerOptions {
   /// Clean start image, the shape of `noise`. Undefined: zeros.
   torch::Tensor latent = {};
@@ -26,9 +26,10 @@ struct RunSamplerOptions {
 /// Samples with a model of your own: noises the start image to sigmas[0], runs the sampler, and
 /// undoes the model's scaling at the end. With a `CfgGuider` call `sample`.
 ///
-/// noise: unit Gaussian [images, channels, height, width] on the model's device. At the model's
-/// highest σ, within 1e-5 of it or above, the start has the whole variance (`noise_scaling` with
-/// max_denoise). `sampler.flow` and `sampler.flow_shift` come from `sampling`.
+/// noise: unit Gaussian [images, channels, height, width] on the model's device. If the run starts
+/// at the model's highest σ, within 1e-5 of it or above, the start has the full variance
+/// (`noise_scaling` with max_denoise). `sampler.flow` and `sampler.flow_shift` come from
+/// `sampling`.
 ///
 /// Throws ValueError or TypeError on other arguments, and when a given tensor holds NaN or
 /// infinity; Error when the final latent does. ComfyUI: `KSAMPLER.sample`.

@@ -22,10 +22,10 @@ struct SampleOptions {
   /// One of `schedule_names()`.
   std::string schedule = "normal";
   std::int64_t steps = 20;
-  /// In (0, 1]: below 1 the run starts later, from `latent`, and has as many steps.
+  /// In (0, 1]: below 1 the run starts later, from `latent`, with the same number of steps.
   double denoise = 1.0;
-  /// Noise levels, used as they are, in place of schedule, steps and denoise. They fall strictly;
-  /// the last one may be 0.
+  /// Noise levels, used as they are, instead of schedule, steps and denoise. They must fall
+  /// strictly; the last one may be 0.
   std::vector<double> sigmas = {};
 
   /// Clean start image, the shape of the noise. Undefined: zeros.
@@ -33,29 +33,29 @@ struct SampleOptions {
   /// Where to repaint `latent`, [height, width] or [images or 1, 1, height, width], 1 = repaint, 0
   /// = keep.
   torch::Tensor denoise_mask = {};
-  /// Noise of the kept part, the shape of the noise. Undefined: the start noise; with "ddim" noise
-  /// of the next seeds, as in ComfyUI.
+  /// Noise of the kept part, the shape of the noise. Undefined: the start noise or, with "ddim",
+  /// noise of the next seeds, as in ComfyUI.
   torch::Tensor inpaint_noise = {};
 
   /// One seed per image, for samplers that add fresh noise. Empty: 0, 1, 2, … LibTorch's own
   /// generators are not used.
   std::vector<std::uint64_t> seeds = {};
-  /// Fresh noise of your own in place of the seeds (`SamplerOptions::noise_sampler`).
+  /// Fresh noise of your own instead of the seeds (`SamplerOptions::noise_sampler`).
   NoiseSampler noise_sampler = {};
   /// Share of fresh noise in ancestral and SDE samplers, 0 … 1.
   double eta = 1.0;
   /// Factor on fresh noise.
   double s_noise = 1.0;
 
-  /// Called once a step. Returning false ends the run, with that step's prediction.
+  /// Called once per step. Returning false ends the run, with that step's prediction.
   std::function<bool(const SamplerProgress&)> callback = {};
-  /// Called after every evaluation of the guider, of which Heun and others have several a step.
-  /// What it throws ends the run and reaches the caller.
+  /// Called after every evaluation of the guider; Heun and others have several per step. An
+  /// exception ends the run and reaches the caller.
   std::function<void(const EvaluationReport&)> evaluated = {};
 };
 
-/// Returns the sigmas of a run: the given ones, or those of the schedule, without the last but one
-/// for the samplers that ComfyUI runs so (`SamplerInfo::discards_penultimate_sigma`).
+/// Returns the sigmas of a run: the given ones, or those of the schedule, without the second to
+/// last for the samplers that ComfyUI runs this way (`SamplerInfo::discards_penultimate_sigma`).
 /// Throws ValueError on unknown names and on sigmas that do not fall.
 SAG_API std::vector<double> run_sigmas(const ModelSampling& sampling, const SampleOptions& options);
 
@@ -69,10 +69,10 @@ SAG_API std::vector<double> run_sigmas(const ModelSampling& sampling, const Samp
 /// `guider.report()` tells what was done.
 ///
 /// noise: unit Gaussian [images, channels, height, width], for example `SeededNoise`. Tensors are
-/// brought to the UNet's device. Returns the clean latent, the shape of noise, there, in fp32 (fp64
-/// for fp64 noise). Throws ValueError or TypeError on other arguments, and when a given tensor
-/// holds NaN or infinity; Error when the final latent does. What hooks and callbacks throw passes
-/// through. ComfyUI: `KSampler`.
+/// moved to the UNet's device. Returns the clean latent on that device, the shape of noise, in fp32
+/// (fp64 for fp64 noise). Throws ValueError or TypeError on other arguments, and when a given
+/// tensor holds NaN or infinity; Error when the final latent does. Exceptions of hooks and
+/// callbacks pass through. ComfyUI: `KSampler`.
 SAG_API torch::Tensor sample(CfgGuider& guider, const torch::Tensor& noise,
                              const SampleOptions& options = {});
 

@@ -16,7 +16,7 @@
 
 namespace sag {
 
-/// Where a run stands, after the model was evaluated at sigmas[step] and before x moves on.
+/// The state of a run, after the model was evaluated at sigmas[step] and before x moves on.
 struct SamplerProgress {
   std::int64_t step = 0, steps = 0;
   double sigma = 0;
@@ -27,12 +27,13 @@ struct SamplerProgress {
 };
 
 struct SamplerOptions {
-  /// Called once a step. Returning false ends the run: the sampler returns `denoised` of that step.
+  /// Called once per step. Returning false ends the run, and the sampler returns `denoised` of that
+  /// step.
   std::function<bool(const SamplerProgress&)> callback = {};
   /// Fresh noise for samplers that add some. Empty: drawn from `seeds`, as one Brownian path in
   /// `dpmpp_sde`, `dpmpp_2m_sde`, `dpmpp_2m_sde_heun` and `dpmpp_3m_sde`
-  /// (`brownian_noise_sampler`), independently in each step in the others (`SeededNoise`, but for
-  /// its first draw, which may be what x was started from).
+  /// (`brownian_noise_sampler`), independently in each step in the others (`SeededNoise` without
+  /// its first draw, which x may have been started from).
   NoiseSampler noise_sampler = {};
   /// One seed per image. Empty: 0, 1, 2, …
   std::vector<std::uint64_t> seeds = {};
@@ -49,13 +50,13 @@ struct SamplerOptions {
 
 /// A sampler: takes x, noisy at sigmas[0], to sigmas.back(). x: [images, channels, height, width].
 /// The model is asked for predictions at the sigmas, which must fall strictly (the last may be 0).
-/// Half precision x is promoted to fp32, which the model then gets and the sampler returns.
-/// All throw ValueError or TypeError on other arguments; what the model throws passes through.
+/// Half-precision x is promoted to fp32, which the model then gets and the sampler returns.
+/// All throw ValueError or TypeError on other arguments; exceptions of the model pass through.
 using Sampler = torch::Tensor (*)(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas, const SamplerOptions& options);
 
-// Each is k-diffusion's function of the same name unless said otherwise. One evaluation a step
-// unless said otherwise; two- and three-evaluation samplers save some at the end of a run.
+// Each is k-diffusion's function of the same name unless noted otherwise. One evaluation per step
+// unless noted otherwise; two- and three-evaluation samplers save some at the end of a run.
 
 /// Euler's method on dx/dσ = (x − denoised) / σ.
 SAG_API torch::Tensor sample_euler(const DenoiseFunction& model, torch::Tensor x,
@@ -65,21 +66,21 @@ SAG_API torch::Tensor sample_euler(const DenoiseFunction& model, torch::Tensor x
 SAG_API torch::Tensor sample_euler_ancestral(const DenoiseFunction& model, torch::Tensor x,
                                              std::span<const double> sigmas,
                                              const SamplerOptions& options = {});
-/// Heun's method, two evaluations a step. Karras et al. 2022, algorithm 1.
+/// Heun's method, two evaluations per step. Karras et al. 2022, algorithm 1.
 SAG_API torch::Tensor sample_heun(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas,
                                   const SamplerOptions& options = {});
 /// Heun's method with a third evaluation, the later slopes weighted by their share of the first
-/// sigma. Three evaluations a step. ComfyUI: `sample_heunpp2`.
+/// sigma. Three evaluations per step. ComfyUI: `sample_heunpp2`.
 SAG_API torch::Tensor sample_heunpp2(const DenoiseFunction& model, torch::Tensor x,
                                      std::span<const double> sigmas,
                                      const SamplerOptions& options = {});
-/// DPM-Solver-2: the slope half way in ln σ, two evaluations a step. Karras et al. 2022,
-/// algorithm 2 without its noise.
+/// DPM-Solver-2: the slope halfway in ln σ, two evaluations per step. Karras et al. 2022, algorithm
+/// 2 without its noise.
 SAG_API torch::Tensor sample_dpm_2(const DenoiseFunction& model, torch::Tensor x,
                                    std::span<const double> sigmas,
                                    const SamplerOptions& options = {});
-/// DPM-Solver-2 steps with fresh noise, two evaluations a step.
+/// DPM-Solver-2 steps with fresh noise, two evaluations per step.
 SAG_API torch::Tensor sample_dpm_2_ancestral(const DenoiseFunction& model, torch::Tensor x,
                                              std::span<const double> sigmas,
                                              const SamplerOptions& options = {});
@@ -87,11 +88,11 @@ SAG_API torch::Tensor sample_dpm_2_ancestral(const DenoiseFunction& model, torch
 SAG_API torch::Tensor sample_lms(const DenoiseFunction& model, torch::Tensor x,
                                  std::span<const double> sigmas,
                                  const SamplerOptions& options = {});
-/// DPM-Solver++(2S) steps with fresh noise, two evaluations a step. Lu et al. 2022.
+/// DPM-Solver++(2S) steps with fresh noise, two evaluations per step. Lu et al. 2022.
 SAG_API torch::Tensor sample_dpmpp_2s_ancestral(const DenoiseFunction& model, torch::Tensor x,
                                                 std::span<const double> sigmas,
                                                 const SamplerOptions& options = {});
-/// DPM-Solver++ for the SDE, single-step, two evaluations a step, Brownian noise.
+/// DPM-Solver++ for the SDE, single-step, two evaluations per step, Brownian noise.
 SAG_API torch::Tensor sample_dpmpp_sde(const DenoiseFunction& model, torch::Tensor x,
                                        std::span<const double> sigmas,
                                        const SamplerOptions& options = {});
@@ -111,12 +112,12 @@ SAG_API torch::Tensor sample_dpmpp_2m_sde_heun(const DenoiseFunction& model, tor
 SAG_API torch::Tensor sample_dpmpp_3m_sde(const DenoiseFunction& model, torch::Tensor x,
                                           std::span<const double> sigmas,
                                           const SamplerOptions& options = {});
-/// Ancestral sampling of Ho et al. 2020. Of a flow model it keeps too much, as the reference does:
-/// `sample_euler_ancestral` is right there. ComfyUI: `sample_ddpm`.
+/// Ancestral sampling of Ho et al. 2020. For a flow model it keeps too much, as the reference does;
+/// use `sample_euler_ancestral` there. ComfyUI: `sample_ddpm`.
 SAG_API torch::Tensor sample_ddpm(const DenoiseFunction& model, torch::Tensor x,
                                   std::span<const double> sigmas,
                                   const SamplerOptions& options = {});
-/// For latent consistency models: each prediction noised afresh. ComfyUI: `sample_lcm`.
+/// For latent consistency models: each prediction gets new noise. ComfyUI: `sample_lcm`.
 SAG_API torch::Tensor sample_lcm(const DenoiseFunction& model, torch::Tensor x,
                                  std::span<const double> sigmas,
                                  const SamplerOptions& options = {});
@@ -168,9 +169,8 @@ SAG_API torch::Tensor sample_euler_cfg_pp(const DenoiseFunction& model, torch::T
 SAG_API torch::Tensor sample_euler_ancestral_cfg_pp(const DenoiseFunction& model, torch::Tensor x,
                                                     std::span<const double> sigmas,
                                                     const SamplerOptions& options = {});
-/// DPM-Solver++(2S) steps with fresh noise, CFG++, two evaluations a step. The noise is that of
-/// x = x0 + σ·n in flow models too, as in the reference: there `sample_euler_ancestral_cfg_pp` is
-/// right.
+/// DPM-Solver++(2S) steps with fresh noise, CFG++, two evaluations per step. The noise is that of x
+/// = x0 + σ·n even in flow models, as in the reference; use `sample_euler_ancestral_cfg_pp` there.
 SAG_API torch::Tensor sample_dpmpp_2s_ancestral_cfg_pp(const DenoiseFunction& model,
                                                        torch::Tensor x,
                                                        std::span<const double> sigmas,
@@ -189,23 +189,24 @@ SAG_API torch::Tensor sample_gradient_estimation_cfg_pp(const DenoiseFunction& m
                                                         std::span<const double> sigmas,
                                                         const SamplerOptions& options = {});
 
-/// A sampler, and what a run with it needs. `sample` sees to all of it.
+/// A sampler, and what a run with it needs. `sample` takes care of all of it.
 struct SamplerInfo {
   std::string_view name;
   Sampler sample;
   /// A CFG++ sampler: the model must return both predictions.
   bool needs_uncond = false;
-  /// ComfyUI and others run it without the last sigma but one: `ScheduleOptions`.
+  /// ComfyUI and others run it without the second-to-last sigma: `ScheduleOptions`.
   bool discards_penultimate_sigma = false;
   /// Where a run to σ = 0 really ends: UniPC at 0.001, as in the reference.
   double end_sigma = 0.0;
-  /// Inpainting noises what it keeps with noise of its own, from the next seeds, as ComfyUI does.
+  /// Inpainting adds noise of its own to the kept part, from the next seeds, as ComfyUI does.
   bool keeps_with_noise_of_its_own = false;
 };
 
 /// Returns the names of all samplers: "euler", "euler_cfg_pp", …
 SAG_API std::span<const std::string_view> sampler_names();
-/// Returns what is known of a sampler. Throws ValueError on unknown names, listing the known ones.
+/// Returns what is known about a sampler. Throws ValueError on unknown names, listing the known
+/// ones.
 SAG_API const SamplerInfo& sampler_info(std::string_view name);
 /// Returns a sampler by name, as `sampler_info` does.
 SAG_API Sampler get_sampler(std::string_view name);

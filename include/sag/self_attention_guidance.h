@@ -33,24 +33,23 @@ struct SelfAttentionGuidanceStep {
 /// denoised: the CFG result; x: the noisy latent; uncond_denoised: the unconditional prediction at
 /// x; all [B, C, H, W]. attn_map: what `attention_map` returned for the unconditional rows of the
 /// same UNet call, [B, tokens], or [B, 1, H, W]. predict_uncond: one more unconditional prediction,
-/// at the same σ. It is not called, and `denoised` comes back as it is, if scale or blur_sigma is 0
-/// or a side of the latent is 4 or less.
+/// at the same σ. It is not called, and `denoised` is returned as it is, if scale or blur_sigma is
+/// 0 or a side of the latent is 4 or less.
 ///
-/// The formula holds for every prediction type, as it is written in predictions of the clean
-/// latent. Throws ValueError or TypeError on other arguments. Exceptions of `predict_uncond` pass
-/// through. Source: Hong et al. 2023, equation 10 and algorithm 1; ComfyUI:
-/// `SelfAttentionGuidance.patch`.
+/// The formula holds for every prediction type, because it uses predictions of the clean latent.
+/// Throws ValueError or TypeError on other arguments. Exceptions of `predict_uncond` pass through.
+/// Source: Hong et al. 2023, equation 10 and algorithm 1; ComfyUI: `SelfAttentionGuidance.patch`.
 SAG_API torch::Tensor self_attention_guidance(
     const torch::Tensor& denoised, const torch::Tensor& x, const torch::Tensor& uncond_denoised,
     const torch::Tensor& attn_map,
     const std::function<torch::Tensor(const torch::Tensor& x_again)>& predict_uncond,
     const SelfAttentionGuidanceStep& step = {});
 
-/// ComfyUI's node inputs and their defaults, and what it holds fixed.
+/// ComfyUI's node inputs with their defaults, and what ComfyUI keeps fixed.
 struct SelfAttentionGuidanceOptions {
   /// How strongly to steer; 0 is off, negative values steer the wrong way.
   double scale = 0.5;
-  /// Of the blur, in latent cells, >= 0; 0 is off.
+  /// Sigma of the blur, in latent cells, >= 0; 0 is off.
   double blur_sigma = 2.0;
   /// Tokens that receive strictly more attention are blurred; 1 is the average.
   double threshold = 1.0;
@@ -58,23 +57,23 @@ struct SelfAttentionGuidanceOptions {
   std::int64_t kernel_size = 9;
   /// Guided while sigma_end <= sigma <= sigma_start.
   double sigma_start = std::numeric_limits<double>::infinity(), sigma_end = 0.0;
-  /// The same window as shares of the model's timesteps, 0 = begin, 1 = end, converted by
-  /// `ModelSampling::percent_to_sigma`. Where given, it replaces sigma_start or sigma_end.
+  /// The same window as shares of the model's timesteps, 0 = start, 1 = end, converted by
+  /// `ModelSampling::percent_to_sigma`. If set, it replaces sigma_start or sigma_end.
   std::optional<double> start_percent = {}, end_percent = {};
-  /// Guides every interval-th step of the run, from the first; the steps between cost nothing.
+  /// Guides every interval-th step of the run, from the first; the steps in between cost nothing.
   /// A step is the interval of the run's sigmas that an evaluation falls into (Heun's corrector
   /// counts as the next); without `CfgGuider::begin_run` the guider throws.
   std::int64_t interval = 1;
-  /// Perturbs with what was blurred in the step before, so that guidance's own rows go through the
-  /// UNet together with the main ones: with δ = degraded − uncond_denoised of the latest earlier
-  /// step,
+  /// Perturbs with what was blurred in the step before, so that the guidance's own rows go through
+  /// the UNet together with the main ones: with δ = degraded − uncond_denoised of the latest
+  /// earlier step,
   ///
   ///     result = denoised + scale · (uncond_denoised + δ − predict_uncond(x + renoise_scale · δ))
   ///
   /// The first guided step has no δ and runs as without it. This needs `CfgGuider::begin_run` too.
   bool one_pass = false;
-  /// The self-attention to watch: {"middle", 0, 0}, "model.mid.1", "#6"; "middle" finds the middle
-  /// block's in UNets of any naming, and the guider's report says which one and why.
+  /// The self-attention to watch: {"middle", 0, 0}, "model.mid.1", "#6"; "middle" finds that of the
+  /// middle block, whatever names the UNet uses, and the guider's report says which one and why.
   AttentionSite site = "middle";
 };
 
@@ -83,14 +82,14 @@ struct SelfAttentionGuidanceOptions {
 /// `self_attention_guidance`.
 ///
 /// Where it cannot guide (no unconditional prediction, a side of the latent 4 or less, the site did
-/// not run) the CFG result stays, and the guider's report says why. Outside the window, and with
-/// scale or blur_sigma 0, it evaluates nothing and changes no bit. At cond_scale 1 it has the
-/// unconditional rows evaluated while it is active. Several negatives: their maps are averaged per
-/// latent cell with the weights of the prediction, before the comparison. Applied twice, each works
-/// as if alone, in order.
+/// not run), the CFG result stays, and the guider's report says why. Outside the window, and with
+/// scale or blur_sigma 0, it evaluates nothing and does not change a bit. At cond_scale 1 it has
+/// the unconditional rows evaluated while it is active. With several negatives, their maps are
+/// averaged per latent cell with the weights of the prediction, before the comparison. If applied
+/// twice, each works as if alone, in order.
 ///
-/// Throws ValueError when an option is out of its range, or the UNet has no such site. Where only a
-/// probe can find the middle block, the guider's first evaluation decides, or throws ValueError.
+/// Throws ValueError when an option is out of range, or the UNet has no such site. Where only a
+/// probe can find the middle block, the guider's first evaluation decides or throws ValueError.
 SAG_API ModelPatcher apply_self_attention_guidance(
     const ModelPatcher& model, const SelfAttentionGuidanceOptions& options = {});
 

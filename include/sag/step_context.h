@@ -20,14 +20,14 @@ struct GuidanceNote {
   /// Why it did not guide; empty when it did.
   std::string reason = {};
   /// Where the guidance blurred the picture (one-pass SAG: what acts in the next step), [images, 1,
-  /// height, width] bool on the latent's device; undefined if it has no such mask. A tensor, so
-  /// that nothing waits for the device inside a step.
+  /// height, width] bool on the latent's device; undefined if it has no such mask. It is a tensor
+  /// so that nothing waits for the device inside a step.
   torch::Tensor mask = {};
 };
 
-/// What belongs to one evaluation of the denoiser: hooks write to it while the UNet runs, guidances
-/// read it afterwards, and it dies with the evaluation. That is why no attention map can go stale,
-/// leak into a clone or be shared between threads.
+/// The state of one evaluation of the denoiser: hooks write to it while the UNet runs, guidances
+/// read it afterwards, and it ends with the evaluation. So no attention map can go stale, leak into
+/// a clone or be shared between threads.
 class SAG_API StepContext {
  public:
   /// `height` and `width` are the latent's.
@@ -51,20 +51,20 @@ class SAG_API StepContext {
   std::vector<Record> records(const Owner& owner) const;
 
   /// Takes over what `part` holds: its notes and, if `fault` is empty, its records. Otherwise
-  /// `fault` becomes the reason of everybody who recorded there.
+  /// `fault` becomes the skip reason of every owner that recorded there.
   void take(const StepContext& part, const std::string& fault = {});
 
-  /// Returns what was recorded for anybody, in the order of recording.
+  /// Returns what was recorded for all owners, in the order of recording.
   std::vector<std::pair<Owner, Record>> records() const;
 
   /// Notes that `owner` guided; `mask` is described at `GuidanceNote::mask`.
   void guided(const Owner& owner, torch::Tensor mask = {});
-  /// Notes that `owner` could not or need not guide, and why. The first reason of an evaluation
-  /// stays.
+  /// Notes that `owner` could not or need not guide, and why. The first reason in an evaluation is
+  /// kept.
   void skipped(const Owner& owner, std::string reason);
-  /// Returns the reason noted for `owner`, or an empty text.
+  /// Returns the reason noted for `owner`, or an empty string.
   std::string skip_reason(const Owner& owner) const;
-  /// Returns who did not guide, and why.
+  /// Returns the owners that did not guide, and why.
   std::vector<std::pair<Owner, std::string>> skips() const;
   /// Returns one note per guidance, in the order in which they were made.
   std::vector<GuidanceNote> notes() const;

@@ -16,7 +16,8 @@ struct TokenGrid {
 ///
 /// A UNet that halves its input k times, ⌈n/2⌉ each, has ⌈height/2ᵏ⌉ × ⌈width/2ᵏ⌉ tokens: the first
 /// k that gives the right number wins, which is exact for every plain UNet. Otherwise (activations
-/// resized by another factor) the factors of `tokens` whose ratio is nearest to the latent's.
+/// resized by another factor) it is the two factors of `tokens` whose ratio is nearest to the
+/// latent's.
 ///
 /// Throws ValueError unless all three are positive and below 2^31.
 /// ComfyUI: `create_blur_map`, whose search fails on primes and picks 18 × 8 for 16 × 9.

@@ -40,22 +40,23 @@ struct AttentionSiteInfo {
 };
 
 /// A noise-predicting network. One object may be used from several threads, which is why `forward`
-/// is const. A torch::nn module's is not: keep the module as a `mutable` member
-/// (examples/patches.cpp shows it), and let its forward write to no member.
+/// is const. That of a torch::nn module is not: keep the module as a `mutable` member (see
+/// examples/patches.cpp), and do not let its forward write to members.
 class SAG_API UNet {
  public:
   virtual ~UNet();
   /// Returns the raw network output, [rows, channels, height, width]. Must not write to its inputs,
-  /// and must return a tensor that its next call leaves alone.
+  /// and must return a tensor that its next call does not overwrite.
   virtual torch::Tensor forward(const UNetInput& input) const = 0;
   /// Returns the self-attentions that hooks can be set on, in order of execution.
   virtual std::vector<AttentionSiteInfo> attention_sites() const = 0;
   /// Returns a sentence for errors about sites: why one may be missing and how to get it. Empty:
-  /// there are no others.
+  /// none can be missing.
   virtual std::string note_on_sites() const;
-  /// How many rows one call may have; 0: as many as memory holds. `calc_cond_batch` keeps to it.
+  /// The most rows that one call may have; 0: as many as fit into memory. `calc_cond_batch`
+  /// respects it.
   virtual std::int64_t max_rows() const;
-  /// Where the weights live and inputs are expected.
+  /// The device of the weights, where inputs are expected.
   virtual torch::Device device() const = 0;
   /// The dtype of x, context, y and floating extra inputs.
   virtual torch::ScalarType dtype() const = 0;
@@ -67,18 +68,18 @@ class SAG_API UNet {
 /// "middle" where only a probe can find it.
 SAG_API std::string resolve_attention_site(const UNet& unet, const AttentionSite& site);
 
-/// What a self-attention works on; all 0 where it did not run.
+/// The sizes that a self-attention works on; all 0 if it did not run.
 struct AttentionSiteShape {
   AttentionSiteInfo site = {};
   std::int64_t heads = 0, tokens = 0, head_dim = 0;
 };
 
 /// Runs the UNet once, with hooks on all its self-attentions, and returns what each worked on, in
-/// the order of `UNet::attention_sites`: a way to know the sites of files without names.
+/// the order of `UNet::attention_sites`: a way to recognize the sites of files without names.
 SAG_API std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet,
                                                               const UNetInput& input);
 
-/// The self-attention that a hook was given, and why this one.
+/// The self-attention that was chosen for a hook, and why.
 struct SiteChoice {
   /// What was asked for, "middle" or a name.
   std::string asked = {};
@@ -90,13 +91,14 @@ struct SiteChoice {
 
 /// Finds the self-attention of the middle block by names: the one called "middle.0.0", as LDM's and
 /// diffusers' are; else the only one with mid, middle, middle_block, mid_block, mid_attn or
-/// bottleneck as a part of its path; else the only one that there is. Returns nothing when names do
-/// not tell. Throws ValueError, with the list of sites, when there is none, or several with such a
-/// part, and when names do not tell in a UNet that lists only some sites (a compiled package).
+/// bottleneck as a part of its path; else the only one that there is. Returns nullopt when names do
+/// not decide. Throws ValueError, with the list of sites, when there are no sites, or several with
+/// such a part, and when names do not decide in a UNet that lists only some of its sites (a compiled
+/// package).
 SAG_API std::optional<SiteChoice> find_middle_attention(const UNet& unet);
 
 /// Finds it by a probe: the only self-attention with the fewest tokens. Throws ValueError, with the
-/// list of sites and tokens, when several have as few or none ran.
+/// list of sites and tokens, when several have the fewest or none ran.
 SAG_API SiteChoice find_middle_attention(std::span<const AttentionSiteShape> probed);
 
 }  // namespace sag

@@ -16,7 +16,7 @@ namespace {
 
 // Score matrices are made in blocks of at most this size, or of one query row if that is larger.
 constexpr std::int64_t kBlockBytes = 16 << 20;
-// On the CPU smaller: softmax and sum find them in the cache, and yet they fill many threads.
+// Smaller on the CPU: small enough for the cache, large enough to keep many threads busy.
 constexpr std::int64_t kCpuBlockBytes = 4 << 20;
 
 void check_arguments(const torch::Tensor& q, const torch::Tensor& k, std::optional<double> scale) {
@@ -44,10 +44,11 @@ torch::Tensor with_heads(const torch::Tensor& k, std::int64_t heads) {
   return k.size(1) == heads ? k : k.repeat_interleave(heads / k.size(1), 1);
 }
 
-// What blocks of scores and of their softmax are written to, one after the other: fresh memory for
-// each would cost more than the arithmetic.
+// Blocks of scores and of their softmax are written here, one after the other: new memory for each
+// would cost more than the arithmetic.
 struct BlockBuffers {
-  torch::Tensor scores, weights;  // [heads, rows, keys]
+  // [heads, rows, keys]
+  torch::Tensor scores, weights;
 };
 
 // q: [heads, queries, head_dim] in its own dtype; keys: [heads, head_dim, keys], in the dtype of
@@ -69,10 +70,11 @@ torch::Tensor column_sums_of_heads(const torch::Tensor& q, const torch::Tensor& 
   return sums;
 }
 
-// On any device, whatever the layout: a block is some heads of an image or, where one head's scores
-// are more than a block holds, some query rows of one.
+// On any device, whatever the layout: a block is some heads of an image or, if the scores of one
+// head do not fit into a block, some query rows of one.
 torch::Tensor column_sums_in_blocks(const torch::Tensor& q, const torch::Tensor& k, double scale) {
-  const at::NoTF32Guard exact_fp32;  // 10 bits of a score must not decide a mask
+  // TF32 keeps 10 bits of a score, too few to decide a mask.
+  const at::NoTF32Guard exact_fp32;
   const auto images = q.size(0), heads = q.size(1), queries = q.size(2), tokens = k.size(2);
   const auto options =
       q.options().dtype(q.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat);
@@ -117,7 +119,8 @@ torch::Tensor attention_map(const torch::Tensor& q, const torch::Tensor& k,
 
 namespace {
 
-// On the CPU a sum in another dtype would convert the whole matrix first: here some rows at a time.
+// On the CPU a sum in another dtype would convert the whole matrix first, so take some rows at a
+// time.
 torch::Tensor column_sums_of_rows(const torch::Tensor& probabilities, torch::ScalarType dtype) {
   const auto images = probabilities.size(0), heads = probabilities.size(1),
              queries = probabilities.size(2), tokens = probabilities.size(3);
@@ -133,8 +136,8 @@ torch::Tensor column_sums_of_rows(const torch::Tensor& probabilities, torch::Sca
   return sums;
 }
 
-// On CUDA a sum reads half precision and adds in fp32; but one of many rows splits them over thread
-// blocks, and was seen to take a quarter of the probabilities' size to join them.
+// On CUDA a sum reads half precision and adds in fp32. But a sum over many rows is split over
+// thread blocks, and joining them was seen to take a quarter of the probabilities' size.
 torch::Tensor sum_in_blocks(const torch::Tensor& probabilities, torch::ScalarType dtype) {
   constexpr std::int64_t kRows = 128;
   torch::Tensor sums;

@@ -15,8 +15,10 @@
 namespace sag {
 namespace {
 
-constexpr std::int64_t kMaxGridHeight = 65535;  // heads and images are the grid's y and z
-constexpr std::int64_t kAlignment = 16;         // bytes, of the kernels' loads
+// Heads and images are the grid's y and z.
+constexpr std::int64_t kMaxGridHeight = 65535;
+// Of the kernels' loads, in bytes.
+constexpr std::int64_t kAlignment = 16;
 
 bool is_aligned(const torch::Tensor& x) {
   if (reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % kAlignment != 0) return false;

@@ -3,12 +3,12 @@
 //   query_statistics   per query: the largest score and 1 / Σ exp(score − largest)
 //   column_sums        per key:   Σ over queries of exp(score − largest) / Σ
 //
-// Each kernel makes all scores anew, which is cheaper than keeping them. Both work alike: a warp
-// holds its "rows", 16 or 32, in registers for good, and the "columns" of their head stream past in
-// shared memory, so that all of a row's sums stay in the few lanes that own it. In the first
-// kernel the rows are queries and the columns keys; in the second it is the other way round.
+// Each kernel computes all scores again, which is cheaper than keeping them. Both work alike: a
+// warp keeps its "rows", 16 or 32, in registers, and the "columns" of their head pass through
+// shared memory, so that all of a row's sums stay in the few lanes that own it. In the first kernel
+// the rows are queries and the columns keys; in the second it is the other way round.
 //
-// The scores of a row and a column differ by nothing but rounding between the two kernels, and both
+// The scores of a row and a column differ only by rounding between the two kernels, and both
 // subtract the same fp32 maximum, so the columns add up to the number of queries even where the
 // scores are so large that an fp32 log-sum-exp would be off by whole percents.
 //
@@ -27,7 +27,8 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kColumns = 64;  // in shared memory at a time
+// In shared memory at a time.
+constexpr int kColumns = 64;
 
 // mma.m16n8k16 multiplies 16 rows × 16 values by 16 values × 8 columns. Lane l of the warp holds
 //
@@ -39,8 +40,8 @@ constexpr int kColumns = 64;  // in shared memory at a time
 constexpr int kMmaRows = 16, kMmaColumns = 8, kMmaDepth = 16;
 constexpr int kColumnTiles = kColumns / kMmaColumns;
 
-// How often 16 rows a warp holds: twice where they fit into the registers, for each column that it
-// reads from shared memory then serves 32 rows. kSteps: head_dim in steps of kMmaDepth.
+// How many times 16 rows a warp holds: twice where they fit into the registers, because each column
+// read from shared memory then serves 32 rows. kSteps: head_dim in steps of kMmaDepth.
 template <int kSteps>
 constexpr int kRowTiles = kSteps <= 8 ? 2 : 1;
 
@@ -58,7 +59,7 @@ template <int kSteps>
 constexpr int kLaneRows = 2 * kRowTiles<kSteps>;
 constexpr int kLaneColumns = 2 * kColumnTiles;
 
-// Dot products exact in fp32 up to the sum's rounding: fp16 products cannot overflow here.
+// Dot products are exact in fp32 up to the sum's rounding: fp16 products cannot overflow here.
 template <typename T>
 __device__ void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
 
@@ -69,7 +70,8 @@ __device__ void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 #else
-#define SAG_MMA(type) __trap()  // the caller does not come here
+// Never called: callers check the compute capability.
+#define SAG_MMA(type) __trap()
 #endif
 
 template <>
@@ -154,7 +156,7 @@ __device__ void load_rows(RowFragments<kSteps>& fragments, const TokenVectors& r
 
 // --- Columns: from global to shared memory, tile by tile ----------------------------------------
 
-// A column's vector in shared memory. The 16 bytes more put the eight vectors that ldmatrix reads
+// A column's vector in shared memory. The 16 extra bytes put the eight vectors that ldmatrix reads
 // at a time into different banks.
 template <typename T, int kSteps>
 struct ColumnVector {
@@ -212,7 +214,7 @@ __device__ void multiply(Scores<kSteps>& scores, const RowFragments<kSteps>& row
   }
 }
 
-// Gives the columns beyond the last the score −∞, that is, the weight 0.
+// Gives columns beyond the last one the score −∞, that is, the weight 0.
 template <int kSteps>
 __device__ void mask_columns_from(Scores<kSteps>& scores, int count) {
 #pragma unroll
@@ -227,10 +229,11 @@ __device__ void mask_columns_from(Scores<kSteps>& scores, int count) {
 
 // Of a row's scores seen so far, times scale_log2: the largest, and the sum of 2^(score − largest).
 struct OnlineSoftmax {
-  float largest = -FLT_MAX;  // not −∞, for −∞ − (−∞) is NaN
+  // Not −∞, because −∞ − (−∞) is NaN.
+  float largest = -FLT_MAX;
   float sum = 0;
 
-  // The lane's row i of a tile.
+  // Adds the lane's row i of a tile.
   template <int kSteps>
   __device__ void add(Scores<kSteps>& scores, int i, float scale_log2) {
     float unscaled = -INFINITY;
@@ -245,7 +248,7 @@ struct OnlineSoftmax {
     sum += tile_sum;
   }
 
-  // Takes in what another lane saw of the same row.
+  // Merges what another lane saw of the same row.
   __device__ void merge_with_lane(int mask) {
     OnlineSoftmax other;
     other.largest = __shfl_xor_sync(~0u, largest, mask);
@@ -279,7 +282,8 @@ __global__ void __launch_bounds__(kThreads)
     if (first + kColumns < k.tokens)
       prefetch_tile<T, kSteps>(tiles[current ^ 1], keys, k, first + kColumns, head_dim);
     __pipeline_commit();
-    __pipeline_wait_prior(1);  // the current tile's copies, not the next one's
+    // Wait for the current tile's copies, not the next one's.
+    __pipeline_wait_prior(1);
     __syncthreads();
 
     Scores<kSteps> scores;
@@ -288,7 +292,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kLaneRows<kSteps>; ++i)
       softmax[i].template add<kSteps>(scores, i, scale_log2);
-    __syncthreads();  // the tile may be overwritten
+    // After this the tile may be overwritten.
+    __syncthreads();
   }
 
   statistics += head_offset(q.tokens);
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kThreads)
 
 using StatisticsTile = float2[kColumns];
 
-// Queries beyond the last get {0, 0}, that is, the weight 0.
+// Queries beyond the last one get {0, 0}, that is, the weight 0.
 __device__ void prefetch_statistics(StatisticsTile& tile, const float2* statistics, int first,
                                     int queries) {
   for (int i = threadIdx.x; i < kColumns; i += kThreads) {
@@ -316,7 +321,7 @@ __device__ void prefetch_statistics(StatisticsTile& tile, const float2* statisti
   }
 }
 
-// What the tile's queries give to the lane's key i.
+// Returns the attention that the tile's queries give to the lane's key i.
 template <int kSteps>
 __device__ float attention_of_tile(Scores<kSteps>& scores, int i, const StatisticsTile& tile,
                                    float scale_log2) {
@@ -399,7 +404,8 @@ cudaError_t launch(const ColumnSumsCall& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The narrowest kernel that holds head_dim: those UNets use (40, 64, 80, 128, 160) and the largest.
+// The narrowest kernel that holds head_dim: those that UNets use (40, 64, 80, 128, 160) and the
+// largest.
 template <typename T>
 cudaError_t launch_for_head_dim(const ColumnSumsCall& call, cudaStream_t stream) {
   if (call.head_dim <= 32) return launch<T, 2>(call, stream);

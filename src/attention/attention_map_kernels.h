@@ -15,7 +15,8 @@ struct TokenVectors {
   const void* data = nullptr;
   std::int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
   int tokens = 0;
-  int heads_per_vector = 1;  // query heads that share one head of this tensor
+  /// Query heads that share one head of this tensor.
+  int heads_per_vector = 1;
 };
 
 /// softmax(q kᵀ · scale), summed over queries: column_sums, [B, heads, keys] fp32.
@@ -23,8 +24,10 @@ struct ColumnSumsCall {
   TokenVectors q, k;
   int batch = 0, heads = 0, head_dim = 0;
   bool is_bfloat16 = false;
-  float scale_log2 = 0;         // scale · log2(e), above 0: the kernels raise 2, not e
-  float* statistics = nullptr;  // working memory: [B, heads, queries, 2] fp32
+  /// scale · log2(e), above 0: the kernels compute powers of 2, not of e.
+  float scale_log2 = 0;
+  /// Working memory: [B, heads, queries, 2] fp32.
+  float* statistics = nullptr;
   float* column_sums = nullptr;
 };
 

@@ -10,8 +10,8 @@
 namespace sag {
 namespace {
 
-// What the Meta kernels and the schemas promise to graph compilers: contiguous, and in memory that
-// nobody else holds, an input or what a hook keeps, for they use it again.
+// The Meta kernels and the schemas promise graph compilers a contiguous result in memory of its
+// own, not an input's or one that a hook keeps, because compilers reuse that memory.
 torch::Tensor own(torch::Tensor out) {
   const bool shared = out.use_count() > 1 || out.storage().use_count() > 1;
   return shared ? out.clone(at::MemoryFormat::Contiguous) : out.contiguous();
@@ -25,7 +25,7 @@ torch::Tensor run_op(std::string_view site, const AttentionCall& call, const Nex
   try {
     return own(run_hooks(*scope, site, call, plain, shape()));
   } catch (...) {
-    // An interpreter would turn it into a runtime_error: whoever owns the scope rethrows it.
+    // An interpreter would turn it into a runtime_error, so the owner of the scope rethrows it.
     scope->fail(std::current_exception());
     return own(plain(call));
   }
@@ -73,7 +73,8 @@ torch::Tensor probabilities_op(const torch::Tensor& probabilities, const torch::
 
 }  // namespace
 
-void ensure_ops_registered() {}  // lives here: who calls it links the registration below
+// Defined here so that calling it links the registration below.
+void ensure_ops_registered() {}
 
 }  // namespace sag
 

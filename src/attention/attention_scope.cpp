@@ -17,7 +17,7 @@ Pass AttentionScopeState::enter(std::string_view site, c10::IntArrayRef shape) {
   auto& calls = sites_.try_emplace(std::string(site), *pass.step).first->second;
   auto of_call = pass;
   const auto size = pass.size(), rows = shape.front();
-  // Otherwise a few rows may as well be a few heads of one row.
+  // Otherwise a few rows could just as well be a few heads of one row.
   const bool heads_are_apart = shape.size() == 4 && shape[1] > 1;
   if (size == 0 || rows == size || (rows % size == 0 && !heads_are_apart)) {
     ++calls.whole;
@@ -34,15 +34,15 @@ Pass AttentionScopeState::enter(std::string_view site, c10::IntArrayRef shape) {
 
 namespace {
 
-// Returns why the maps of a site's calls cannot be used, or an empty text. Calls with a part of the
-// heads, folded into rows or not, bring more rows than the pass has, or the same rows again.
+// Returns why the maps of a site's calls cannot be used, or an empty string. Calls with some of the
+// heads, folded into rows or not, have more rows than the pass, or the same rows again.
 std::string fault_of(const SiteCalls& calls, std::int64_t size) {
   if (size == 0 || (calls.whole == 1 && calls.rows == 0 && !calls.has_unknown_rows)) return {};
   if (calls.whole == 0 && calls.rows == size && !calls.has_unknown_rows) return {};
   if (calls.whole == 0 && !calls.has_unknown_rows)
     return c10::str("the attention of the site ran for ", calls.rows, " of the pass's ", size,
                     " rows");
-  return "the attention of the site ran in several calls that are no parts of the batch";
+  return "the attention of the site ran in several calls that are not parts of the batch";
 }
 
 }  // namespace
@@ -65,7 +65,7 @@ std::exception_ptr AttentionScopeState::error() const {
 }
 
 AttentionScopeState* current_attention_scope() {
-  // Somebody else's entry may sit in the slot.
+  // The slot may hold an entry of another library.
   return dynamic_cast<AttentionScopeState*>(
       c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::INFERENCE_CONTEXT));
 }
@@ -92,7 +92,7 @@ torch::Tensor run_hooked(std::vector<InstalledHook> hooks, Pass pass,
   try {
     out = call();
   } catch (...) {
-    // What a hook threw is the cause of what the UNet threw.
+    // If a hook threw, that is the cause of what the UNet threw.
     scope.finish();
     throw;
   }
@@ -137,13 +137,14 @@ torch::Tensor run_hooks(AttentionScopeState& scope, std::string_view site,
   for (const auto& hook : scope.hooks)
     if (hook.site == site) chain.push_back(&hook);
   const auto& first = call.probabilities.defined() ? call.probabilities : call.q;
-  if (chain.empty() || first.numel() == 0) return plain(call);  // empty: beyond this batch
+  // An empty call is a part beyond the end of the batch.
+  if (chain.empty() || first.numel() == 0) return plain(call);
   const auto pass = scope.enter(site, first.sizes());
   auto out = run_chain(pass, chain, call, plain);
   TORCH_CHECK_VALUE(out.defined() && out.sizes() == shape, "[attention] the hooks of site \"", site,
                     "\" must return the attention's shape, ", shape, ", got ",
                     out.defined() ? c10::str(out.sizes()) : "an undefined tensor", ".");
-  // Autocast decides for itself in which dtype attention runs.
+  // Under autocast, autocast decides the dtype of attention.
   const bool fits = out.device() == call.v.device() && out.layout() == call.v.layout() &&
                     (out.scalar_type() == call.v.scalar_type() ||
                      at::autocast::is_autocast_enabled(call.v.device().type()));

@@ -16,18 +16,21 @@
 
 namespace sag {
 
-/// What the calls of one site brought in a pass so far.
+/// The rows that the calls of one site had in a pass so far.
 struct SiteCalls {
   explicit SiteCalls(const StepContext& step);
 
-  std::int64_t whole = 0;  // calls with every row of the pass
-  std::int64_t rows = 0;   // rows of the others
+  /// Calls with every row of the pass.
+  std::int64_t whole = 0;
+  /// Rows of the other calls.
+  std::int64_t rows = 0;
   bool has_unknown_rows = false;
-  StepContext records;  // of this pass, until it is known whether they hold
+  /// What hooks recorded in this pass, until it is known whether it is valid.
+  StepContext records;
 };
 
-/// What an AttentionScope puts into the thread's debug-info slot. LibTorch carries that slot to the
-/// threads it forks, which a plain thread_local does not reach.
+/// What an AttentionScope puts into the thread's debug-info slot. LibTorch passes that slot on to
+/// the threads that it forks; a plain thread_local would not reach them.
 struct AttentionScopeState final : c10::DebugInfoBase {
   std::vector<InstalledHook> hooks;
   Pass pass;
@@ -62,8 +65,8 @@ torch::Tensor plain_attention(const AttentionCall& call);
 /// Returns the shape of what `plain_attention` returns.
 std::vector<std::int64_t> attention_shape(const AttentionCall& call);
 
-/// Multiplies probabilities by values as `product` says: "matmul" and "bmm", values at the right;
-/// "matmul_transposed", values · probabilitiesᵀ; or an equation of einsum.
+/// Multiplies probabilities by values as `product` says: "matmul" and "bmm", values on the right;
+/// "matmul_transposed", values · probabilitiesᵀ; or an einsum equation.
 torch::Tensor multiply_probabilities(const torch::Tensor& probabilities, const torch::Tensor& value,
                                      std::string_view product);
 

@@ -62,9 +62,10 @@ torch::Tensor Pass::select(const RowGroup& group, const torch::Tensor& t) const 
 
   TORCH_CHECK_VALUE(
       t.dim() == 3 || t.size(1) == 1,
-      "[Pass::select] heads must lie either in the rows or in the second dimension, got shape ",
+      "[Pass::select] heads must be either in the rows or in the second dimension, got shape ",
       t.sizes(), " for ", size(), " rows.");
-  const auto tokens = t.dim() == 3 ? t : t.squeeze(1);  // [rows * heads, tokens, head_dim]
+  // [rows * heads, tokens, head_dim]
+  const auto tokens = t.dim() == 3 ? t : t.squeeze(1);
   return group.of(tokens.unflatten(0, {size(), heads_in_rows}));
 }
 

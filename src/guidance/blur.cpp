@@ -34,7 +34,7 @@ std::vector<double> gaussian_weights(std::int64_t radius, double sigma) {
 
 #ifdef SAG_WITH_CUDA
 
-// In one launch, where the sum below takes two for each tap.
+// One launch; the sum below takes two for each tap.
 torch::Tensor blur_axis_cuda(const torch::Tensor& given, std::int64_t dim,
                              const std::vector<double>& weights) {
   const auto x = given.contiguous();
@@ -51,8 +51,8 @@ torch::Tensor blur_axis_cuda(const torch::Tensor& given, std::int64_t dim,
 #endif
 
 // Blurs [B, C, H, W] along H (dim 2) or W (dim 3). A sum of shifted pictures instead of a
-// convolution: its weights are host numbers, so nothing is copied to the device, and cuDNN's TF32
-// cannot touch it.
+// convolution: its weights are numbers on the host, so nothing is copied to the device, and cuDNN's
+// TF32 settings do not affect it.
 torch::Tensor blur_axis(const torch::Tensor& x, std::int64_t dim, std::int64_t radius,
                         double sigma) {
   const auto side = x.size(dim);
@@ -80,12 +80,12 @@ torch::Tensor gaussian_blur_2d(const torch::Tensor& x, std::int64_t kernel_size,
   check_latent(x, "x", "gaussian_blur_2d");
   TORCH_CHECK_VALUE(
       kernel_size >= 0 && (kernel_size == 0 || kernel_size % 2 == 1),
-      "[gaussian_blur_2d] kernel_size must be odd, or 0 for as wide as sigma needs, got ",
+      "[gaussian_blur_2d] kernel_size must be odd, or 0 to be as wide as sigma needs, got ",
       kernel_size, ".");
   TORCH_CHECK_VALUE(std::isfinite(sigma) && sigma >= 0,
                     "[gaussian_blur_2d] sigma must be finite and at least 0, got ", sigma, ".");
   if (sigma == 0) return x;
-  // A radius beyond it would be clamped.
+  // A larger radius would be clamped anyway.
   const auto longest = std::max(x.size(2), x.size(3));
   const auto radius =
       kernel_size > 0 ? kernel_size / 2

@@ -11,7 +11,7 @@ __device__ std::int64_t reflect(std::int64_t i, std::int64_t side) {
   return i < side ? i : 2 * (side - 1) - i;
 }
 
-// One element a thread: a picture is small, and its neighbours are in the cache.
+// One element per thread: a picture is small, and its neighbours are in the cache.
 __global__ void blur_axis(const float* x, float* out, std::int64_t count, BlurAxis axis,
                           BlurTaps taps) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -16,11 +16,12 @@
 namespace sag {
 namespace {
 
-/// A conditioning of a request, on some of its images: what one group of rows is made from.
+/// A conditioning of a request, on some of its images; one group of rows is made from it.
 struct Item {
   std::size_t request = 0;
   const Conditioning* cond = nullptr;
-  RowGroup rows;  // all but `begin`
+  // All but `begin`.
+  RowGroup rows;
   // Cropped to the area: the rows' noisy latent, and the conditioning's further inputs.
   torch::Tensor x;
   std::map<std::string, torch::Tensor> extra;
@@ -35,8 +36,8 @@ torch::Tensor crop(const torch::Tensor& t, const std::optional<Area>& area) {
   return area ? t.narrow(-2, area->y, area->height).narrow(-1, area->x, area->width) : t;
 }
 
-// Crops what lies beside the latent, cell by cell (ComfyUI: `CONDNoiseShape`); the rest, tokens and
-// features, belongs to the area as it is.
+// Crops inputs that match the latent cell by cell (ComfyUI: `CONDNoiseShape`); the rest, tokens and
+// features, stays as it is for the area.
 std::map<std::string, torch::Tensor> crop_pictures(std::map<std::string, torch::Tensor> extra,
                                                    const std::optional<Area>& area,
                                                    const torch::Tensor& x) {
@@ -119,7 +120,7 @@ bool same_tail(const torch::Tensor& a, const torch::Tensor& b) {
          (a.sizes().slice(1) == b.sizes().slice(1) && a.scalar_type() == b.scalar_type());
 }
 
-// Repeating tokens leaves cross-attention as it is, so contexts may differ in length; but not by so
+// Repeating tokens leaves cross-attention as it is, so contexts may differ in length, but not so
 // much that the repetition costs more than another call (ComfyUI: `CONDCrossAttn.can_concat`).
 bool contexts_fit(const torch::Tensor& a, const torch::Tensor& b) {
   if (!a.defined() || !b.defined()) return a.defined() == b.defined();
@@ -159,7 +160,7 @@ std::vector<Item> take_batch(std::vector<Item>& items, std::int64_t max_rows) {
   return batch;
 }
 
-// Joins one tensor of every item of a batch, repeated to the item's rows.
+// Joins one tensor of every item in a batch, repeated for the item's rows.
 template <class Get>
 torch::Tensor join(const std::vector<Item>& batch, Get get) {
   std::vector<torch::Tensor> parts;
@@ -211,8 +212,8 @@ torch::Tensor evaluate(const ModelPatcher& model, const std::vector<Item>& batch
   });
 }
 
-/// A request's prediction in the making: the weighted sum of its parts, and what they weigh
-/// together (undefined: 1 everywhere, which is the case of one conditioning on the whole latent).
+/// A request's prediction while it is summed: the weighted sum of its parts, and the sum of their
+/// weights (undefined: 1 everywhere, as for one conditioning on the whole latent).
 struct Sum {
   torch::Tensor value, weight;
 };
@@ -236,7 +237,7 @@ void add(Sum& sum, const Item& item, const torch::Tensor& denoised, const torch:
   part(sum.weight).add_(rows.weight.defined() ? rows.weight : at::ones({1}, denoised.options()));
 }
 
-// 0 is no limit.
+// 0 means no limit.
 std::int64_t smaller_limit(std::int64_t a, std::int64_t b) {
   return a == 0 || b == 0 ? std::max(a, b) : std::min(a, b);
 }
@@ -253,12 +254,12 @@ void check_requests(std::span<const CondRequest> requests, const CalcCondBatchOp
   for (const auto& request : requests) check_latent(request.x, "x", "calc_cond_batch");
 }
 
-// A hook without a site would never run, and nobody would know.
+// A hook without a site would never run, and nobody would notice.
 void check_sites(const ModelPatcher& model) {
   for (const auto& choice : model.site_choices())
     TORCH_CHECK_VALUE(!choice.site.empty(),
                       "[calc_cond_batch] the sites of all hooks must be decided "
-                      "(ModelPatcher::decide_sites, or name them), got an open \"",
+                      "(ModelPatcher::decide_sites, or name them), got an undecided \"",
                       choice.asked, "\".");
 }
 

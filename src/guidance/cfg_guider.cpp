@@ -30,8 +30,8 @@ void check_sigmas(const std::vector<double>& sigmas) {
   }
 }
 
-// The largest i with sigmas[i] >= sigma; 0 before the first. Samplers compute sigmas again, and may
-// miss one of the schedule by its last bit.
+// The largest i with sigmas[i] >= sigma; 0 before the first. Samplers compute sigmas again, and the
+// last bit may differ from the schedule's.
 std::int64_t step_of(const std::vector<double>& sigmas, double sigma) {
   const auto reaches = [sigma](double s) { return s >= sigma * (1 - kSigmaTolerance); };
   const auto after = std::partition_point(sigmas.begin(), sigmas.end(), reaches);
@@ -50,7 +50,8 @@ bool post_cfg_needs_uncond(const ModelPatcher& model, const StepContext& step) {
   });
 }
 
-// No UNet takes contexts, or vectors y, of two widths: better said here than by its layers.
+// No UNet takes contexts, or vectors y, of two widths. An error here is clearer than one in its
+// layers.
 void check_one_width(const std::vector<Conditioning>& conds) {
   std::int64_t context_width = -1, y_width = -1;
   const auto check = [](const torch::Tensor& t, std::int64_t& width, const char* what) {
@@ -66,7 +67,7 @@ void check_one_width(const std::vector<Conditioning>& conds) {
   }
 }
 
-// Once a run, before anything is evaluated: it reads from the device.
+// Called once per run, before anything is evaluated, because it reads from the device.
 void check_given(const std::vector<Conditioning>& positive,
                  const std::vector<Conditioning>& negative) {
   TORCH_CHECK_VALUE(!positive.empty() || !negative.empty(),
@@ -86,11 +87,11 @@ void check_evaluation(const torch::Tensor& x, double sigma) {
 void check_steps_are_known(const ModelPatcher& model, const std::vector<double>& sigmas) {
   for (const auto& installed : model.post_cfg_functions())
     TORCH_CHECK_VALUE(!installed.options.needs_steps || !sigmas.empty(),
-                      "[CfgGuider] sigmas must be the run's, as a guidance of this model depends "
-                      "on the step (interval, one_pass), got none: call begin_run, or sample.");
+                      "[CfgGuider] sigmas must be known, as a guidance of this model depends "
+                      "on the step (interval, one_pass), got none: call begin_run or sample.");
 }
 
-// Once a run, so that no step copies from the host.
+// Called once per run, so that no step copies from the host.
 std::vector<Conditioning> on_device(std::vector<Conditioning> conds, torch::Device device) {
   for (auto& cond : conds) cond = to_device(std::move(cond), device);
   return conds;
@@ -108,7 +109,7 @@ torch::Tensor cfg(const ModelPatcher& model, const CfgArgs& args) {
   return args.uncond_denoised + (args.cond_denoised - args.uncond_denoised) * args.cond_scale;
 }
 
-// What a guidance has evaluated must not pass for the main pass, whose rows hooks record.
+// Rows of a guidance must not look like those of the main pass, which hooks record.
 void check_rows(const torch::Tensor& rows, const Owner& owner, const torch::Tensor& x) {
   TORCH_CHECK_VALUE(rows.defined() && rows.sizes() == x.sizes(),
                     "[CfgGuider] the x of a guidance's rows must have the shape of x, ", x.sizes(),
@@ -241,7 +242,7 @@ class Evaluation {
   StepContext& step_;
   EvaluationReport& report_;
   const torch::Tensor& x_;
-  // By post-CFG function: the prediction of its early rows, or undefined.
+  // For each post-CFG function: the prediction of its early rows, or undefined.
   std::vector<torch::Tensor> early_;
 };
 

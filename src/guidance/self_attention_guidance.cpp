@@ -16,7 +16,7 @@
 namespace sag {
 namespace {
 
-// ComfyUI: `SelfAttentionGuidance.patch`; below this the blur would be most of the picture.
+// ComfyUI: `SelfAttentionGuidance.patch`. In smaller latents the blur would be most of the picture.
 bool too_small(std::int64_t height, std::int64_t width) {
   return std::min(height, width) <= 4;
 }
@@ -69,7 +69,7 @@ void check_options(const SelfAttentionGuidanceOptions& options) {
                     options.threshold, ".");
   TORCH_CHECK_VALUE(
       options.kernel_size == 0 || (options.kernel_size > 0 && options.kernel_size % 2 == 1), where,
-      "kernel_size must be odd, or 0 for as wide as blur_sigma needs, got ", options.kernel_size,
+      "kernel_size must be odd, or 0 to be as wide as blur_sigma needs, got ", options.kernel_size,
       ".");
   TORCH_CHECK_VALUE(options.interval >= 1, where, "interval must be at least 1, got ",
                     options.interval, ".");
@@ -92,7 +92,7 @@ SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options,
   return options;
 }
 
-// Why SAG neither guides nor records at `sigma`; null: it may.
+// Returns why SAG neither guides nor records at `sigma`; null if it may.
 const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigma) {
   if (options.scale == 0) return "scale is 0";
   if (options.blur_sigma == 0) return "blur_sigma is 0";
@@ -105,13 +105,13 @@ bool guides_step(const SelfAttentionGuidanceOptions& options, const StepContext&
   return step.step_index() % options.interval == 0;
 }
 
-// One-pass SAG records in steps that it does not guide, too: the next one needs what they blur.
+// One-pass SAG also records in steps that it does not guide: the next step needs what they blur.
 bool records_in(const SelfAttentionGuidanceOptions& options, const StepContext& step) {
   return !idle_reason(options, step.sigma()) && (options.one_pass || guides_step(options, step)) &&
          !too_small(step.height(), step.width());
 }
 
-// The map of some rows; undefined if there are not as many queries as keys.
+// Returns the map of some rows; undefined if there are not as many queries as keys.
 torch::Tensor map_of(const AttentionCall& call, const Pass& pass, const RowGroup& rows) {
   if (call.probabilities.defined()) {
     const auto probabilities = pass.select(rows, call.probabilities);
@@ -124,7 +124,7 @@ torch::Tensor map_of(const AttentionCall& call, const Pass& pass, const RowGroup
 
 void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass) {
   if (pass.groups.empty()) {
-    pass.step->skipped(owner, "which rows a call of the site's attention has is not known");
+    pass.step->skipped(owner, "it is not known which rows a call of the site's attention has");
     return;
   }
   if (call.attn_mask || call.is_causal) {
@@ -142,7 +142,7 @@ void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass)
 }
 
 // Brings every recorded map to its place in the latent and averages them per cell, with the weights
-// that their predictions had. Cells that none covers stay 0.
+// of their predictions. Cells that no map covers stay 0.
 torch::Tensor combine_maps(const std::vector<StepContext::Record>& records,
                            const torch::Tensor& x) {
   const auto& first = records.front();
@@ -167,14 +167,14 @@ torch::Tensor combine_maps(const std::vector<StepContext::Record>& records,
   return at::where(weights != 0, sum / weights, 0.0);
 }
 
-// What the latest earlier step blurred away; undefined: nothing fits.
+// Returns what the latest earlier step blurred away; undefined if nothing fits.
 torch::Tensor earlier_change(const Owner& owner, const RunContext& run, const StepContext& step,
                              const torch::Tensor& x) {
   const auto change = run.latest_before(owner, step.step_index());
   return change.defined() && change.sizes() == x.sizes() ? change : torch::Tensor();
 }
 
-// One-pass SAG's own rows of the main call.
+// Returns one-pass SAG's own rows of the main call.
 std::optional<EarlyRows> early_rows(const Owner& owner, const SelfAttentionGuidanceOptions& options,
                                     const EarlyArgs& args) {
   if (!records_in(options, args.step) || !guides_step(options, args.step)) return std::nullopt;
@@ -184,8 +184,8 @@ std::optional<EarlyRows> early_rows(const Owner& owner, const SelfAttentionGuida
   return EarlyRows{Branch::uncond, owner, x};
 }
 
-// The map of this evaluation, [images, 1, height, width]; undefined: there is none, and `args.step`
-// says why.
+// Returns the map of this evaluation, [images, 1, height, width]; undefined if there is none, and
+// then `args.step` says why.
 torch::Tensor recorded_map(const Owner& owner, const PostCfgArgs& args) {
   const auto records = args.step.records(owner);
   if (records.empty()) args.step.skipped(owner, "the attention of the site did not run");
@@ -225,7 +225,7 @@ torch::Tensor guide_in_one_pass(const Owner& owner, const SelfAttentionGuidanceO
   return args.denoised + options.scale * (uncond + earlier - args.early);
 }
 
-// Why SAG does not guide an evaluation, before its map is looked at; null: it may.
+// Returns why SAG does not guide an evaluation, before looking at its map; null if it may.
 const char* skip_reason(const SelfAttentionGuidanceOptions& options, const PostCfgArgs& args) {
   if (const auto* reason = idle_reason(options, args.sigma)) return reason;
   const bool guides = guides_step(options, args.step);
@@ -254,7 +254,7 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
                                            const SelfAttentionGuidanceOptions& given) {
   const auto options = with_sigmas(given, model.model_sampling());
   check_options(options);
-  // Tells this SAG's records and rows from all others.
+  // Tells this SAG's records and rows apart from all others.
   const Owner owner("self_attention_guidance");
   const auto active = [options](const StepContext& step) { return records_in(options, step); };
 

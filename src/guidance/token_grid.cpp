@@ -8,7 +8,8 @@
 namespace sag {
 
 TokenGrid token_grid(std::int64_t tokens, std::int64_t height, std::int64_t width) {
-  constexpr std::int64_t kLargest = std::int64_t{1} << 31;  // products of two still fit
+  // Products of two sides still fit into 64 bits.
+  constexpr std::int64_t kLargest = std::int64_t{1} << 31;
   TORCH_CHECK_VALUE(
       tokens > 0 && height > 0 && width > 0 && std::max({tokens, height, width}) < kLargest,
       "[token_grid] tokens, height and width must be positive and below 2^31, got ", tokens, ", ",
@@ -19,8 +20,7 @@ TokenGrid token_grid(std::int64_t tokens, std::int64_t height, std::int64_t widt
     if (grid.rows == 1 && grid.cols == 1) break;
   }
 
-  // No halving fits: of all factorisations take the one nearest in shape, by the logarithm of the
-  // ratio.
+  // No halving fits: take the factorisation nearest in shape, by the logarithm of the ratio.
   const auto ratio = static_cast<double>(height) / static_cast<double>(width);
   const auto distance = [ratio](const TokenGrid& grid) {
     return std::abs(
@@ -28,7 +28,7 @@ TokenGrid token_grid(std::int64_t tokens, std::int64_t height, std::int64_t widt
   };
   TokenGrid best{1, tokens};
   const auto consider = [&](const TokenGrid& grid) {
-    // Of two equally near ones the first, whatever the rounding.
+    // Of two equally near ones keep the first, whatever the rounding.
     if (distance(grid) < distance(best) - 1e-9) best = grid;
   };
   for (std::int64_t factor = 1; factor * factor <= tokens; ++factor) {

@@ -50,7 +50,7 @@ void check_y(const torch::Tensor& y, const char* caller) {
 void check_finite(const torch::Tensor& t, const char* what, const char* caller) {
   if (!t.defined() || !t.is_floating_point()) return;
   TORCH_CHECK_VALUE(t.isfinite().all().item<bool>(), "[", caller, "] ", what,
-                    " must be finite, got NaN or infinity in it.");
+                    " must be finite, got NaN or infinity.");
 }
 
 std::string extra_name(const std::string& name) {
@@ -113,7 +113,7 @@ void check_conditioning_values(const Conditioning& cond, const char* caller) {
                    cond.mask.scalar_type(), ".");
   check_finite(cond.mask, "mask", caller);
   const auto least = cond.mask.min().item<double>(), most = cond.mask.max().item<double>();
-  TORCH_CHECK_VALUE(least >= 0 && most <= 1, "[", caller, "] mask must be within 0 and 1, got ",
+  TORCH_CHECK_VALUE(least >= 0 && most <= 1, "[", caller, "] mask must be between 0 and 1, got ",
                     least, " to ", most, ".");
 }
 

@@ -9,7 +9,7 @@
 namespace sag {
 namespace {
 
-// Brings a conditioning tensor to the UNet: one row per row of x, floating ones in the UNet's
+// Prepares a conditioning tensor for the UNet: one row per row of x, floating ones in the UNet's
 // dtype.
 torch::Tensor to_rows(const torch::Tensor& t, std::int64_t rows, const UNet& unet) {
   if (!t.defined()) return t;
@@ -20,7 +20,7 @@ torch::Tensor to_rows(const torch::Tensor& t, std::int64_t rows, const UNet& une
   return moved.expand(sizes);
 }
 
-// A device without a number ("cuda") is any of its kind.
+// A device without a number ("cuda") means any of its kind.
 bool is_on(const torch::Tensor& t, torch::Device device) {
   return t.device().type() == device.type() &&
          (!device.has_index() || t.device().index() == device.index());

@@ -4,7 +4,7 @@
 
 #include <torch/types.h>
 
-// What every room asks of a latent. Also sampling/ may include it.
+// What every room requires of a latent. sampling/ may include it too.
 
 namespace sag {
 
@@ -21,7 +21,7 @@ void check_returns_shape(const torch::Tensor& t, const torch::Tensor& x, const c
                          const char* caller);
 
 /// Returns the tensor in fp32 at least. Half precision is for the network; sums of large and small
-/// numbers want more.
+/// numbers need more.
 torch::Tensor at_least_fp32(const torch::Tensor& t);
 
 }  // namespace sag

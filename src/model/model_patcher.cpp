@@ -7,7 +7,7 @@ namespace sag {
 
 namespace {
 
-// What the conditioning gives to the UNet for the first image of a batch.
+// What the conditioning gives the UNet for the first image of a batch.
 Conditioning of_first_image(const Conditioning& cond) {
   const auto first = [](const torch::Tensor& t) { return t.defined() ? t.narrow(0, 0, 1) : t; };
   Conditioning one{.context = first(cond.context), .y = first(cond.y)};

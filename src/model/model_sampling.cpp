@@ -17,9 +17,9 @@ constexpr std::array<std::string_view, 2> kBetaScheduleNames = {"scaled_linear",
 
 constexpr std::int64_t kContinuousTableSize = 1000;
 
-// Half way between two entries of the table the last bit decides which one is nearest. These are
-// torch's fp32 functions, as in the reference: the C library's pick the other one in 25 of SD's
-// 999.
+// Halfway between two entries of the table, the last bit decides which one is nearest. These are
+// torch's fp32 functions, as in the reference: the C library's functions pick the other entry in 25
+// of SD's 999 cases.
 float log_fp32(double value) {
   return torch::scalar_tensor(value, torch::kFloat32).log().item<float>();
 }
@@ -39,7 +39,7 @@ torch::Tensor rescale_to_zero_terminal_snr(const torch::Tensor& alphas_cumprod) 
   const auto sqrt_alphas = alphas_cumprod.sqrt();
   const auto first = sqrt_alphas[0], last = sqrt_alphas[-1];
   auto rescaled = ((sqrt_alphas - last) * (first / (first - last))).square();
-  // Long tables come nearer to 0 than this before their end.
+  // Long tables come closer to 0 than this before their end.
   rescaled[-1] = std::min(4.8973451890853435e-08, rescaled[-2].item<double>() / 2);
   return rescaled;
 }
@@ -47,7 +47,7 @@ torch::Tensor rescale_to_zero_terminal_snr(const torch::Tensor& alphas_cumprod) 
 // ComfyUI: `time_snr_shift`.
 template <typename Real>
 Real time_snr_shift(Real shift, Real t) {
-  // Rounding may miss it.
+  // The formula may miss 1 by rounding.
   if (t == 1) return 1;
   return std::min<Real>(shift * t / (1 + (shift - 1) * t), 1);
 }
@@ -63,7 +63,7 @@ void check_sigma(double sigma, Prediction prediction, const char* caller) {
 
 namespace {
 
-// The place of a name, which is the value of its enumerator.
+// Returns the index of a name, which is the value of its enumerator.
 std::size_t index_of(std::string_view name, std::span<const std::string_view> names,
                      const char* caller) {
   const auto found = std::find(names.begin(), names.end(), name);

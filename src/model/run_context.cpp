@@ -7,7 +7,7 @@ namespace sag {
 
 void RunContext::keep(const Owner& owner, std::int64_t step_index, torch::Tensor value) {
   const auto own = [&](const Kept& kept) { return kept.owner == owner; };
-  // What lies further ahead than samplers look is of a run before this one.
+  // A value further ahead than samplers look is from an earlier run.
   std::erase_if(kept_, [&](const Kept& kept) {
     return own(kept) && (kept.step_index == step_index || kept.step_index > step_index + 2);
   });

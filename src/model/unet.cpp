@@ -38,11 +38,11 @@ const std::string& own_name(const std::vector<AttentionSiteInfo>& sites,
   return std::count_if(sites.begin(), sites.end(), same) == 1 ? site.name : site.path;
 }
 
-// Adds one of the site's calls, of which there are several where the network splits the batch.
+// Adds one of the site's calls; there are several if the network splits the batch.
 void add_call(AttentionSiteShape& shape, const AttentionCall& call) {
   const auto& queries = call.probabilities.defined() ? call.probabilities : call.q;
   const auto heads = c10::multiply_integers(queries.sizes().begin(), queries.sizes().end() - 2);
-  // Of all rows, until the last call is in.
+  // Summed over all rows; divided by their number after the last call.
   shape.heads += heads;
   shape.tokens = queries.size(-2);
   shape.head_dim = call.probabilities.defined()
@@ -64,13 +64,13 @@ std::string UNet::note_on_sites() const {
 
 namespace {
 
-// The own name of the one site in `found`.
+// Returns the own name of the only site in `found`.
 std::string only_name(const UNet& unet, const std::vector<AttentionSiteInfo>& found,
                       const std::string& asked) {
   const auto sites = unet.attention_sites();
   TORCH_CHECK_VALUE(found.size() == 1,
                     "[resolve_attention_site] site must name one self-attention, but \"", asked,
-                    "\" fits ", found.size(), "; use its path or #ordinal. ", list_sites(found));
+                    "\" matches ", found.size(), "; use its path or #ordinal. ", list_sites(found));
   const auto& name = own_name(sites, found.front());
   TORCH_CHECK_VALUE(!name.empty(), "[resolve_attention_site] site \"", asked,
                     "\" must have a name or a path of its own, but several are called \"",
@@ -86,8 +86,9 @@ std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) 
   const auto found = sites_called(sites, site.name());
   if (found.empty() && site.name() == kMiddle) {
     const auto choice = find_middle_attention(unet);
-    TORCH_CHECK_VALUE(choice, "[resolve_attention_site] site must be named for this UNet, as no ",
-                      "name of its sites says which is the middle block's. ", list_sites(sites));
+    TORCH_CHECK_VALUE(choice, "[resolve_attention_site] site must be named for this UNet, as the ",
+                      "names of its sites do not say which is the middle block's. ",
+                      list_sites(sites));
     return choice->site;
   }
   TORCH_CHECK_VALUE(!found.empty(),
@@ -135,13 +136,13 @@ SiteChoice find_middle_attention(std::span<const AttentionSiteShape> probed) {
   }
   const auto has_fewest = [fewest](const auto& shape) { return shape.tokens == fewest; };
   TORCH_CHECK_VALUE(fewest > 0 && std::count_if(probed.begin(), probed.end(), has_fewest) == 1,
-                    "[find_middle_attention] site must be named for this UNet, as it has not one "
-                    "self-attention with the fewest tokens. Its self-attentions are ",
+                    "[find_middle_attention] site must be named for this UNet, as no single "
+                    "self-attention has the fewest tokens. Its self-attentions are ",
                     text, ".");
   const auto& chosen = *std::find_if(probed.begin(), probed.end(), has_fewest);
   const auto& name = own_name(sites, chosen.site);
   TORCH_CHECK_VALUE(!name.empty(), "[find_middle_attention] site \"", chosen.site.name,
-                    "\" must have a name or a path of its own, but several are called so: ", text,
+                    "\" must have a name or a path of its own, but several have this name: ", text,
                     ".");
   return {
       kMiddle, name,

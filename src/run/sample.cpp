@@ -10,7 +10,7 @@
 namespace sag {
 namespace {
 
-// What the sampler asks of the guider.
+// The function that the sampler calls, made from the guider.
 DenoiseFunction denoise_with(CfgGuider& guider, const SamplerInfo& sampler,
                              const SampleOptions& options) {
   return [&](const torch::Tensor& x, double sigma) {
@@ -21,7 +21,7 @@ DenoiseFunction denoise_with(CfgGuider& guider, const SamplerInfo& sampler,
   };
 }
 
-// Noise of what inpainting keeps; undefined: the start noise.
+// Noise of the part that inpainting keeps; undefined: the start noise.
 torch::Tensor kept_noise(const SamplerInfo& sampler, const torch::Tensor& noise,
                          const SampleOptions& options) {
   if (options.inpaint_noise.defined() || !options.denoise_mask.defined() ||

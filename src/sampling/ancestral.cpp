@@ -1,4 +1,4 @@
-// Samplers that put fresh noise in at every step.
+// Samplers that add fresh noise at every step.
 
 #include <cmath>
 #include <utility>
@@ -67,7 +67,7 @@ torch::Tensor sample_dpmpp_2s_ancestral(const DenoiseFunction& model, torch::Ten
     if (sigma_down == 0) {
       x = denoised;
     } else {
-      // Half way in λ, which is −∞ at a flow model's σ = 1.
+      // Halfway in λ, which is −∞ at a flow model's σ = 1.
       const bool from_pure_noise = options.flow && sigma == 1;
       const double s =
           from_pure_noise ? 0.9999 : snr.sigma((snr.lambda(sigma) + snr.lambda(sigma_down)) / 2);

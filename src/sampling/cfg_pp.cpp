@@ -1,5 +1,5 @@
-// CFG++ (Chung et al. 2024): the guided prediction says where to go, the unconditional one what the
-// noise is.
+// CFG++ (Chung et al. 2024): the guided prediction says where to go, the unconditional one says
+// what the noise is.
 
 #include <cmath>
 #include <utility>

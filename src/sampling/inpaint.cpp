@@ -28,8 +28,9 @@ DenoiseFunction inpaint_model(DenoiseFunction model, const ModelSampling& sampli
   const auto repaint = mask.to(latent.scalar_type());
   const auto keep = 1 - repaint;
   return [=, model = std::move(model)](const torch::Tensor& x, double sigma) -> Denoised {
-    TORCH_CHECK_VALUE(x.sizes() == latent.sizes(), "[inpaint_model] x must be ", latent.sizes(),
-                      " as latent is, got ", x.sizes(), ".");
+    TORCH_CHECK_VALUE(x.sizes() == latent.sizes(),
+                      "[inpaint_model] x must have the shape of latent, ", latent.sizes(), ", got ",
+                      x.sizes(), ".");
     const auto known = sampling.noise_scaling(sigma, noise, latent);
     const auto [denoised, uncond_denoised] = model(x * repaint + known * keep, sigma);
     return {denoised * repaint + latent * keep, uncond_denoised};

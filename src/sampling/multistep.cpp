@@ -98,7 +98,7 @@ std::vector<double> ipndm_coefficients(std::size_t order) {
   }
 }
 
-// The same for uneven steps, as the reference has it: h, h_1, … are the step's width and those
+// The same for uneven steps, as in the reference: h, h_1, … are the widths of this step and those
 // before it.
 std::vector<double> ipndm_v_coefficients(std::span<const double> sigmas, std::size_t step,
                                          std::size_t order) {
@@ -153,7 +153,8 @@ std::vector<double> deis_coefficients(std::span<const double> sigmas, std::size_
   auto nodes = latest(sigmas, step, order);
   for (double& node : nodes) node = time.of(node);
   const double from = nodes[0], to = time.of(sigmas[step + 1]);
-  // The reference's sum, so many points with both ends among them: closer would be another number.
+  // The reference's sum, with as many points, both ends included; a closer sum would give another
+  // result.
   constexpr int kPoints = 10000;
   std::vector<double> coefficients(order, 0.0);
   for (int k = 0; k < kPoints; ++k) {
@@ -252,7 +253,7 @@ torch::Tensor sample_gradient_estimation(const DenoiseFunction& model, torch::Te
     if (!run.goes_on(i, x, denoised)) return denoised;
     if (sigma_next == 0) return denoised;
     const auto d = to_d(x, sigma, denoised);
-    // γ = 2: the newest derivative counts twice, less the one before.
+    // γ = 2: twice the newest derivative minus the one before.
     const auto d_bar = old_d.defined() ? 2 * d - old_d : d;
     x = x + d_bar * (sigma_next - sigma);
     old_d = d;

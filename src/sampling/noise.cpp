@@ -78,9 +78,9 @@ std::uint64_t scramble(std::uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// A Brownian path for every cell of every image, known at any time without a record of it: halving
-// [0, end] again and again, each middle is the mean of its neighbours plus noise that depends on
-// the seed and the place in the tree alone.
+// A Brownian path for every cell of every image, known at any time without a record of it: [0, end]
+// is halved again and again, and each middle is the mean of its neighbours plus noise that depends
+// only on the seed and the place in the tree.
 class BrownianPath {
  public:
   BrownianPath(std::span<const std::uint64_t> seeds, torch::IntArrayRef image_shape, double end)
@@ -93,7 +93,8 @@ class BrownianPath {
     for (const auto& [known_time, value] : known_)
       if (known_time == time) return value;
     known_.emplace_front(time, descend(time));
-    if (known_.size() > 4) known_.pop_back();  // a step asks for at most three
+    // A step asks for at most three.
+    if (known_.size() > 4) known_.pop_back();
     return known_.front().second;
   }
 
@@ -104,7 +105,7 @@ class BrownianPath {
     for (std::uint64_t node = 1;;) {
       if (time == left) return w_left;
       if (time == right) return w_right;
-      // Steps are wider than this, relative to where they are; nearer ones would share their noise.
+      // Steps are wider than this, relative to their time; closer ones would share their noise.
       const bool last = right - left <= 1e-4 * time;
       const double middle = last ? time : (left + right) / 2;
       const double share = (middle - left) / (right - left);
@@ -146,7 +147,7 @@ NoiseSampler brownian_noise_sampler(std::span<const std::uint64_t> seeds, const 
   const auto path = std::make_shared<BrownianPath>(seeds, x.sizes().slice(1), sigma_max);
   return [path, sigma_max, options = x.options()](double sigma, double sigma_next) {
     TORCH_CHECK_VALUE(0 <= sigma_next && sigma_next < sigma && sigma <= sigma_max,
-                      "[brownian_noise_sampler] sigmas must fall within 0 and ", sigma_max,
+                      "[brownian_noise_sampler] sigmas must fall and be between 0 and ", sigma_max,
                       ", got ", sigma, " to ", sigma_next, ".");
     const auto noise = (path->at(sigma) - path->at(sigma_next)) / std::sqrt(sigma - sigma_next);
     return to_device(noise, options.device()).to(options.dtype());

@@ -1,4 +1,4 @@
-// Samplers of the deterministic ODE that look at one step alone.
+// Samplers of the deterministic ODE that use one step at a time.
 
 #include <cmath>
 #include <utility>

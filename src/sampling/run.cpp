@@ -15,7 +15,7 @@ std::vector<std::uint64_t> seeds_or_count(std::vector<std::uint64_t> seeds, std:
 }
 
 void check_sigmas(std::span<const double> sigmas, const char* caller) {
-  TORCH_CHECK_VALUE(sigmas.size() >= 2, "[", caller, "] sigmas must be at least two, got ",
+  TORCH_CHECK_VALUE(sigmas.size() >= 2, "[", caller, "] there must be at least two sigmas, got ",
                     sigmas.size(), ".");
   for (std::size_t i = 0; i < sigmas.size(); ++i) {
     const bool last = i + 1 == sigmas.size();
@@ -78,7 +78,8 @@ void Run::use_fresh_noise(const torch::Tensor& x) {
   noise_sampler_ = options_.noise_sampler;
   if (noise_sampler_) return;
   const auto noise = std::make_shared<SeededNoise>(seeds_or_count(options_.seeds, x.size(0)));
-  noise->draw(x.sizes().slice(1), torch::kCPU);  // the first draw may be what x was started from
+  // Skip the first draw, which x may have been started from.
+  noise->draw(x.sizes().slice(1), torch::kCPU);
   noise_sampler_ = seeded_noise_sampler(noise, x);
 }
 

@@ -16,20 +16,20 @@
 
 namespace sag {
 
-/// Returns the seeds, or 0, 1, 2, … for so many images if there are none.
+/// Returns the seeds, or 0, 1, 2, …, one for each image, if there are none.
 std::vector<std::uint64_t> seeds_or_count(std::vector<std::uint64_t> seeds, std::int64_t images);
 
 /// Throws ValueError, naming `caller`, unless the sigmas are finite, fall strictly, are positive
-/// but for a last 0, and are at least two.
+/// except for a last 0, and there are at least two.
 void check_sigmas(std::span<const double> sigmas, const char* caller);
 
-/// `run_sampler`, for functions of other names that do the same.
+/// `run_sampler`, for functions with other names that do the same.
 torch::Tensor run_sampler_as(const char* caller, Sampler sampler, const DenoiseFunction& model,
                              const ModelSampling& sampling, const torch::Tensor& noise,
                              std::span<const double> sigmas, const RunSamplerOptions& options);
 
 /// One run of a sampler: checked arguments, checked predictions and noise, the report of each step.
-/// No gradients while it lives.
+/// Gradients are off while it exists.
 class Run {
  public:
   Run(const char* caller, const DenoiseFunction& model, std::span<const double> sigmas,
@@ -43,14 +43,14 @@ class Run {
   /// Returns both predictions, which a CFG++ sampler needs.
   Denoised predict_both(const torch::Tensor& x, double sigma) const;
 
-  /// False: the callback ends the run.
+  /// Returns false if the callback ends the run.
   bool goes_on(std::size_t step, const torch::Tensor& x, const torch::Tensor& denoised) const;
 
-  /// Sets where fresh noise comes from, unless the caller said so. Checks eta and s_noise.
+  /// Sets where fresh noise comes from, unless the caller set it. Checks eta and s_noise.
   void use_fresh_noise(const torch::Tensor& x);
-  /// The same, from one Brownian path.
+  /// The same, for noise from one Brownian path.
   void use_brownian_noise(const torch::Tensor& x);
-  /// Returns x + scale·s_noise·noise; draws nothing when that is x.
+  /// Returns x + scale·s_noise·noise; draws nothing if that equals x.
   torch::Tensor add_noise(const torch::Tensor& x, double scale, double sigma,
                           double sigma_next) const;
   /// Returns the noise alone, not scaled by s_noise.
@@ -80,12 +80,12 @@ inline torch::Tensor to_d(const torch::Tensor& x, double sigma, const torch::Ten
   return (x - denoised) / sigma;
 }
 
-/// A step down to sigma_down, after which x·x_scale plus noise of sigma_up stands at sigma_next.
+/// A step down to sigma_down, after which x·x_scale plus noise of sigma_up is at sigma_next.
 struct AncestralStep {
   double sigma_down, x_scale, sigma_up;
 };
 /// Splits the step from sigma, which may be infinite, to sigma_next: eta is the share of fresh
-/// noise. In flow models (x = (1 − σ)·x0 + σ·n) noise alone would not do: x is also scaled from
+/// noise. In flow models (x = (1 − σ)·x0 + σ·n) adding noise is not enough: x is also scaled from
 /// sigma_down's share of x0 to sigma_next's. k-diffusion: `get_ancestral_step`.
 AncestralStep get_ancestral_step(double sigma, double sigma_next, double eta, bool flow = false);
 
@@ -96,7 +96,7 @@ struct ResWeights {
 };
 ResWeights res_weights(double h, double h_last);
 
-/// Where σ stands in ln of signal over noise, the time in which the DPM-Solvers step.
+/// The place of σ in the logarithm of signal over noise, the time in which the DPM-Solvers step.
 struct HalfLogSnr {
   bool flow = false;
   /// The share of x0 in x.

@@ -10,24 +10,26 @@
 namespace sag {
 namespace {
 
-// Reads from the device, so it is for the time before the first step and after the last.
+// Reads from the device, so call it only before the first step and after the last.
 bool is_finite(const torch::Tensor& tensor) {
   return tensor.isfinite().all().item<bool>();
 }
 
 void check_finite(const torch::Tensor& tensor, const char* name, const char* caller) {
   TORCH_CHECK_VALUE(is_finite(tensor), "[", caller, "] ", name,
-                    " must be finite, got NaN or infinity in it.");
+                    " must be finite, got NaN or infinity.");
 }
 
 // Returns a start image, or noise for one, as the run computes with it.
 torch::Tensor checked_latent(const torch::Tensor& latent, const char* name,
                              const torch::Tensor& noise, const char* caller) {
   check_latent(latent, name, caller);
-  TORCH_CHECK_VALUE(latent.sizes() == noise.sizes(), "[", caller, "] ", name, " must be ",
-                    noise.sizes(), " as noise is, got ", latent.sizes(), ".");
-  TORCH_CHECK_VALUE(latent.device() == noise.device(), "[", caller, "] ", name, " must be on ",
-                    noise.device(), " as noise is, got ", latent.device(), ".");
+  TORCH_CHECK_VALUE(latent.sizes() == noise.sizes(), "[", caller, "] ", name,
+                    " must have the shape of noise, ", noise.sizes(), ", got ", latent.sizes(),
+                    ".");
+  TORCH_CHECK_VALUE(latent.device() == noise.device(), "[", caller, "] ", name,
+                    " must be on the device of noise, ", noise.device(), ", got ", latent.device(),
+                    ".");
   check_finite(latent, name, caller);
   return at_least_fp32(latent);
 }
@@ -36,8 +38,9 @@ torch::Tensor checked_latent(const torch::Tensor& latent, const char* name,
 torch::Tensor checked_mask(torch::Tensor mask, const torch::Tensor& noise, const char* caller) {
   TORCH_CHECK_TYPE(mask.is_floating_point() || mask.scalar_type() == torch::kBool, "[", caller,
                    "] denoise_mask must be floating or bool, got ", mask.scalar_type(), ".");
-  TORCH_CHECK_VALUE(mask.device() == noise.device(), "[", caller, "] denoise_mask must be on ",
-                    noise.device(), " as noise is, got ", mask.device(), ".");
+  TORCH_CHECK_VALUE(mask.device() == noise.device(), "[", caller,
+                    "] denoise_mask must be on the device of noise, ", noise.device(), ", got ",
+                    mask.device(), ".");
   const auto images = noise.size(0), height = noise.size(2), width = noise.size(3);
   const auto given = mask;
   if (mask.dim() == 2) mask = mask.unsqueeze(0).unsqueeze(0);
@@ -48,12 +51,12 @@ torch::Tensor checked_mask(torch::Tensor mask, const torch::Tensor& noise, const
   mask = mask.to(noise.scalar_type());
   check_finite(mask, "denoise_mask", caller);
   TORCH_CHECK_VALUE(((mask >= 0) & (mask <= 1)).all().item<bool>(), "[", caller,
-                    "] denoise_mask must be within 0 and 1, got ", mask.min().item<double>(),
+                    "] denoise_mask must be between 0 and 1, got ", mask.min().item<double>(),
                     " to ", mask.max().item<double>(), ".");
   return mask;
 }
 
-// Where the sampler leaves a run.
+// The sigma at which the sampler ends a run.
 double end_of(Sampler sampler, std::span<const double> sigmas) {
   if (sigmas.back() != 0) return sigmas.back();
   for (const auto name : sampler_names())
@@ -94,7 +97,7 @@ torch::Tensor run_sampler_as(const char* caller, Sampler sampler, const DenoiseF
   auto sampler_options = options.sampler;
   sampler_options.flow = sampling.prediction() == Prediction::flow;
   sampler_options.flow_shift = sampling.flow_shift();
-  // A run that is ended early returns a clean prediction, which is not to be scaled.
+  // A run that is ended early returns a clean prediction, which must not be scaled.
   double sigma_end = end_of(sampler, sigmas);
   if (options.sampler.callback) {
     sampler_options.callback = [&](const SamplerProgress& progress) {
@@ -107,8 +110,8 @@ torch::Tensor run_sampler_as(const char* caller, Sampler sampler, const DenoiseF
   const auto x = sampling.noise_scaling(sigmas.front(), unit_noise, latent, max_denoise);
   const auto samples = sampler(sampled_model, x, sigmas, sampler_options);
   TORCH_CHECK(is_finite(samples), "[", caller,
-              "] the final latent must be finite, got NaN or infinity in it: the model may "
-              "have overflowed (try fp32 or bf16) or the guidance be too strong.");
+              "] the final latent must be finite, got NaN or infinity: the model may have "
+              "overflowed (try fp32 or bf16), or the guidance may be too strong.");
   return sampling.inverse_noise_scaling(sigma_end, samples);
 }
 

@@ -83,7 +83,7 @@ std::vector<double> get_sigmas_normal(const ModelSampling& sampling, std::int64_
   check_steps(n, "get_sigmas_normal");
   const double start = sampling.timestep(sampling.sigma_max());
   const double end = sampling.timestep(sampling.sigma_min());
-  // A range that ends at 0 already brings the last sigma along.
+  // A range that ends at 0 already contains the last sigma.
   const bool reaches_zero = sampling.sigma(end) <= 1e-5;
   auto sigmas = append_zero(torch::linspace(start, end, reaches_zero ? n + 1 : n, torch::kFloat32));
   if (reaches_zero) sigmas.pop_back();

@@ -9,7 +9,7 @@
 namespace sag {
 namespace {
 
-// At a flow model's σ = 1 nothing is left of the image and λ is −∞, so the run starts just below.
+// At σ = 1 of a flow model nothing of the image is left and λ is −∞, so the run starts just below.
 // ComfyUI: `offset_first_sigma_for_snr`.
 std::vector<double> with_finite_snr(std::span<const double> sigmas, const SamplerOptions& options,
                                     const char* caller) {
@@ -18,12 +18,12 @@ std::vector<double> with_finite_snr(std::span<const double> sigmas, const Sample
   if (!options.flow || result.front() != 1) return result;
   result.front() = ModelSampling::flow({.shift = options.flow_shift}).percent_to_sigma(1e-4);
   TORCH_CHECK_VALUE(result[1] < result[0], "[", caller, "] the second sigma must be below ",
-                    result[0], ", where a flow model's run starts in place of 1, got ", result[1],
+                    result[0], ", where a flow model's run starts instead of at 1, got ", result[1],
                     ".");
   return result;
 }
 
-// What is left of unit noise when λ has grown by h and a share eta of it was replaced on the way.
+// What is left of unit noise after λ has grown by h and a share eta of the noise was replaced.
 double fresh_share(double h, double eta) {
   return std::sqrt(-std::expm1(-2 * h * eta));
 }
@@ -116,7 +116,8 @@ torch::Tensor sample_dpmpp_3m_sde(const DenoiseFunction& model, torch::Tensor x,
   x = run.start(x);
   run.use_brownian_noise(x);
   const HalfLogSnr snr{options.flow};
-  torch::Tensor denoised_1, denoised_2;  // of the last step and the one before
+  // Of the last step and the one before.
+  torch::Tensor denoised_1, denoised_2;
   double h_1 = 0, h_2 = 0;
   for (std::size_t i = 0; i < run.steps(); ++i) {
     const double sigma = sigmas[i], sigma_next = sigmas[i + 1];
@@ -144,7 +145,7 @@ torch::Tensor sample_dpmpp_3m_sde(const DenoiseFunction& model, torch::Tensor x,
 
 namespace {
 
-// Of the extended reverse-time SDE: how much noise it keeps at a noise level.
+// How much noise the extended reverse-time SDE keeps at a noise level.
 double noise_scaler(double level) {
   return level * (std::exp(std::pow(level, 0.3)) + 10);
 }

@@ -1,6 +1,6 @@
 // UniPC (Zhao et al. 2023), the multistep data-prediction form. ComfyUI:
-// `extra_samplers/uni_pc.py`, here in x = x0 + σ·n, where the factors alpha of the paper's latent
-// fall away.
+// `extra_samplers/uni_pc.py`, here with x = x0 + σ·n, so that the factors alpha of the paper's
+// latent disappear.
 
 #include <algorithm>
 #include <cmath>
@@ -20,15 +20,17 @@ enum class Variant { bh1, bh2 };
 
 // A noise level.
 struct Level {
-  double sigma, ratio, lambda;  // ratio: σ again, rounded as λ is
+  // ratio: σ again, rounded like λ.
+  double sigma, ratio, lambda;
 
   explicit Level(double sigma) : sigma(sigma), ratio(sigma), lambda(-std::log(sigma)) {}
 
-  // As the reference computes it: in fp32 and through alpha, which near σ = 0 rounds λ in the third
+  // As the reference computes it, in fp32 and through alpha. Near σ = 0 this rounds λ in the third
   // digit, and the picture in the fifth.
   static Level rounded(double sigma) {
     Level level(sigma);
-    if (sigma < 1e-3) return level;  // there fp32 would lose it all
+    // There fp32 would lose all digits.
+    if (sigma < 1e-3) return level;
     const auto variance = static_cast<float>(sigma) * static_cast<float>(sigma);
     const float log_alpha = 0.5f * std::log(1.0f / (variance + 1.0f));
     const float noise_variance = 1.0f - std::exp(2.0f * log_alpha);
@@ -38,7 +40,7 @@ struct Level {
   }
 };
 
-// Rounded, unless some lie so close that rounding makes them one.
+// Rounded, unless some are so close that rounding makes them equal.
 std::vector<Level> levels_of(std::span<const double> sigmas) {
   std::vector<Level> levels;
   for (const double sigma : sigmas) levels.push_back(Level::rounded(sigma));
@@ -54,9 +56,9 @@ struct History {
   std::vector<torch::Tensor> denoised;
 };
 
-// A step to `to` of the given order: x there, before and after the new prediction is known.
-// Predictions that lie too close together tell nothing but noise of each other, blown up: of those
-// the newest counts, and the order falls.
+// A step to `to` of the given order: x there, before and after the new prediction is known. The
+// difference of predictions that lie too close together is only amplified noise: of those only the
+// newest is used, and the order is lower.
 class Step {
  public:
   Step(Variant variant, const History& history, const Level& to, std::size_t most,
@@ -93,7 +95,8 @@ class Step {
   }
 
  private:
-  static constexpr double kClosest = 1e-2;  // in steps
+  // In steps.
+  static constexpr double kClosest = 1e-2;
 
   // Solves Σ_j places[j]^i·weights[j] = targets[i] for the first n of them.
   std::vector<double> weights(std::size_t n) const {
@@ -118,7 +121,8 @@ class Step {
 
   std::size_t order_ = 1;
   torch::Tensor newest_, base_;
-  double scale_ = 0;  // B(h)
+  // B(h)
+  double scale_ = 0;
   std::vector<double> places_, targets_;
   std::vector<torch::Tensor> differences_;
 };
