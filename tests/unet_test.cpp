@@ -58,7 +58,7 @@ TEST(ResolveAttentionSite, ListsTheSitesWhenThereIsNoneOrMoreThanOne) {
   EXPECT_THAT(
       message_of({"output", 3, 0}),
       testing::HasSubstr("input.4.0 (unet.input_blocks.4.1.transformer_blocks.0.attn1, #2)"));
-  EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("fits 2"));
+  EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("matches 2"));
   EXPECT_THAT(message_of({"middle", 0, 0}), testing::HasSubstr("control.middle_block.1"));
   EXPECT_THROW(resolve_attention_site(ListedUNet({}), {"middle", 0, 0}), c10::ValueError);
 }
