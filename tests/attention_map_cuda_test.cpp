@@ -1,4 +1,4 @@
-// attention_map on a GPU: the tensor core kernels, and when they are left alone.
+// attention_map on a GPU: the tensor core kernels, and when they are not used.
 
 #include <ATen/autocast_mode.h>
 #include <ATen/cuda/CUDAGraph.h>
@@ -31,7 +31,7 @@ torch::Tensor randn(at::IntArrayRef shape, torch::ScalarType dtype = torch::kHal
   return torch::randn(shape, kCuda).to(dtype);
 }
 
-// What the allocator hands out over a call, at its peak.
+// The peak of what the allocator hands out during a call.
 std::int64_t peak_bytes(const std::function<torch::Tensor()>& call) {
   using c10::CachingAllocator::StatType;
   const auto device = c10::cuda::current_device();
@@ -45,8 +45,8 @@ std::int64_t peak_bytes(const std::function<torch::Tensor()>& call) {
   return bytes().peak - before;
 }
 
-// The kernels keep 8 bytes a query and head and 4 a key and head; blocks of scores take more than
-// that by far. The allocator rounds up to 512 bytes.
+// The kernels keep 8 bytes per query and head and 4 per key and head; blocks of scores take far
+// more. The allocator rounds up to 512 bytes.
 bool takes_the_kernels(const torch::Tensor& q, const torch::Tensor& k,
                        std::optional<double> scale = {}) {
   const auto heads = q.size(0) * q.size(1);
@@ -86,7 +86,8 @@ TEST_F(AttentionMapCuda, MatchesTheNaiveFormAtEveryTokenCount) {
 
 TEST_F(AttentionMapCuda, TakesEveryAlignedLayout) {
   const auto contiguous = randn({2, 4, 301, 64});
-  const auto unet = randn({2, 301, 4, 64}).transpose(1, 2);  // [B, N, H, D], as UNets hand it on
+  // [B, N, H, D], as UNets lay it out.
+  const auto unet = randn({2, 301, 4, 64}).transpose(1, 2);
   const auto fused = randn({2, 301, 3 * 4 * 64})
                          .chunk(3, -1)[1]  // one of a fused q, k, v
                          .view({2, 301, 4, 64})
@@ -129,7 +130,7 @@ TEST_F(AttentionMapCuda, TakesEveryScale) {
 }
 
 // q·k up to 640000 > 65504, fp16's largest. A score s has an fp32 rounding error of about s · 2⁻²²
-// (64 products, in any order), and so has its weight, at most 1 of a map value of some units.
+// (64 products, in any order). So does its weight, at most 1 of a map value of some units.
 TEST_F(AttentionMapCuda, DoesNotOverflow) {
   const auto same = torch::full({1, 2, 200, 64}, 100.0, kCuda);
   for (const auto dtype : {torch::kHalf, torch::kBFloat16}) {
@@ -167,13 +168,14 @@ TEST_F(AttentionMapCuda, NeedsLittleMemory) {
   }
 }
 
-// 16 MiB of scores, the same of weights, and what cuBLAS takes to work in (32 MiB on Hopper).
+// 16 MiB of scores, the same of weights, and cuBLAS's workspace (32 MiB on Hopper).
 TEST_F(AttentionMapCuda, NeedsBoundedMemoryInBlocksToo) {
-  const auto q = randn({1, 20, 4096, 64}, torch::kFloat);  // 1280 MiB of scores
+  // 1280 MiB of scores.
+  const auto q = randn({1, 20, 4096, 64}, torch::kFloat);
   EXPECT_LE(peak_bytes([&] { return attention_map(q, q); }), 96 * kMiB);
 }
 
-// Of the same kind from 640 MiB of probabilities: the sums, and what a reduction works in.
+// The same from 640 MiB of probabilities: the sums, and the workspace of a reduction.
 TEST_F(AttentionMapCuda, CopiesNoProbabilities) {
   for (const auto dtype : {torch::kHalf, torch::kBFloat16, torch::kFloat}) {
     const auto p = torch::rand({1, 20, 4096, 4096}, kCuda).to(dtype);
@@ -185,7 +187,8 @@ TEST_F(AttentionMapCuda, CopiesNoProbabilities) {
 TEST_F(AttentionMapCuda, CanBeCapturedInAGraph) {
   for (const auto dtype : {torch::kHalf, torch::kBFloat16, torch::kFloat}) {
     const auto q = randn({1, 8, 331, 160}, dtype), k = randn({1, 8, 331, 160}, dtype);
-    const auto expected = attention_map(q, k);  // the first call of a process may set things up
+    // The first call of a process may set things up.
+    const auto expected = attention_map(q, k);
     at::cuda::CUDAGraph graph;
     torch::Tensor map;
     {

@@ -67,7 +67,8 @@ TEST_P(AttentionMap, DoesNotOverflowInHalfPrecision) {
 
 TEST_P(AttentionMap, TakesStridedViewsAndSharedKeyHeads) {
   torch::manual_seed(2);
-  const auto q = torch::randn({2, 30, 8, 16}, device()).transpose(1, 2);  // as UNets hand it on
+  // As UNets lay it out.
+  const auto q = torch::randn({2, 30, 8, 16}, device()).transpose(1, 2);
   const auto k = torch::randn({2, 30, 2, 16}, device()).transpose(1, 2);
   const auto expanded = k.repeat_interleave(4, 1);
   EXPECT_LT(max_diff(attention_map(q, k), test::reference_attention_map(q, expanded, 0.25)), 2e-5);
@@ -109,7 +110,7 @@ TEST_P(AttentionMap, AddsProbabilitiesInFp32) {
 
 INSTANTIATE_TEST_SUITE_P(Backends, AttentionMap, test::backends(), test::backend_name);
 
-// Runs body on so many threads.
+// Runs `body` on the given number of threads.
 template <typename Body>
 auto on_threads(int count, const Body& body) {
   const auto before = at::get_num_threads();
@@ -148,7 +149,7 @@ TEST(AttentionMapCpu, LeavesAutocastAside) {
   EXPECT_TRUE(torch::equal(map, expected));
 }
 
-// While it lives, counts what tensors on the CPU take.
+// While it exists, counts the memory that tensors on the CPU take.
 class CpuMemory final : public c10::Allocator {
  public:
   CpuMemory() { c10::SetCPUAllocator(this, 100); }
@@ -185,7 +186,8 @@ class CpuMemory final : public c10::Allocator {
 };
 
 TEST(AttentionMapCpu, NeedsLittleMemory) {
-  const auto q = torch::randn({1, 2, 4096, 16});  // 128 MiB of scores
+  // 128 MiB of scores.
+  const auto q = torch::randn({1, 2, 4096, 16});
   const auto peak = on_threads(2, [&q] {
     const CpuMemory memory;
     attention_map(q, q);

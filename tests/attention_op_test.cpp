@@ -39,7 +39,7 @@ TEST(AttentionOp, RunsHooks) {
   EXPECT_LT(test::max_diff(call_op(q, "a"), 2 * at::scaled_dot_product_attention(q, q, q)), 1e-6);
 }
 
-// With one head q, k and v are contiguous as they come: a compiler would use their memory again.
+// With one head, q, k and v are already contiguous: a compiler would reuse their memory.
 TEST(AttentionOp, ReturnsMemoryOfItsOwn) {
   const auto q = torch::randn({2, 1, 5, 8});
   StepContext step(1, 0, 8, 8);
@@ -53,7 +53,7 @@ TEST(AttentionOp, ReturnsMemoryOfItsOwn) {
   }
 }
 
-// The same with what a hook keeps; what nobody keeps is not copied.
+// The same for a tensor that a hook keeps; others are not copied.
 TEST(AttentionOp, LeavesAHooksMemoryToIt) {
   const auto q = torch::randn({2, 1, 5, 8}), held = torch::randn({2, 1, 5, 8});
   StepContext step(1, 0, 8, 8);
@@ -80,7 +80,7 @@ TEST(AttentionOp, LeavesAHooksMemoryToIt) {
   EXPECT_EQ(fresh.data_ptr(), memory);
 }
 
-// Nothing behind the op checks, least of all a compiled UNet.
+// Nothing after the op checks it, least of all a compiled UNet.
 TEST(AttentionOp, RefusesAnotherDtypeOrDevice) {
   const auto q = torch::randn({2, 3, 5, 8});
   StepContext step(1, 0, 8, 8);
@@ -179,7 +179,7 @@ TEST(AttentionOp, KeepsAHooksExceptionForTheScopesOwner) {
   const Pass pass{.groups = {{.count = 2}}, .step = &step};
   EXPECT_THROW(run_hooked({{"a", fail, {}}}, pass, run), HookFailure);
   EXPECT_EQ(calls, 1) << "after a failure the rest of the pass runs plain attention";
-  // Also where the interpreter fails afterwards.
+  // Even if the interpreter fails afterwards.
   const auto run_and_throw = [&]() -> torch::Tensor {
     run();
     throw std::runtime_error("the consequence");

@@ -157,8 +157,8 @@ TEST(AttentionScope, NeedsAStep) {
   EXPECT_THROW(AttentionScope({}, Pass{}), c10::ValueError);
 }
 
-// Calls one site so often, with so many rows each, in a pass of 2 uncond and 2 cond rows, and
-// records the mean over heads of each row of q: its number.
+// Calls one site once per entry of `rows`, with that many rows, in a pass of 2 uncond and 2 cond
+// rows, and records the mean over heads of each row of q: its number.
 struct Calls {
   explicit Calls(const std::vector<std::int64_t>& rows, std::int64_t heads = 2) {
     const AttentionHook record = [&](const AttentionCall& call, const Pass& pass,
@@ -210,8 +210,8 @@ TEST(AttentionScope, TakesHeadsFoldedIntoRows) {
   EXPECT_TRUE(torch::equal(records[0].map, torch::tensor({{0.5f}, {2.5f}})));
 }
 
-// Parts of the heads, the same rows again, rows that are missing or too many: what the rows of such
-// calls are is anybody's guess.
+// Parts of the heads, the same rows again, rows that are missing or too many: it is unknown what
+// the rows of such calls are.
 TEST(AttentionScope, DropsRecordsWhereCallsAreNoPartsOfTheBatch) {
   for (const auto& rows : std::vector<std::vector<std::int64_t>>{{4, 4},
                                                                  {8, 8},
@@ -227,7 +227,7 @@ TEST(AttentionScope, DropsRecordsWhereCallsAreNoPartsOfTheBatch) {
                                                                  {1, 1, 1, 1, 1, 1, 1, 1}}) {
     const Calls calls(rows);
     EXPECT_TRUE(calls.step.records(calls.owner).empty()) << rows;
-    EXPECT_EQ(calls.groups.size(), rows.size()) << "hooks run all the same";
+    EXPECT_EQ(calls.groups.size(), rows.size()) << "hooks run anyway";
     const bool sees_rows = std::count(calls.groups.begin(), calls.groups.end(), 0u) <
                            static_cast<std::ptrdiff_t>(rows.size());
     const auto reason = calls.step.skip_reason(calls.owner);
@@ -235,7 +235,7 @@ TEST(AttentionScope, DropsRecordsWhereCallsAreNoPartsOfTheBatch) {
   }
 }
 
-// One head of each of two rows, or a row of one head: [1, tokens, head_dim] does not tell.
+// One head of each of two rows, or a row of one head: [1, tokens, head_dim] can be either.
 TEST(AttentionScope, TakesNoPartsWhoseHeadsMayBeFolded) {
   const Calls calls({1, 1, 1, 1}, 1);
   EXPECT_EQ(calls.groups, std::vector<std::size_t>(4, 0));

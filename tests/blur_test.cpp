@@ -118,7 +118,7 @@ TEST_P(Blur, MapTakesAMapOfLatentSize) {
                            create_blur_map(x0, map)));
 }
 
-// Golden toy.json, T5: run lengths of the nearest rule, for instance 9 → 65.
+// Golden toy.json, T5: run lengths of the nearest rule, for example 9 → 65.
 TEST_P(Blur, UpsamplesByTheNearestCell) {
   const auto runs = [&](std::int64_t tokens, std::int64_t side) {
     const auto row = upsample_attention_map(

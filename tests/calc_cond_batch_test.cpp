@@ -65,7 +65,8 @@ TEST_P(CalcCondBatch, GivesTheSameWhateverTheRowLimit) {
 
 TEST_P(CalcCondBatch, LabelsRowsForHooksInEverySplit) {
   for (const std::int64_t limit : {0, 1, 2}) {
-    std::map<std::int64_t, int> seen;  // image → how often its uncond row went by
+    // Image → how often its uncond row was seen.
+    std::map<std::int64_t, int> seen;
     auto patched = model->clone();
     patched.set_attn1_replace(
         [&](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
@@ -142,13 +143,14 @@ TEST_P(CalcCondBatch, EvaluatesAnAreaForItselfAndFeathersIt) {
   auto inside = alone(x().narrow(3, 16, 8).contiguous(), prompt(1));
   const auto outside = alone(x(), prompt(-1));
   auto weight = torch::ones({8}, device());
-  weight[0] = 0.5;  // side 8 / 4 = 2 cells of feather at the left; the other sides lie on the edge
+  // Side 8 / 4 = 2 cells of feather on the left; the other sides lie on the edge.
+  weight[0] = 0.5;
   const auto expected = (outside.narrow(3, 16, 8) + inside * weight) / (1 + weight);
   EXPECT_LT(max_diff(batch.denoised[0].narrow(3, 16, 8), expected), 1e-5);
   EXPECT_LT(max_diff(batch.denoised[0].narrow(3, 0, 16), outside.narrow(3, 0, 16)), 1e-6);
 }
 
-// As inpainting checkpoints take the masked picture.
+// Inpainting checkpoints take the masked picture this way.
 class ConcatUNet final : public UNet {
  public:
   explicit ConcatUNet(torch::Device device) : toy_(device) {}

@@ -156,14 +156,14 @@ TEST(CfgGuider, ChecksItsArguments) {
   EXPECT_THROW(CfgGuider(toy.model, {early}, {})(toy.x, 4), c10::ValueError) << "nothing is active";
 }
 
-// Each is said in one sentence, before the UNet is called.
+// Each mistake gives one sentence, before the UNet is called.
 class CfgGuiderRefuses : public testing::Test {
  protected:
   void expect_refused(const Conditioning& positive, const Conditioning& negative,
                       const std::string& message) {
     try {
       CfgGuider(toy.model, {positive}, {negative}, {.cond_scale = 7})(toy.x, 4);
-      ADD_FAILURE() << "took it: " << message;
+      ADD_FAILURE() << "was accepted: " << message;
     } catch (const c10::Error& error) {
       EXPECT_THAT(error.what_without_backtrace(), testing::HasSubstr(message));
     }

@@ -68,7 +68,7 @@ TEST(SagInterval, GuidesEveryKthStep) {
   EXPECT_THAT(every_second.guided(), ElementsAre(true, false, true, false));
   EXPECT_THAT(every_second.rows(), ElementsAre(6, 4, 6, 4));
   EXPECT_EQ(every_second.report.skipped().at("between guided steps"), 2);
-  // The same steps, named by their sigmas.
+  // The same steps, given by their sigmas.
   const auto named = run({{.scale = .75, .sigma_start = 10, .sigma_end = 10},
                           {.scale = .75, .sigma_start = 1.5, .sigma_end = 1.5}});
   EXPECT_TRUE(every_second.samples.equal(named.samples));
@@ -191,8 +191,8 @@ TEST(SagOnePass, GoesWithEverySamplerAndKeepsNoTimeOfItsOwn) {
     EXPECT_TRUE(once.samples.isfinite().all().item<bool>()) << sampler;
     EXPECT_TRUE(once.samples.equal(run({{.one_pass = true}}, 7, sampler.c_str()).samples))
         << sampler;
-    // One call an evaluation, but for those before the first δ: step 0 has none, however often it
-    // is evaluated.
+    // One call per evaluation, except before the first δ: step 0 has none, however often it is
+    // evaluated.
     const auto& evaluations = once.report.evaluations;
     const auto first_step = std::count_if(
         evaluations.begin(), evaluations.end(),
@@ -217,7 +217,8 @@ TEST(SagOnePass, WantsTheRunsSigmas) {
   }
 }
 
-// With η = 1 these evaluate at σ_next itself, but for the last bit, which must not decide the step.
+// With η = 1 these evaluate at σ_next itself, except for the last bit, which must not decide the
+// step.
 TEST(SagInterval, DoesNotDependOnTheLastBitOfASigma) {
   for (const char* sampler : {"dpm_2_ancestral", "dpmpp_2s_ancestral"}) {
     const auto guided = run({{.interval = 2}}, 7, sampler).guided();

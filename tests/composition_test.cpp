@@ -1,4 +1,4 @@
-// SAG beside other guidances, hooks and functions: each as if alone, in the order given.
+// SAG with other guidances, hooks and functions: each as if alone, in the order given.
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -84,7 +84,7 @@ TEST_F(Composition, AHookThatWatchesTheSameSiteChangesNoBit) {
   EXPECT_TRUE(torch::equal(watched(false), expected));
 }
 
-// The first installed is outermost: SAG sees what the hooks before it made of the call.
+// The first installed is outermost: SAG sees the call as changed by the hooks before it.
 TEST_F(Composition, SagSeesTheCallAsHooksBeforeItLeaveIt) {
   const auto flatten = [](const AttentionCall& call, const Pass&, const NextAttention& next) {
     auto changed = call;
@@ -142,7 +142,7 @@ TEST_F(Composition, PostCfgFunctionsRunInOrder) {
   EXPECT_LT(max_diff(denoise(after), (denoise(base) + by_sag) * 0.5 + 1), 1e-4);
 }
 
-// SAG works on the predictions that entered CFG: those that pre-CFG functions handed on.
+// SAG works on the predictions that entered CFG: those that pre-CFG functions returned.
 TEST_F(Composition, SagWorksOnWhatPreCfgFunctionsHandOn) {
   const auto change = [](const CfgArgs& args) {
     return CfgPredictions{args.cond_denoised * 0.9, args.uncond_denoised + 0.5};
@@ -171,7 +171,7 @@ TEST_F(Composition, SagWorksOnWhatPreCfgFunctionsHandOn) {
   EXPECT_LT(max_diff(denoise(after), expected), 1e-4);
 }
 
-// PAG on several sites: its own pass has v for the attention's output there, and nowhere else.
+// PAG on several sites: its own pass has v as the attention's output there, and nowhere else.
 TEST_F(Composition, APerturbationReallyPerturbsItsOwnPass) {
   const Owner pag("pag");
   std::vector<std::string> perturbed;
@@ -205,7 +205,7 @@ TEST_F(Composition, APerturbationReallyPerturbsItsOwnPass) {
 }
 
 // T33 of golden/toy.json: in ComfyUI the more specific of two keys wins; here every hook names one
-// attention, and several on one run one inside the other.
+// attention, and several hooks on one attention run one inside the other.
 TEST_F(Composition, HooksOfOneSiteChain) {
   std::vector<std::string> trace;
   const auto named = [&](const std::string& name) {

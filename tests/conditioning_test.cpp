@@ -37,7 +37,7 @@ TEST(CheckConditioning, NamesWhatDoesNotFit) {
   const auto refuses = [](const Conditioning& cond, const std::string& what) {
     try {
       check(cond);
-      ADD_FAILURE() << "took a wrong " << what;
+      ADD_FAILURE() << "accepted a wrong " << what;
     } catch (const c10::Error& error) {
       EXPECT_THAT(error.what_without_backtrace(), testing::StartsWith("[test] " + what));
     }
@@ -63,7 +63,7 @@ TEST(CheckConditioningValues, NamesWhatHoldsNanOrInfinity) {
   const auto refuses = [](const Conditioning& cond, const std::string& what) {
     try {
       check_conditioning_values(cond, "test");
-      ADD_FAILURE() << "took a wrong " << what;
+      ADD_FAILURE() << "accepted a wrong " << what;
     } catch (const c10::Error& error) {
       EXPECT_THAT(error.what_without_backtrace(), testing::StartsWith("[test] " + what));
     }

@@ -65,7 +65,7 @@ TEST(Denoiser, PromotesHalfAndKeepsDouble) {
             torch::kDouble);
 }
 
-// Traced in-place operations write into their input; a flow model's is x itself.
+// Traced in-place operations write into their input, which for a flow model is x itself.
 TEST(Denoiser, KeepsXFromTheUNet) {
   class Writes final : public UNet {
    public:

@@ -29,8 +29,10 @@ double largest(const torch::Tensor& t) {
 /// One evaluation with SAG, taken apart. The names are those of the golden files.
 struct Call {
   std::map<std::string, torch::Tensor> tensors;
-  torch::Tensor map;     // token sums of the unconditional rows
-  torch::Tensor result;  // of the patched model, in one piece
+  // Token sums of the unconditional rows.
+  torch::Tensor map;
+  // Of the patched model, in one piece.
+  torch::Tensor result;
 };
 
 struct CallInput {
@@ -39,10 +41,11 @@ struct CallInput {
   torch::Tensor x;
   double sigma;
   SelfAttentionGuidanceOptions sag;
-  torch::Tensor given_map = {};  // in place of the recorded one
+  // Used instead of the recorded one.
+  torch::Tensor given_map = {};
 };
 
-// Takes the evaluation apart with the functions on tensors, and does it once more with the patch.
+// Repeats the evaluation part by part with the functions on tensors, and once more with the patch.
 Call evaluate(const ModelPatcher& model, const CallInput& in) {
   Call call;
   auto& seen = call.tensors;
@@ -102,7 +105,7 @@ std::string run_name(const testing::TestParamInfo<std::tuple<const char*, json>>
 
 class ComfyUiCalls : public RunTest {};
 
-// Returns the largest difference, of the part's largest value.
+// Returns the largest difference, as a share of the part's largest value.
 double expect_parts(const Call& call, const json& run, const test::Golden& golden,
                     const std::string& prefix, double tolerance) {
   double worst = 0;
@@ -146,7 +149,7 @@ TEST_P(ComfyUiCalls, AreReproducedPartByPart) {
   RecordProperty("relative_difference", c10::str(worst));
 }
 
-// A flow model's calls as ComfyUI makes them are at fault, see ComfyUiFault in golden_test.cpp.
+// ComfyUI's calls of flow models are wrong, see ComfyUiFault in golden_test.cpp.
 std::vector<json> runs_with_calls() {
   std::vector<json> runs;
   for (const auto& run : golden_index()["comfyui_runs"])
@@ -170,16 +173,19 @@ TEST(ComfyUiCallData, CoversEveryPredictionAndNetwork) {
   EXPECT_GE(of["flow"], 4);
 }
 
-// In half precision with the golden's mask. What a flipped cell does to the picture is no rounding,
-// so the masks are compared for themselves: they may differ only next to the threshold.
+// In half precision, with the golden's mask. A flipped cell changes the picture by more than
+// rounding, so the masks are compared on their own: they may differ only next to the threshold.
 struct HalfBounds {
-  double prediction;   // of its largest value
-  double cfg;          // likewise, of what CFG made of two predictions
-  double mask_margin;  // how far from 1 a token sum may lie whose cell flips
+  // A share of its largest value.
+  double prediction;
+  // Likewise, for the CFG result of two predictions.
+  double cfg;
+  // How far from 1 the token sum of a cell that flips may be.
+  double mask_margin;
 };
 
 // Seen in fp16: predictions up to 2.5e-3 off, CFG results 1.0e-2, token sums 5e-3, no cell flipped.
-// bf16 keeps three bits less: predictions up to 1.8e-2 off in LibTorch's own kernels, 2.2e-2 with
+// bf16 keeps three bits fewer: predictions up to 1.8e-2 off in LibTorch's own kernels, 2.2e-2 with
 // channels last, token sums 7e-2, one cell flipped, 2.6e-2 from 1; and CFG at 7.5 adds up 7.5 and
 // 6.5 times the rounding of two predictions: 6.1e-2.
 HalfBounds bounds_of(torch::ScalarType dtype) {
@@ -191,7 +197,8 @@ class HalfPrecisionCall
     : public testing::TestWithParam<std::tuple<torch::ScalarType, const char*>> {};
 
 TEST_P(HalfPrecisionCall, LiesNearTheReference) {
-  const torch::Device device("cuda");  // on a CPU half precision is some 60 times slower
+  // On a CPU half precision is about 60 times slower.
+  const torch::Device device("cuda");
   SAG_SKIP_WITHOUT_CUDA(device);
   const auto& [dtype, id] = GetParam();
   const auto& runs = golden_index()["comfyui_runs"];
@@ -210,7 +217,7 @@ TEST_P(HalfPrecisionCall, LiesNearTheReference) {
   auto in = call_input(run, golden, 0);
   in.given_map = token_sums;
   const auto call = evaluate(model({}), in);
-  // The contiguous network runs LibTorch's kernels alone: what they lose is the dtype's to lose.
+  // The contiguous network runs only LibTorch's kernels: what they lose is due to the dtype.
   const auto plain = evaluate(model(false), in);
 
   const auto bounds = bounds_of(dtype);
@@ -222,7 +229,8 @@ TEST_P(HalfPrecisionCall, LiesNearTheReference) {
     const bool after_cfg = part == "cfg_result" || part == "result";
     const double bound = after_cfg ? bounds.cfg : bounds.prediction;
     EXPECT_LT(error(plain), bound) << part;
-    // The largest of so many roundings varies by chance with the layout, up to 1.4 times as seen.
+    // The largest of many rounding errors varies by chance with the layout, by up to 1.4 times as
+    // seen.
     EXPECT_LT(error(call), std::max(bound, 1.5 * error(plain))) << part;
     RecordProperty(part, c10::str(error(call), ", LibTorch's kernels ", error(plain)));
   }
@@ -245,8 +253,8 @@ INSTANTIATE_TEST_SUITE_P(
                              c10::toString(std::get<0>(info.param)));
     });
 
-// diffusers' steps under every scheduler it lets SAG run with. Its scheduler only moves the latent
-// on, so a step needs its latent alone.
+// diffusers' steps with every scheduler that it accepts for SAG. The scheduler only moves the
+// latent on, so a step needs only its latent.
 class DiffusersSteps : public RunTest {};
 
 TEST_P(DiffusersSteps, AreReproducedOneByOne) {
@@ -265,7 +273,8 @@ TEST_P(DiffusersSteps, AreReproducedOneByOne) {
 
   for (std::size_t i = 0; i < timesteps.size(); ++i) {
     const auto part = [&](const char* name) { return golden.get(c10::str("step", i, ".", name)); };
-    if (!part("latents_in").defined()) break;  // most runs keep their first step alone
+    // Most runs keep only their first step.
+    if (!part("latents_in").defined()) break;
     SCOPED_TRACE(c10::str("step ", i));
     const double sigma = std::sqrt((1 - alphas_cumprod[i]) / alphas_cumprod[i]);
     const double scale = std::sqrt(1 + sigma * sigma);
@@ -286,7 +295,7 @@ TEST_P(DiffusersSteps, AreReproducedOneByOne) {
     expect_near(ours.at("uncond_denoised"), part("pred_x0"));
     expect_near(ours.at("degraded_noised") / scale, part("degraded_latents"));
     // It adds the difference of two outputs, which for v is not that of two noises: its result
-    // lies beside ours by scale · (1 − ᾱ) · (degraded − x0), see docs/parity.md.
+    // differs from ours by scale · (1 − ᾱ) · (degraded − x0), see docs/parity.md.
     const double bias = v ? run["sag_scale"].get<double>() * (1 - alphas_cumprod[i]) : 0;
     const auto theirs =
         sampling.calculate_denoised(sigma, part("noise_pred"), part("latents_in") * scale);
@@ -319,8 +328,8 @@ TEST(DiffusersData, HasEveryScheduler) {
                                                "PNDM", "UniPCMultistep"}));
 }
 
-// small_latents of golden/toy.json: where ComfyUI throws, for it finds no grid for 1 to 3 tokens,
-// ours guides; a side of 4 or less is left alone by both.
+// small_latents of golden/toy.json: ComfyUI throws, because it finds no grid for 1 to 3 tokens;
+// ours guides. Neither guides with a side of 4 or less.
 TEST(SmallLatents, AreGuidedWhereTheReferenceThrows) {
   const auto& run = test::variant_of(json{{"case", "eps_euler_normal"}}, "reference");
   const test::Golden golden(run["file"], torch::kCPU);
@@ -347,8 +356,8 @@ TEST(SmallLatents, AreGuidedWhereTheReferenceThrows) {
   EXPECT_EQ(thrown, 5);
 }
 
-// PAG: its own extra pass has the attention of the middle replaced by v. Beside SAG, on a network
-// with many attentions, each contributes what it does alone, whichever was installed first.
+// PAG: its own extra pass has the attention of the middle replaced by v. Together with SAG, on a
+// network with many attentions, each contributes what it does alone, whichever was installed first.
 TEST(PerturbedAttention, AddsUpWithSagOnARealUNet) {
   const auto& run = test::variant_of(json{{"case", "eps_euler_normal"}}, "reference");
   const test::Golden golden(run["file"], torch::kCPU);

@@ -25,7 +25,7 @@ using test::golden_index;
 using test::is_faulty;
 using test::max_diff;
 
-// Runs of these samplers are not repeated, and why.
+// Samplers whose runs are not repeated, and why.
 const std::map<std::string, std::string> kSamplersNotRepeated = {};
 
 bool is_sampler(const std::string& name) {
@@ -60,7 +60,8 @@ std::vector<json> faulty_runs() {
 struct Repeated {
   torch::Tensor samples;
   GuiderReport report;
-  std::vector<torch::Tensor> maps;  // one per evaluation inside the window
+  // One per evaluation inside the window.
+  std::vector<torch::Tensor> maps;
 };
 
 // Samples as the run says, with our sampler of the same name.
@@ -97,8 +98,8 @@ Repeated repeat(const json& run, const test::Golden& golden, torch::Device devic
 }
 
 // ComfyUI's calls and rows, except that scale 0 adds none here, and that at cfg 1 the evaluations
-// outside the window are one row (its window was put around a function that always asks for the
-// unconditional ones).
+// outside the window have one row (ComfyUI's window was put around a function that always asks for
+// the unconditional rows).
 void expect_cost(const json& run, const GuiderReport& report) {
   const bool idle = run["variant"] != "no_sag" && run["sag"]["scale"] == 0;
   const auto& counted = idle ? test::variant_of(run, "no_sag") : run;
@@ -112,7 +113,7 @@ void expect_cost(const json& run, const GuiderReport& report) {
   EXPECT_EQ(report.unet_calls(), counted["forwards"].get<std::int64_t>());
 }
 
-// Before the samples: a mask cell that flips changes them by far more than rounding does.
+// Compared before the samples: a flipped mask cell changes them far more than rounding does.
 void expect_maps(const std::vector<torch::Tensor>& maps, const torch::Tensor& token_sums) {
   ASSERT_EQ(static_cast<std::int64_t>(maps.size()), token_sums.size(0));
   double worst = 0;
@@ -161,8 +162,8 @@ INSTANTIATE_TEST_SUITE_P(Golden, ComfyUi,
                          testing::Combine(test::backends(), testing::ValuesIn(comfyui_runs())),
                          run_name);
 
-// Where ComfyUI throws or goes wrong, ours is the same run with the fault mended, and something
-// else than what ComfyUI gave.
+// Where ComfyUI throws or goes wrong, ours is the same run with the fault fixed, and differs from
+// what ComfyUI gave.
 class ComfyUiFault : public RunTest {};
 
 TEST_P(ComfyUiFault, IsMended) {
@@ -223,8 +224,8 @@ TEST_P(Diffusers, DdimRunIsReproduced) {
   EXPECT_EQ(guider.report().unet_rows(), rows);
 }
 
-// DDIM over epsilon, which is Euler's method in our coordinates. "trailing" is not: it steps to
-// another noise level than the one of the next timestep.
+// DDIM over epsilon, which is Euler's method in our coordinates. "trailing" is not: it steps to a
+// noise level other than that of the next timestep.
 std::vector<json> diffusers_ddim_runs() {
   std::vector<json> runs;
   for (const auto& run : golden_index()["diffusers_runs"])
@@ -258,7 +259,8 @@ TEST_P(DiffusersFault, RunsHere) {
   const auto guided = sample_with(model);
   EXPECT_TRUE(guided.samples.isfinite().all().item<bool>());
   const auto plain = sample_with({test::load_unet(run["unet"], device), ModelSampling::discrete()});
-  if (run["latent_size"][0] == 4) {  // as in ComfyUI
+  // As in ComfyUI.
+  if (run["latent_size"][0] == 4) {
     EXPECT_TRUE(torch::equal(guided.samples, plain.samples));
     EXPECT_EQ(guided.report.skipped(),
               (std::map<std::string, std::int64_t>{{"a side of the latent is 4 or less", 8}}));
@@ -279,7 +281,7 @@ INSTANTIATE_TEST_SUITE_P(Golden, DiffusersFault,
                          testing::Combine(test::backends(), testing::ValuesIn(diffusers_crashes())),
                          run_name);
 
-// Nothing is left out silently. (diffusers' other runs are repeated step by step, see
+// Nothing is skipped silently. (diffusers' other runs are repeated step by step in
 // golden_calls_test.cpp.)
 TEST(GoldenData, EveryRunIsRepeatedOrSaysWhyNot) {
   std::size_t left_out = 0;
@@ -289,8 +291,8 @@ TEST(GoldenData, EveryRunIsRepeatedOrSaysWhyNot) {
     left_out += kSamplersNotRepeated.contains(run["sampler"]);
   }
   for (const auto& [sampler, reason] : kSamplersNotRepeated)
-    EXPECT_FALSE(is_sampler(sampler)) << sampler << " is said to be " << reason;
-  // Runs whose fault is mended are repeated in the test of the faulty one.
+    EXPECT_FALSE(is_sampler(sampler)) << sampler << " is listed as " << reason;
+  // Runs whose fault is fixed are repeated in the test of the faulty one.
   std::size_t mended = 0;
   for (const auto& run : faulty_runs()) mended += is_mended(test::mended(run));
   EXPECT_EQ(comfyui_runs().size() + faulty_runs().size() + mended + left_out,

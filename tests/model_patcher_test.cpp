@@ -55,7 +55,8 @@ TEST(RunContext, ReturnsTheLatestEarlierStepsValue) {
   const auto at = [&](std::int64_t step) { return run.latest_before(a, step).item<double>(); };
   run.keep(a, 0, torch::tensor(0.0));
   run.keep(a, 1, torch::tensor(1.0));
-  run.keep(a, 1, torch::tensor(1.5));  // Heun evaluates a step twice
+  // Heun evaluates a step twice.
+  run.keep(a, 1, torch::tensor(1.5));
   EXPECT_EQ(at(1), 0.0);
   EXPECT_EQ(at(2), 1.5);
   run.keep(a, 4, torch::tensor(4.0));
@@ -74,7 +75,7 @@ TEST(DecideSites, ProbesWhereNamesDoNotTell) {
   const auto only = std::make_shared<test::ManySitesUNet>(std::vector<std::string>{"a", "b"});
   auto model = apply_self_attention_guidance({only, ModelSampling::discrete()});
   ASSERT_EQ(model.site_choices().size(), 1u);
-  EXPECT_EQ(model.site_choices().front().site, "") << "open until a latent is known";
+  EXPECT_EQ(model.site_choices().front().site, "") << "undecided until a latent is known";
   const auto x = test::fill({2, 4, 16, 24}, .7, .3, 1);
   StepContext step(1, 0, 16, 24);
   const std::vector<CondRequest> requests = {{.x = x, .conds = {test::toy_prompt(1)}}};
@@ -92,7 +93,7 @@ TEST(DecideSites, ProbesWhereNamesDoNotTell) {
   EXPECT_EQ(report.evaluations[0].unet_rows, 7) << "the probe is one row";
   EXPECT_EQ(report.evaluations[1].unet_rows, 6);
 
-  // The same as with the site named.
+  // The same as when the site is named.
   CfgGuider named(apply_self_attention_guidance({only, ModelSampling::discrete()}, {.site = "a"}),
                   {test::toy_prompt(1)}, {test::toy_prompt(-1)}, {.cond_scale = 3});
   EXPECT_TRUE(named(x, 4).equal(guider(x, 4)));

@@ -36,7 +36,7 @@ torch::Tensor random(std::uint64_t seed) {
   return torch::randn({2, 4, 3, 5}, at::detail::createCPUGenerator(seed), torch::kFloat64);
 }
 
-// What a perfect UNet of the prediction puts out, from the papers' definitions.
+// The output of a perfect UNet with this prediction, from the papers' definitions.
 torch::Tensor exact_output(Prediction prediction, double sigma, const torch::Tensor& x0,
                            const torch::Tensor& noise) {
   const double sigma_data = EdmSamplingOptions().sigma_data;

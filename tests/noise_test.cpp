@@ -54,7 +54,8 @@ TEST(SeededNoise, LaterDrawsAreUnrelatedToTheFirst) {
   const auto first = noise.draw({65536}, torch::kCPU)[0];
   const auto second = noise.draw({65536}, torch::kCPU)[0];
   const double correlation = (first * second).mean().item<double>();
-  EXPECT_LT(std::abs(correlation), 4.0 / 256);  // four standard errors
+  // Four standard errors.
+  EXPECT_LT(std::abs(correlation), 4.0 / 256);
 }
 
 TEST(SeededNoise, IsUnitGaussian) {
@@ -90,7 +91,7 @@ TEST(SeededNoiseSampler, GoesOnDrawingFromTheSharedNoise) {
   }
 }
 
-// Noise over an interval times the root of its width: a difference of the path.
+// Noise over an interval times the square root of its width: a difference of the path.
 torch::Tensor increment(const NoiseSampler& noise, double sigma, double sigma_next) {
   return noise(sigma, sigma_next) * std::sqrt(sigma - sigma_next);
 }
@@ -122,7 +123,7 @@ TEST(BrownianNoise, IsUnitGaussianAndIndependentOverSteps) {
     }
     last = drawn;
   }
-  // Nor is it the start noise of the same seed.
+  // It is not the start noise of the same seed either.
   EXPECT_LT(std::abs((noise(14.6, 9.0) * SeededNoise(Seeds{3}).draw({4, 128, 128}, torch::kCPU))
                          .mean()
                          .item<double>()),

@@ -235,7 +235,8 @@ TEST_P(EverySampler, LetsTheModelsErrorsThrough) {
 struct Convergence {
   std::string_view sampler;
   double order;
-  std::int64_t steps = 200;  // where the order shows, and fp32 numbers on the way do not yet
+  // Enough for the order to show, and too few for fp32 rounding to show.
+  std::int64_t steps = 200;
 };
 
 void PrintTo(const Convergence& convergence, std::ostream* out) {
@@ -244,9 +245,9 @@ void PrintTo(const Convergence& convergence, std::ostream* out) {
 
 class ConvergingSampler : public ::testing::TestWithParam<std::tuple<Convergence, bool>> {};
 
-// Samplers that start with a step of the first order are of the second at best. eta 0 makes ODE
-// solvers of the stochastic ones. ipndm_v's third-order term is right for even steps alone, in the
-// reference too; uni_pc's λ is rounded to fp32, as there.
+// Samplers that start with a first-order step are of second order at best. eta 0 makes ODE solvers
+// of the stochastic ones. ipndm_v's third-order term is right only for even steps, as in the
+// reference; uni_pc's λ is rounded to fp32, also as in the reference.
 INSTANTIATE_TEST_SUITE_P(
     Samplers, ConvergingSampler,
     testing::Combine(
@@ -282,12 +283,13 @@ TEST_P(ConvergingSampler, ApproachesTheExactSolutionWithItsOrder) {
   EXPECT_GT(std::log2(error(steps) / error(2 * steps)), order - 0.15);
 }
 
-// Samplers with noise of their own, whose results must have the data's distribution.
+// Samplers that add noise, whose results must have the data's distribution.
 class StochasticSampler : public ::testing::TestWithParam<std::tuple<std::string_view, bool>> {
  protected:
   const Sampler sampler = get_sampler(std::get<0>(GetParam()));
   const bool flow = std::get<1>(GetParam());
-  const std::vector<std::int64_t> shape = {1, 4, 256, 256};  // standard error of a variance: 0.3 %
+  // Standard error of a variance: 0.3 %.
+  const std::vector<std::int64_t> shape = {1, 4, 256, 256};
 
   torch::Tensor start(const GaussianData& data, double sigma) const {
     return data.scale(sigma) * data.mean + std::sqrt(data.variance(sigma)) * random(shape, 1);
@@ -314,7 +316,8 @@ INSTANTIATE_TEST_SUITE_P(Samplers, StochasticSampler,
 
 TEST_P(StochasticSampler, KeepsTheVarianceOfNoiseAroundOneImage) {
   const GaussianData data = {.spread = 0.0, .flow = flow};
-  const std::vector<double> sigmas = {0.9, 0.6, 0.5, 0.2};  // exact at any step width
+  // Exact at any step width.
+  const std::vector<double> sigmas = {0.9, 0.6, 0.5, 0.2};
   for (const double eta : {0.0, 0.5, 1.0}) {
     const auto samples = run(data, sigmas, eta);
     EXPECT_NEAR(samples.mean().item<double>(), data.scale(0.2) * data.mean, 2e-3) << eta;
@@ -359,7 +362,8 @@ TEST_P(BrownianSampler, DrawsTheSamePictureWithMoreSteps) {
   };
   const double coarse = distance(picture(20)), middle = distance(picture(100));
   EXPECT_LT(middle, coarse / 2);
-  EXPECT_LT(middle, 0.05);  // of 0.6, the spread of the data
+  // The spread of the data is 0.6.
+  EXPECT_LT(middle, 0.05);
 }
 
 TEST_P(BrownianSampler, ImagesDependOnTheirSeedAlone) {
@@ -422,7 +426,8 @@ TEST(SamplerParity, OneStepOfUniPcReachesThePrediction) {
   for (const auto sampler : {sample_uni_pc, sample_uni_pc_bh2}) {
     const auto x = scalar(10);
     const auto samples = sampler(scalar_model, x, std::vector<double>{10, 0}, {});
-    EXPECT_TRUE(samples.allclose(scalar_model(x, 10).denoised, 0, 2e-3));  // it ends at 0.001
+    // It ends at 0.001.
+    EXPECT_TRUE(samples.allclose(scalar_model(x, 10).denoised, 0, 2e-3));
   }
 }
 
@@ -451,12 +456,14 @@ TEST(SamplerParity, SdeSamplersOfFlowModelsStartBelowOne) {
 }
 
 TEST(SamplerParity, UniPcOfAFlowModelIsScaledForWhereItEnds) {
-  // The reference writes 0.001 into the schedule, and so undoes the scaling of 0.001.
+  // The reference writes 0.001 into the schedule, and so undoes the scaling for 0.001.
   const auto constant = [](const torch::Tensor& x, double) { return torch::ones_like(x); };
   const auto samples = run_sampler(sample_uni_pc, constant, ModelSampling::flow({}), scalar(2),
                                    std::vector<double>{1, .75, .5, .25, 0});
-  const double ended = 0.999 * 1 + 0.001 * 2;  // (1 − σ)·x0 + σ·n, as the prediction never changes
-  EXPECT_NEAR(samples.item<double>(), ended / 0.999, 5e-5);  // λ is fp32, as there; without: 1e-3
+  // (1 − σ)·x0 + σ·n, as the prediction never changes.
+  const double ended = 0.999 * 1 + 0.001 * 2;
+  // λ is fp32, as in the reference. Without the scaling the difference would be 1e-3.
+  EXPECT_NEAR(samples.item<double>(), ended / 0.999, 5e-5);
 }
 
 TEST(UniPc, IsFiniteAtTheSmallestSigmas) {
@@ -614,7 +621,8 @@ TEST_F(RunSampler, RepaintsOnlyWhereTheMaskIsOne) {
   for (const auto& given :
        {mask, mask.reshape({1, 1, 6, 8}), mask.expand({2, 1, 6, 8}), mask.to(torch::kBool)}) {
     for (const auto name : sampler_names()) {
-      const double tolerance = name.starts_with("uni_pc") ? 5e-3 : 2e-5;  // uni_pc ends at 0.001
+      // uni_pc ends at 0.001.
+      const double tolerance = name.starts_with("uni_pc") ? 5e-3 : 2e-5;
       const auto samples =
           run_sampler(get_sampler(name), unguided(model), eps, noise, get_sigmas("karras", eps, 5),
                       {.latent = latent, .denoise_mask = given});

@@ -69,7 +69,8 @@ TEST(GetSigmas, FallStrictlyToZeroForEveryModelAndLength) {
           ASSERT_EQ(sigmas.size(), static_cast<std::size_t>(n + 1)) << name;
         EXPECT_NO_THROW(check_sigmas(sigmas, "test")) << name << " " << n;
         EXPECT_EQ(sigmas.back(), 0.0) << name;
-        if (name == "ddim_uniform") continue;  // starts lower by design
+        // ddim_uniform starts lower by design.
+        if (name == "ddim_uniform") continue;
         EXPECT_NEAR(sigmas.front() / sampling->sigma_max(), 1.0, 1e-5) << name;
       }
     }

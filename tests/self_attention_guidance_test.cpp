@@ -159,7 +159,7 @@ INSTANTIATE_TEST_SUITE_P(Reference, Toy,
                            return std::get<1>(info.param).name + "_" + std::get<0>(info.param);
                          });
 
-// T1 of golden/toy.json: the layer that is watched gives what it gives there.
+// T1 of golden/toy.json: the watched layer gives the same as there.
 TEST(Sag, LeavesTheOutputOfTheAttentionAlone) {
   const auto q = test::split_heads(fill({2, 6, 8}, .5, .1, 2), 2),
              k = test::split_heads(fill({2, 6, 8}, .3, .4, 2), 2),
@@ -180,7 +180,7 @@ TEST(Sag, LeavesTheOutputOfTheAttentionAlone) {
             entry.at("tolerance").get<double>());
 }
 
-// T22 is the reference's fault: it re-noises a flow model's latent without 1 − σ. Ours is T23.
+// T22 is a fault of the reference: it re-noises a flow model's latent without 1 − σ. Ours is T23.
 TEST(Sag, DiffersFromTheReferenceOnFlowModels) {
   const auto ours =
       run({.prediction = Prediction::flow, .sigmas = {1, .75, .5, .25, 0}, .sag = {kSag}})
@@ -230,7 +230,7 @@ TEST(Sag, WatchesTheReferencesTokenSums) {
   for (std::size_t step = 0; step < 4; ++step) {
     const auto expected = entries.at(2 + step).at("value").get<std::vector<double>>();
     // Not 1e-4: the scores are 6·5/√2 = 21 times the product of two tokens, and so magnify the
-    // rounding that the latent has gathered on the way (1.6e-4 was seen at the last step).
+    // rounding errors collected in the latent (1.6e-4 was seen at the last step).
     EXPECT_LT(max_diff(maps[step].flatten(), torch::tensor(expected)), 5e-4) << "step " << step;
   }
 }
@@ -249,7 +249,7 @@ TEST(Sag, GivesTheSameWhenRowsAreEvaluatedOneByOne) {
   EXPECT_EQ(whole.report.unet_rows(), split.report.unet_rows());
 }
 
-// T30: one more row an evaluation, labelled as the guidance's own.
+// T30: one more row per evaluation, labelled as the guidance's own.
 TEST(Sag, CostsOneUncondRowAnEvaluation) {
   const auto guided = run({.sag = {kSag}});
   EXPECT_EQ(guided.report.unet_calls(), 8);
@@ -295,7 +295,7 @@ TEST(Sag, KeepsNoAttentionTensor) {
   EXPECT_EQ(seen.size(), 8u);
   for (const auto& storage : seen) EXPECT_TRUE(storage.expired());
   const auto& mask = guider.report().evaluations.front().guidances.front().mask;
-  EXPECT_EQ(mask.nbytes(), 16u * 24u) << "what stays is a bool per cell, for the report";
+  EXPECT_EQ(mask.nbytes(), 16u * 24u) << "only a bool per cell stays, for the report";
 }
 
 struct Idle {
@@ -344,7 +344,7 @@ TEST(Sag, IsActiveAtBothEndsOfItsWindow) {
   const SelfAttentionGuidanceOptions sigma{.sigma_start = start, .sigma_end = end};
   EXPECT_EQ(guided({start, end, 0}, sigma), 2);
   EXPECT_EQ(guided({start * (1 + 1e-5), end * (1 - 1e-5), 0}, sigma), 0);
-  // The last bit of a sigma that a sampler computed anew does not count.
+  // The last bit of a sigma that a sampler computed again does not matter.
   EXPECT_EQ(guided({std::nextafter(start, 99), std::nextafter(end, 0), 0}, sigma), 2);
 }
 
@@ -382,7 +382,7 @@ TEST(Sag, SaysWhyItCannotGuide) {
   EXPECT_TRUE(torch::equal(run({.sag = {kSag}, .height = 4}).samples, run({.height = 4}).samples));
 }
 
-// T36: the negative counts only below sigma 5; above it the result is the plain one.
+// T36: the negative is active only below sigma 5; above it the result is the plain one.
 TEST(Sag, WaitsForTheNegativeToBecomeActive) {
   auto late = toy_prompt(-1);
   late.sigma_start = 5;
@@ -400,7 +400,7 @@ TEST(Sag, WaitsForTheNegativeToBecomeActive) {
   EXPECT_EQ(denoise(true, 4).second.guided(), 1);
 }
 
-// T36: a UNet whose attention is not reached, as DiTs in ComfyUI.
+// T36: a UNet whose attention does not run, like DiTs in ComfyUI.
 TEST(Sag, SaysThatItsSiteDidNotRun) {
   class Silent final : public UNet {
    public:
@@ -431,8 +431,8 @@ TEST(Sag, WorksOnEverySmallLatent) {
 }
 
 TEST(Sag, AveragesTheMapsOfSeveralNegatives) {
-  // Twice the same negative is the same as once; another one changes the result; their order does
-  // not.
+  // The same negative twice gives the same as once; another one changes the result; their order
+  // does not.
   const auto once = run({.sag = {kSag}}).samples;
   EXPECT_LT(max_diff(run({.sag = {kSag}, .negatives = {-1, -1}}).samples, once), 1e-4);
   const auto mixed = run({.sag = {kSag}, .negatives = {-1, 40}}).samples;
@@ -497,7 +497,7 @@ TEST(Sag, RunsOnTwoThreadsFromOnePatchedModel) {
 }
 
 TEST(Sag, StandsBesideAHookThatPerturbsAnotherPass) {
-  // PAG: its own extra pass has the attention replaced by v. Both contribute as if alone.
+  // PAG: its own extra pass has v instead of the attention. Both contribute as if alone.
   const ModelPatcher base(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
   const auto with_pag = [](const ModelPatcher& model) {
     const Owner pag("pag");

@@ -63,7 +63,7 @@ torch::Tensor crop(const torch::Tensor& x, const Area& area) {
 /// One picture per conditioning, on its area, of `channels` channels.
 using PictureOf = std::function<torch::Tensor(const Conditioning&)>;
 
-// The average over the active conditionings, cell by cell in fp64; 0 where none counts.
+// The average over the active conditionings, cell by cell in fp64; 0 where there is none.
 torch::Tensor average(const std::vector<Conditioning>& conds, const torch::Tensor& x,
                       std::int64_t channels, const PictureOf& picture_of) {
   const auto images = x.size(0), height = x.size(2), width = x.size(3);
@@ -105,7 +105,8 @@ torch::Tensor toy_map(const torch::Tensor& x) {
   auto picture = torch::zeros({x.size(0), 1, x.size(2), x.size(3)}, torch::kDouble);
   const auto g = grid.accessor<double, 4>();
   auto p = picture.accessor<double, 4>();
-  const auto source = [](std::int64_t at, std::int64_t in, std::int64_t out) {  // legacy nearest
+  // Legacy nearest.
+  const auto source = [](std::int64_t at, std::int64_t in, std::int64_t out) {
     const auto scale = static_cast<float>(in) / static_cast<float>(out);
     return std::min(static_cast<std::int64_t>(std::floor(static_cast<float>(at) * scale)), in - 1);
   };
@@ -139,7 +140,8 @@ class RandomConditionings {
   std::vector<Conditioning> list(const torch::Tensor& x) {
     std::vector<Conditioning> conds(static_cast<std::size_t>(integer(1, 4)));
     for (auto& cond : conds) cond = one(x);
-    conds.front().sigma_start = INFINITY;  // at least one is active
+    // At least one is active.
+    conds.front().sigma_start = INFINITY;
     return conds;
   }
   template <class T>
@@ -153,7 +155,8 @@ class RandomConditionings {
     const auto height = x.size(2), width = x.size(3);
     Conditioning cond{.context = torch::full({1, integer(1, 6), 1}, number(-2, 2))};
     if (integer(0, 1)) cond.strength = number(0.2, 3);
-    if (integer(0, 1)) {  // it may reach over the edge
+    // The area may reach over the edge.
+    if (integer(0, 1)) {
       cond.area = Area{.y = integer(0, height - 1), .x = integer(0, width - 1)};
       cond.area->height = integer(1, height);
       cond.area->width = integer(1, width);
@@ -169,7 +172,7 @@ class RandomConditionings {
   std::mt19937 random_;
 };
 
-// What is tested runs on a backend; the loops run on the CPU.
+// The library runs on a backend; the loops run on the CPU.
 class SeveralConditionings : public testing::TestWithParam<std::tuple<const char*, unsigned>> {
  protected:
   void SetUp() override { SAG_SKIP_WITHOUT_CUDA(device); }
@@ -237,7 +240,7 @@ INSTANTIATE_TEST_SUITE_P(Seeds, SeveralConditionings,
                            return c10::str(std::get<0>(info.param), "_", std::get<1>(info.param));
                          });
 
-// The reference's typical case: a prompt for the picture and one for a part of it.
+// The reference's typical case: one prompt for the picture and one for a part of it.
 TEST(RegionalPrompt, AddsNoConditioning) {
   auto part = test::toy_prompt(0.5);
   part.area = Area{32, 40, 16, 24};

@@ -9,7 +9,7 @@
 namespace sag {
 namespace {
 
-// What a stride-2, pad-1, 3×3 convolution leaves, k times over.
+// The size after k stride-2, pad-1, 3×3 convolutions.
 std::int64_t halved(std::int64_t side, int k) {
   for (; k > 0; --k) side = (side + 1) / 2;
   return side;
@@ -29,8 +29,10 @@ INSTANTIATE_TEST_SUITE_P(Halvings, EveryLatent, testing::Values(2, 3));
 
 // Sizes that ComfyUI 0.3.64 gets wrong or crashes on (golden toy.json, T3 and T4).
 TEST(TokenGridOf, SizesTheReferenceFailsOn) {
-  EXPECT_EQ(token_grid(144, 128, 66), (TokenGrid{16, 9}));  // there: 18 × 8
-  EXPECT_EQ(token_grid(4, 16, 9), (TokenGrid{2, 2}));       // there: TypeError
+  // In ComfyUI: 18 × 8.
+  EXPECT_EQ(token_grid(144, 128, 66), (TokenGrid{16, 9}));
+  // In ComfyUI: TypeError.
+  EXPECT_EQ(token_grid(4, 16, 9), (TokenGrid{2, 2}));
   EXPECT_EQ(token_grid(1, 8, 8), (TokenGrid{1, 1}));
   EXPECT_EQ(token_grid(25, 1, 100), (TokenGrid{1, 25}));
 }
@@ -52,9 +54,11 @@ TEST(TokenGridOf, SizesTheReferenceIsRightOn) {
 }
 
 TEST(TokenGridOf, ActivationsResizedByAnotherFactorHaveTheNearestShape) {
-  EXPECT_EQ(token_grid(24, 64, 96), (TokenGrid{4, 6}));  // Kohya's deep shrink, factor 2
+  // Kohya's deep shrink, factor 2.
+  EXPECT_EQ(token_grid(24, 64, 96), (TokenGrid{4, 6}));
   EXPECT_EQ(token_grid(11 * 13, 65, 77), (TokenGrid{11, 13}));
-  EXPECT_EQ(token_grid(7, 64, 64), (TokenGrid{1, 7}));  // a prime has no better one
+  // A prime has no better grid.
+  EXPECT_EQ(token_grid(7, 64, 64), (TokenGrid{1, 7}));
   EXPECT_EQ(token_grid(7, 96, 12), (TokenGrid{7, 1}));
 }
 

@@ -84,7 +84,7 @@ TEST(FindMiddleAttention, TakesTheOneWhosePathSaysMiddle) {
     EXPECT_EQ(choice.site, path);
     EXPECT_EQ(choice.reason, part + std::string(" is a part of its path"));
   }
-  // UNets in C++ have names alone.
+  // UNets in C++ have only names.
   EXPECT_EQ(middle_of({{"down"}, {"mid_attn"}, {"up"}}).site, "mid_attn");
 }
 
