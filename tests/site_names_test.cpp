@@ -9,7 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "support/error.h"
-#include "support/golden.h"
+#include "support/files.h"
 
 namespace sag {
 namespace {
@@ -21,7 +21,7 @@ using ::testing::HasSubstr;
 
 // The exporter names sites too, and is tested with the same table.
 TEST(ShortSiteName, IsComfyUIsForLdmAndForTheMiddleOfDiffusers) {
-  const auto cases = nlohmann::json::parse(std::ifstream(test::golden_dir() + "/site_names.json"));
+  const auto cases = nlohmann::json::parse(std::ifstream(test::kGoldenDir + "site_names.json"));
   ASSERT_FALSE(cases.empty());
   for (const auto& entry : cases) {
     const auto path = entry.at("path").get<std::string>();
