@@ -29,6 +29,7 @@
 #include "sag/torchscript_unet.h"
 #include "support/device.h"
 #include "support/error.h"
+#include "support/files.h"
 #include "support/toy_unet.h"
 
 namespace sag {
@@ -122,9 +123,8 @@ Run sample(const std::shared_ptr<const UNet>& unet, const SelfAttentionGuidanceO
 // ---- values
 
 TEST(AotiUNet, GivesWhatPyTorchGave) {
-  std::ifstream file(kPackages + "call.pt", std::ios::binary);
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  const auto call = torch::pickle_load(bytes).toGenericDict();
+  const auto bytes = test::read_bytes(kPackages + "call.pt");
+  const auto call = torch::pickle_load({bytes.begin(), bytes.end()}).toGenericDict();
   const auto tensor = [&](const char* name) { return call.at(name).toTensor(); };
   const UNetInput input{.x = tensor("x"),
                         .timesteps = tensor("timesteps"),
@@ -312,24 +312,12 @@ TEST(AotiUNet, AFoldersPackagesGiveTheSameValues) {
 using Links = std::map<std::string, std::string>;
 
 // A folder with links to some of the fixture's files, deleted at the end of the test.
-class Folder {
+class Folder : public test::TemporaryFolder {
  public:
-  explicit Folder(const Links& links)
-      : path_(fs::path(::testing::TempDir()) / ("sag_aoti_" + std::to_string(::getpid()))) {
-    fs::create_directory(path_);
+  explicit Folder(const Links& links) {
     for (const auto& [name, target] : links)
-      fs::create_symlink(fs::absolute(kPackages + target), path_ / name);
+      fs::create_symlink(fs::absolute(kPackages + target), path(name));
   }
-  // Not fs::remove_all: LibTorch's wheel exports one of its own, which crashes.
-  ~Folder() {
-    for (const auto& entry : std::vector<fs::path>(fs::directory_iterator(path_), {}))
-      fs::remove(entry);
-    fs::remove(path_);
-  }
-  std::string path() const { return path_.string(); }
-
- private:
-  fs::path path_;
 };
 
 TEST(AotiUNet, TheMostSpecificPackageOfAFolderRuns) {

@@ -13,6 +13,7 @@
 #include "sag/self_attention_guidance.h"
 #include "sag/torchscript_unet.h"
 #include "support/device.h"
+#include "support/files.h"
 #include "support/torchscript_fixture.h"
 #include "support/toy_unet.h"
 
@@ -104,7 +105,7 @@ TEST_F(CudaGraph, GivesTheNumbersOfTheEagerUNet) {
 TEST_F(CudaGraph, GivesTheNumbersOfATorchScriptUNet) {
   for (const auto dtype : {torch::kFloat, torch::kHalf}) {
     const std::shared_ptr<const UNet> file = TorchScriptUNet::load(
-        SAG_TEST_DATA_DIR "/comfy_sdxl_tiny.ts", {.device = device(), .dtype = dtype});
+        test::kGoldenDir + "comfy_sdxl_tiny.ts", {.device = device(), .dtype = dtype});
     const auto sample = [&](const std::shared_ptr<const UNet>& unet) {
       const auto prompt = [](double phase) {
         return Conditioning{.context = fill({1, 10, 32}, 0.3, phase, 1.0).to(device()),
@@ -423,7 +424,7 @@ TEST_F(CudaGraph, NothingStaysAllocatedAfterSamplingButTheGraphs) {
 // In no step may the host wait for the device: it would lose its lead.
 TEST_F(CudaGraph, NoStepWaitsForTheDevice) {
   const std::shared_ptr<const UNet> file =
-      TorchScriptUNet::load(SAG_TEST_DATA_DIR "/comfy_sd15_tiny.ts", {.device = device()});
+      TorchScriptUNet::load(test::kGoldenDir + "comfy_sd15_tiny.ts", {.device = device()});
   const std::vector<std::shared_ptr<const UNet>> unets = {file,
                                                           std::make_shared<CudaGraphUNet>(file)};
   const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};

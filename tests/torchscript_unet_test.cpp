@@ -1,7 +1,5 @@
 #include "sag/torchscript_unet.h"
 
-#include <filesystem>
-#include <fstream>
 #include <functional>
 #include <thread>
 
@@ -20,39 +18,23 @@
 #include "sag/model_patcher.h"
 #include "sag/step_context.h"
 #include "support/error.h"
+#include "support/files.h"
 #include "support/torchscript_fixture.h"
 
 namespace sag {
 namespace {
 
 using test::error_of;
+using test::kGoldenDir;
 using test::make_torchscript_unet;
 using test::one_sentence;
+using test::read_bytes;
+using test::TemporaryFile;
 using ::testing::AllOf;
 using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using torch::jit::Module;
-
-const std::string kGolden = SAG_SOURCE_DIR "/tests/golden/";
-
-// A file that is deleted at the end of the test.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(const std::string& name)
-      : path_(::testing::TempDir() + "sag_" + std::to_string(::getpid()) + "_" + name) {}
-  ~TemporaryFile() { std::filesystem::remove_all(path_); }
-  const std::string& path() const { return path_; }
-  void write(const std::string& bytes) const { std::ofstream(path_, std::ios::binary) << bytes; }
-
- private:
-  std::string path_;
-};
-
-std::string read_bytes(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 
 std::shared_ptr<TorchScriptUNet> save_and_load(const Module& module,
                                                const TorchScriptUNetOptions& options = {}) {
@@ -125,7 +107,7 @@ class GoldenUNet : public ::testing::TestWithParam<Golden> {
  protected:
   static const c10::Dict<c10::IValue, c10::IValue>& io() {
     static const auto* dict = [] {
-      const auto bytes = read_bytes(kGolden + "unet_io.pt");
+      const auto bytes = read_bytes(kGoldenDir + "unet_io.pt");
       return new c10::Dict<c10::IValue, c10::IValue>(
           torch::pickle_load({bytes.begin(), bytes.end()}).toGenericDict());
     }();
@@ -143,7 +125,7 @@ class GoldenUNet : public ::testing::TestWithParam<Golden> {
             {}};
   }
   static std::shared_ptr<TorchScriptUNet> load(TorchScriptUNetOptions options = {}) {
-    return TorchScriptUNet::load(kGolden + GetParam().net + ".ts", options);
+    return TorchScriptUNet::load(kGoldenDir + GetParam().net + ".ts", options);
   }
 };
 
@@ -563,9 +545,9 @@ TEST(TorchScriptUNetLoad, RefusesWhatIsNoArchive) {
   EXPECT_THAT(error_of<c10::ValueError>(load), refusal("not a zip archive"));
   torch::save(torch::ones({2}), file.path());
   EXPECT_THAT(error_of<c10::ValueError>(load), one_sentence());
-  file.write(read_bytes(kGolden + "unet_io.pt"));
+  file.write(read_bytes(kGoldenDir + "unet_io.pt"));
   EXPECT_THAT(error_of<c10::ValueError>(load), refusal("torch.save"));
-  const auto archive = read_bytes(kGolden + "comfy_sd15_tiny.ts");
+  const auto archive = read_bytes(kGoldenDir + "comfy_sd15_tiny.ts");
   for (const double part : {0.001, 0.5, 0.999}) {
     file.write(archive.substr(0, static_cast<std::size_t>(part * archive.size())));
     EXPECT_THAT(error_of<c10::ValueError>(load), refusal("truncated"));
@@ -576,7 +558,7 @@ TEST(TorchScriptUNetLoad, RefusesWhatIsNoArchive) {
 
 TEST(TorchScriptUNetLoad, RefusesAFileWhoseBytesAreDamaged) {
   const TemporaryFile file("damaged.ts");
-  auto archive = read_bytes(kGolden + "comfy_sd15_tiny.ts");
+  auto archive = read_bytes(kGoldenDir + "comfy_sd15_tiny.ts");
   const auto code = archive.find("code/__torch__");
   ASSERT_NE(code, std::string::npos);
   for (std::size_t i = 0; i < 64; ++i) archive[code + 200 + i] ^= 0x55;
@@ -586,8 +568,8 @@ TEST(TorchScriptUNetLoad, RefusesAFileWhoseBytesAreDamaged) {
 }
 
 TEST(TorchScriptUNetLoad, ReadsAnArchiveOfTheLiteInterpreter) {
-  const auto mobile = TorchScriptUNet::load(kGolden + "attention/tiny_mobile.ptl");
-  const auto usual = TorchScriptUNet::load(kGolden + "attention/tiny_fused.ts");
+  const auto mobile = TorchScriptUNet::load(kGoldenDir + "attention/tiny_mobile.ptl");
+  const auto usual = TorchScriptUNet::load(kGoldenDir + "attention/tiny_fused.ts");
   EXPECT_EQ(names(*mobile), names(*usual));
   torch::manual_seed(3);
   const UNetInput in = {
@@ -619,7 +601,7 @@ void edit_code(const std::string& from_path, const std::string& to_path, const s
 TEST(TorchScriptUNetLoad, NamesAnOpThatNobodyRegisteredAndTheWayOut) {
   const TemporaryFile file("foreign.ts");
   const auto refusal = [&](const std::string& op) {
-    edit_code(kGolden + "attention/tiny_fused.ts", file.path(),
+    edit_code(kGoldenDir + "attention/tiny_fused.ts", file.path(),
               "torch.scaled_dot_product_attention(", "ops." + op + "(");
     return error_of<c10::ValueError>([&] { TorchScriptUNet::load(file.path()); });
   };
@@ -648,7 +630,7 @@ TEST(TorchScriptUNetLoad, RefusesAModelWithoutSelfAttentionToHook) {
 }
 
 TEST(TorchScriptUNetLoad, RefusesOptionsThatCannotBe) {
-  const auto path = kGolden + "comfy_sd15_tiny.ts";
+  const auto path = kGoldenDir + "comfy_sd15_tiny.ts";
   EXPECT_THAT(
       error_of<c10::TypeError>([&] { TorchScriptUNet::load(path, {.dtype = torch::kInt}); }),
       one_sentence());

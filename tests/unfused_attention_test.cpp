@@ -15,6 +15,7 @@
 #include "sag/self_attention_guidance.h"
 #include "sag/step_context.h"
 #include "sag/torchscript_unet.h"
+#include "support/files.h"
 #include "support/reference.h"
 #include "support/torchscript_fixture.h"
 
@@ -25,7 +26,7 @@ using test::make_torchscript_unet;
 using test::max_diff;
 using ::testing::HasSubstr;
 
-const std::string kGolden = SAG_SOURCE_DIR "/tests/golden/attention/";
+const std::string kGolden = test::kGoldenDir + "attention/";
 
 // ---- what a run with SAG gives
 
@@ -261,10 +262,9 @@ TEST_P(Unfused, IsFoundInAFrozenFileAndInHalfPrecision) {
   EXPECT_EQ(frozen->attention_sites()[1].name, "#2");
   EXPECT_LT(max_diff(look(*frozen, input(), {}, "#2").maps.at(0).map, expected.maps[0].map), 1e-5);
 
-  const auto path = ::testing::TempDir() + "sag_" + std::to_string(::getpid()) + "_half.ts";
-  module.save(path);
-  const auto half = TorchScriptUNet::load(path, {.dtype = torch::kHalf});
-  std::remove(path.c_str());
+  const test::TemporaryFile file("half.ts");
+  module.save(file.path());
+  const auto half = TorchScriptUNet::load(file.path(), {.dtype = torch::kHalf});
   auto in = input();
   in.x = in.x.to(torch::kHalf);
   in.context = in.context.to(torch::kHalf);
@@ -307,10 +307,9 @@ TEST(UnfusedAttention, IsTheSameInEveryDtype) {
       "    t = t + torch.transpose(torch.bmm(torch.transpose(t, 1, 2), p), 1, 2)\n";
   const auto module =
       make_torchscript_unet({.body = over_queries + test::TorchScriptFixture().body});
-  const auto path = ::testing::TempDir() + "sag_" + std::to_string(::getpid()) + "_dtype.ts";
-  module.save(path);
-  const auto unet = TorchScriptUNet::load(path, {.dtype = torch::kDouble});
-  std::remove(path.c_str());
+  const test::TemporaryFile file("dtype.ts");
+  module.save(file.path());
+  const auto unet = TorchScriptUNet::load(file.path(), {.dtype = torch::kDouble});
   auto in = input();
   in.x = in.x.to(torch::kDouble);
   in.context = in.context.to(torch::kDouble);

@@ -72,4 +72,16 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
+/// The path of one file, which is deleted with the object; it does not exist at first.
+class TemporaryFile {
+ public:
+  explicit TemporaryFile(const std::string& name) : path_(folder_.path(name)) {}
+  const std::string& path() const { return path_; }
+  void write(const std::string& bytes) const { write_bytes(path_, bytes); }
+
+ private:
+  TemporaryFolder folder_;
+  std::string path_;
+};
+
 }  // namespace sag::test
