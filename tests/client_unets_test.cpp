@@ -1,6 +1,8 @@
 // The UNets of client_unets.h do what their users need.
 #include "support/client_unets.h"
 
+#include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 

@@ -173,8 +173,7 @@ void check_no_others(const UNetInput& input, const PackageInfo& package) {
     const bool takes = std::any_of(package.inputs.begin(), package.inputs.end(),
                                    [&](const auto& known) { return known.name == name; });
     TORCH_CHECK_VALUE(!t.defined() || takes,
-                      "[AotiUNet::forward] an input must be one of the "
-                      "package's, ",
+                      "[AotiUNet::forward] an input must be one of the package's, ",
                       package.list_inputs(), ", got \"", name, "\".");
   };
   check("context", input.context);
