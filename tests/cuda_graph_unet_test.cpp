@@ -438,6 +438,7 @@ TEST_F(CudaGraph, NoStepWaitsForTheDevice) {
       for (const auto name : {"euler", "dpmpp_2m_sde", "uni_pc"}) {
         const auto x = fill({2, 4, 24, 17}, 0.7, 0.3, 15.0).to(device());
         const auto run = [&](CfgGuider& guider) {
+          guider.begin_run(sigmas);
           return get_sampler(name)(std::ref(guider), x, sigmas, {});
         };
         const CfgGuiderOptions options{.cond_scale = 5.0};

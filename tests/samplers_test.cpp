@@ -192,19 +192,19 @@ TEST_P(EverySampler, RefusesSigmasThatAreNone) {
   const auto with = [&](std::vector<double> bad) {
     return [=, this] { sampler(model, x, bad, {}); };
   };
-  const std::string caller = "[sample_" + std::string(GetParam()) + "] sigmas must ";
+  const std::string caller = "[sample_" + std::string(GetParam()) + "] ";
   const auto says = [&](const char* what) {
     return ThrowsMessage<c10::ValueError>(HasSubstr(caller + what));
   };
-  EXPECT_THAT(with({}), says("be at least two sigmas, got 0."));
-  EXPECT_THAT(with({1.0}), says("be at least two sigmas, got 1."));
-  EXPECT_THAT(with({1.0, 2.0, 0.0}), says("fall strictly, got 2 at 1 after 1."));
-  EXPECT_THAT(with({1.0, 1.0}), says("fall strictly"));
+  EXPECT_THAT(with({}), says("there must be at least two sigmas, got 0."));
+  EXPECT_THAT(with({1.0}), says("there must be at least two sigmas, got 1."));
+  EXPECT_THAT(with({1.0, 2.0, 0.0}), says("sigmas must fall strictly, got 2 at 1 after 1."));
+  EXPECT_THAT(with({1.0, 1.0}), says("sigmas must fall strictly"));
   EXPECT_THAT(with({1.0, -1.0}),
-              says("be finite and positive, the last one may be 0, got -1 at 1."));
-  EXPECT_THAT(with({1.0, 0.0, 0.0}), says("be finite and positive"));
-  EXPECT_THAT(with({1.0, kNan, 0.0}), says("be finite and positive"));
-  EXPECT_THAT(with({kInfinity, 1.0}), says("be finite and positive"));
+              says("sigmas must be finite and positive, the last one may be 0, got -1 at 1."));
+  EXPECT_THAT(with({1.0, 0.0, 0.0}), says("sigmas must be finite and positive"));
+  EXPECT_THAT(with({1.0, kNan, 0.0}), says("sigmas must be finite and positive"));
+  EXPECT_THAT(with({kInfinity, 1.0}), says("sigmas must be finite and positive"));
 }
 
 TEST_P(EverySampler, RefusesLatentsThatAreNone) {
