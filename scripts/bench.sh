@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures sag on this machine: the attention map beside SDPA, the step with and without guidance, the UNet alone.
+# Measures sag on this machine: the attention map against SDPA, the step with and without guidance, the UNet alone.
 #
 #   scripts/bench.sh                      full-size UNets of random weights (SD1.5 and SDXL; a GPU is needed)
 #   scripts/bench.sh UNET [OPTION...]     your own file or folder of packages; the options are step_benchmark's:

@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 
 # A handful of prompts, and pictures of no prompt, where guidance shows most; each unguided, guided, and its mask.
-# A strong guidance and seeds on which it shows: what it does on average stands in models/emoji/README.md.
+# A strong guidance and seeds on which it shows: what it does on average is measured in models/emoji/README.md.
 # Threads that wait without spinning: five times as fast on a machine that is busy with something else.
 draw_sheet() {
   OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} "$sag_build_dir/examples/sag-sample" --model "$sag_root/models/emoji" --compare --columns 2 --out "$1" \

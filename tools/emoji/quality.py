@@ -337,7 +337,7 @@ def read_options():
     add("--sag-sample", type=pathlib.Path, default=ROOT / "build/release/command/sag-sample")
     add("--model", type=pathlib.Path, default=ROOT / "models/emoji")
     add("--glyphs", type=pathlib.Path, default=ROOT / "build/emoji/glyphs.npz")
-    add("--judge", type=pathlib.Path, help="default: judge.pt beside the glyphs")
+    add("--judge", type=pathlib.Path, help="default: judge.pt next to the glyphs")
     add("--font", default="/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
     add("--work", type=pathlib.Path, help="where finished rows stay (default: build/quality)")
     add("--doc", type=pathlib.Path, help="put the table between the marks of this document, too")
