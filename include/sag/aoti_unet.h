@@ -12,6 +12,7 @@
 
 namespace sag {
 
+/// Where a compiled UNet runs.
 struct AotiUNetOptions {
   /// Nothing: the device that the packages were compiled for; "cuda" without a number is the
   /// current one.

@@ -9,13 +9,19 @@
 
 namespace sag {
 
+/// Which attention it is, and SDPA's own arguments.
 struct AttentionOptions {
   /// The name of this attention, as `UNet::attention_sites` lists it.
   std::string_view site = {};
+  /// SDPA's mask, boolean or added; nothing: none.
   std::optional<torch::Tensor> attn_mask = {};
+  /// SDPA's dropout, in training.
   double dropout_p = 0.0;
+  /// Whether a token sees only itself and those before it.
   bool is_causal = false;
+  /// Nothing: 1 / sqrt(head_dim).
   std::optional<double> scale = {};
+  /// Whether k and v may have fewer heads than q.
   bool enable_gqa = false;
 };
 

@@ -26,9 +26,12 @@ class SAG_API AttentionSite {
   /// or "#6", the attention that runs seventh. "middle" is that of the middle block, whatever names
   /// the UNet uses (`find_middle_attention`). Throws ValueError when empty.
   AttentionSite(std::string name);
+  /// The same from a literal.
   AttentionSite(const char* name);
 
+  /// Returns the name.
   const std::string& name() const { return name_; }
+  /// Compares the names.
   bool operator==(const AttentionSite&) const = default;
 
  private:
@@ -39,12 +42,20 @@ class SAG_API AttentionSite {
 /// last product of an attention that a model file computes step by step (`probabilities`).
 struct AttentionCall {
   /// [rows, heads, tokens, head_dim], or with the heads folded into rows (`Pass::select`).
-  torch::Tensor q = {}, k = {}, v = {};
+  torch::Tensor q = {};
+  /// As q, with the key tokens.
+  torch::Tensor k = {};
+  /// As k.
+  torch::Tensor v = {};
+  /// SDPA's mask, boolean or added; nothing: none.
   std::optional<torch::Tensor> attn_mask = {};
+  /// SDPA's dropout, in training.
   double dropout_p = 0.0;
+  /// Whether a token sees only itself and those before it.
   bool is_causal = false;
   /// Unset: 1 / sqrt(head_dim).
   std::optional<double> scale = {};
+  /// Whether k and v may have fewer heads than q.
   bool enable_gqa = false;
   /// For unfused attention, softmax(…) and then a product with v: what softmax returned, with masks
   /// applied, [rows, heads, tokens, key tokens] or [rows * heads, tokens, key tokens]. Then q and k
@@ -66,6 +77,7 @@ using NextAttention = std::function<torch::Tensor(const AttentionCall&)>;
 using AttentionHook =
     std::function<torch::Tensor(const AttentionCall&, const Pass&, const NextAttention& next)>;
 
+/// When and where a hook may run.
 struct AttentionHookOptions {
   /// Returns whether the hook runs in this evaluation. Its sigma, step and latent size are known.
   /// Called once before each pass, never inside it. Empty: the hook always runs.
@@ -82,7 +94,9 @@ struct AttentionHookOptions {
 struct InstalledHook {
   /// The UNet's own name of the site.
   std::string site;
+  /// What runs there.
   AttentionHook hook;
+  /// When it runs.
   AttentionHookOptions options;
   /// Shared by the copies of one installed hook and by no other; empty: unknown. Code that keeps
   /// work per hook, such as `CudaGraphUNet`, tells hooks apart by it.

@@ -26,6 +26,7 @@ SAG_API torch::Tensor gaussian_blur_2d(const torch::Tensor& x, std::int64_t kern
 SAG_API torch::Tensor upsample_attention_map(const torch::Tensor& attn_map, std::int64_t height,
                                              std::int64_t width);
 
+/// What is blurred, and how much.
 struct BlurMapOptions {
   /// In latent cells; 0: no blur.
   double blur_sigma = 2.0;

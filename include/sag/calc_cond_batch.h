@@ -16,13 +16,17 @@ namespace sag {
 
 /// One prediction to make: a branch's conditionings at one x.
 struct CondRequest {
+  /// What its rows are labelled with.
   Branch branch = Branch::cond;
+  /// Who asked for it.
   Owner owner = {};
   /// [images, channels, height, width]
   torch::Tensor x = {};
+  /// What it is conditioned on. Empty: the prediction is undefined.
   std::vector<Conditioning> conds = {};
 };
 
+/// How predictions share UNet calls.
 struct CalcCondBatchOptions {
   /// The most rows in one UNet call; 0: no limit but the UNet's own. The limit changes memory and
   /// speed, never the result (except for the rounding of another batch size).
@@ -34,7 +38,10 @@ struct CondBatch {
   /// One denoised latent per request, fp32 (fp64 for fp64 x); undefined where no conditioning is
   /// active at sigma.
   std::vector<torch::Tensor> denoised;
-  std::int64_t unet_calls = 0, unet_rows = 0;
+  /// How often the UNet was called.
+  std::int64_t unet_calls = 0;
+  /// How many rows it evaluated in all calls together.
+  std::int64_t unet_rows = 0;
 };
 
 /// Evaluates several predictions in as few UNet calls as possible, under the model's attention

@@ -15,17 +15,28 @@ namespace sag {
 /// The predictions that go into the CFG formula, [images, channels, height, width] each.
 /// An undefined tensor was not evaluated: no such conditioning, none active, or not needed.
 struct CfgArgs {
-  torch::Tensor cond_denoised, uncond_denoised;
+  /// The conditional prediction.
+  torch::Tensor cond_denoised;
+  /// The unconditional prediction.
+  torch::Tensor uncond_denoised;
+  /// The scale of CFG.
   double cond_scale = 1.0;
+  /// The noisy latent.
   torch::Tensor x;
+  /// Its noise level.
   double sigma = 0.0;
+  /// What belongs to this evaluation.
   StepContext& step;
 };
 
 /// The two predictions that a pre-CFG function returns.
 struct CfgPredictions {
-  torch::Tensor cond_denoised, uncond_denoised;
+  /// The conditional prediction.
+  torch::Tensor cond_denoised;
+  /// The unconditional prediction.
+  torch::Tensor uncond_denoised;
 };
+/// Returns both predictions, changed or not, before they enter the CFG formula.
 using PreCfgFunction = std::function<CfgPredictions(const CfgArgs&)>;
 
 /// Returns the denoised latent instead of uncond + (cond − uncond)·cond_scale. Called only if both
@@ -37,13 +48,21 @@ using CfgFunction = std::function<torch::Tensor(const CfgArgs&)>;
 struct PostCfgArgs {
   /// The CFG result, or what the previous post-CFG function returned.
   torch::Tensor denoised;
-  /// Undefined: not evaluated.
-  torch::Tensor cond_denoised, uncond_denoised;
+  /// The conditional prediction; undefined: not evaluated.
+  torch::Tensor cond_denoised;
+  /// The unconditional prediction; undefined: not evaluated.
+  torch::Tensor uncond_denoised;
+  /// The scale of CFG.
   double cond_scale = 1.0;
+  /// The noisy latent.
   torch::Tensor x;
+  /// Its noise level.
   double sigma = 0.0;
+  /// What the model predicts, and its noise levels.
   const ModelSampling& model_sampling;
+  /// What belongs to this evaluation.
   StepContext& step;
+  /// What is kept from step to step.
   RunContext& run;
   /// Evaluates a branch once more, at another x of the same shape, in a pass whose rows belong to
   /// `owner`, which must be named. Returns the branch's denoised prediction; undefined if it has no
@@ -53,25 +72,34 @@ struct PostCfgArgs {
   /// none or the branch has no conditioning active at this sigma.
   torch::Tensor early = {};
 };
+/// Returns the denoised latent that takes the place of `PostCfgArgs::denoised`.
 using PostCfgFunction = std::function<torch::Tensor(const PostCfgArgs&)>;
 
 /// What is known before the main call of an evaluation.
 struct EarlyArgs {
+  /// The noisy latent.
   torch::Tensor x;
+  /// Its noise level.
   double sigma = 0.0;
+  /// What the model predicts, and its noise levels.
   const ModelSampling& model_sampling;
+  /// What belongs to this evaluation.
   const StepContext& step;
+  /// What is kept from step to step.
   const RunContext& run;
 };
 
 /// Rows to evaluate together with the main ones: a branch at another x of the same shape.
 struct EarlyRows {
+  /// Which prompts.
   Branch branch = Branch::uncond;
   /// Must be named: the main pass already has its rows.
   Owner owner;
+  /// Where to evaluate it.
   torch::Tensor x;
 };
 
+/// What a post-CFG function needs.
 struct PostCfgOptions {
   /// Returns whether the function needs `uncond_denoised` in this evaluation, even at cond_scale 1.
   /// Its sigma, step and latent size are known; nothing is recorded yet. Empty: never. (ComfyUI:
@@ -86,7 +114,9 @@ struct PostCfgOptions {
 
 /// A post-CFG function and its options.
 struct InstalledPostCfg {
+  /// The function.
   PostCfgFunction function;
+  /// What it needs.
   PostCfgOptions options;
 };
 

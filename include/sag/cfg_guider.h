@@ -19,20 +19,28 @@ namespace sag {
 
 /// One evaluation of a guider.
 struct EvaluationReport {
+  /// The noise level.
   double sigma = 0;
+  /// The step that it belongs to (`CfgGuider::begin_run`).
   std::int64_t step_index = 0;
-  std::int64_t unet_calls = 0, unet_rows = 0;
+  /// How often the UNet was called.
+  std::int64_t unet_calls = 0;
+  /// How many rows it evaluated in all calls together.
+  std::int64_t unet_rows = 0;
   /// One per guidance, in their order.
   std::vector<GuidanceNote> guidances = {};
 };
 
 /// What a guider did in its run so far.
 struct SAG_API GuiderReport {
+  /// In order.
   std::vector<EvaluationReport> evaluations = {};
   /// Which self-attention was chosen for each hook of the model, and why.
   std::vector<SiteChoice> sites = {};
 
+  /// Returns how often the UNet was called.
   std::int64_t unet_calls() const;
+  /// Returns how many rows the UNet evaluated.
   std::int64_t unet_rows() const;
   /// Number of evaluations that at least one guidance guided.
   std::int64_t guided() const;
@@ -40,6 +48,7 @@ struct SAG_API GuiderReport {
   std::map<std::string, std::int64_t> skipped() const;
 };
 
+/// How a guider combines and evaluates predictions.
 struct CfgGuiderOptions {
   /// 1: the conditional prediction alone, and no unconditional rows unless a guidance needs them.
   double cond_scale = 1.0;
@@ -86,7 +95,9 @@ class SAG_API CfgGuider {
   /// no negative is active.
   Denoised predict_both(const torch::Tensor& x, double sigma);
 
+  /// Returns the patched model.
   const ModelPatcher& model() const { return model_; }
+  /// Returns what was done in the run so far.
   const GuiderReport& report() const { return report_; }
 
  private:

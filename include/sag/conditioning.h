@@ -33,7 +33,9 @@ struct Conditioning {
   /// Weight per latent cell, [height, width] or [1 or images, height, width] of the latent, 0 … 1.
   torch::Tensor mask = {};
   /// Active while sigma_end <= sigma <= sigma_start.
-  double sigma_start = std::numeric_limits<double>::infinity(), sigma_end = 0.0;
+  double sigma_start = std::numeric_limits<double>::infinity();
+  /// See sigma_start.
+  double sigma_end = 0.0;
 };
 
 }  // namespace sag

@@ -14,6 +14,7 @@
 
 namespace sag {
 
+/// How many graphs are kept, and how they are made.
 struct CudaGraphUNetOptions {
   /// Graphs kept per CUDA stream; the least recently used one is dropped first. A guided CFG step
   /// replays two: one for both branches, one for the guidance's own evaluation.
@@ -24,9 +25,14 @@ struct CudaGraphUNetOptions {
 
 /// What a `CudaGraphUNet` did so far.
 struct CudaGraphReport {
-  /// Graphs kept now, and the device memory that their pools hold now.
-  std::int64_t graphs = 0, bytes = 0;
-  std::int64_t captures = 0, replays = 0;
+  /// Graphs kept now.
+  std::int64_t graphs = 0;
+  /// Device memory that their pools hold now.
+  std::int64_t bytes = 0;
+  /// Calls that were captured.
+  std::int64_t captures = 0;
+  /// Calls that replayed a graph.
+  std::int64_t replays = 0;
   /// Calls that ran without a graph, by reason.
   std::map<std::string, std::int64_t> eager = {};
   /// Why a capture failed; empty if none did. After a failure nothing new is captured, and calls
@@ -62,6 +68,7 @@ class SAG_API CudaGraphUNet final : public UNet {
   torch::Device device() const override;
   torch::ScalarType dtype() const override;
 
+  /// Returns what was done so far.
   CudaGraphReport report() const;
   /// Drops all graphs. Their memory goes back to LibTorch's allocator, which frees it when its
   /// cache is emptied.

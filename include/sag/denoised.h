@@ -9,6 +9,7 @@ namespace sag {
 
 /// What a model predicts for a noisy latent. A tensor converts to it.
 struct Denoised {
+  /// Both predictions, or the guided one alone.
   Denoised(torch::Tensor denoised, torch::Tensor uncond_denoised = {})
       : denoised(std::move(denoised)), uncond_denoised(std::move(uncond_denoised)) {}
 

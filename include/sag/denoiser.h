@@ -28,7 +28,9 @@ class SAG_API Denoiser {
   /// Returns what the UNet is called with for these arguments. Throws like operator().
   UNetInput unet_input(const torch::Tensor& x, double sigma, const Conditioning& cond) const;
 
+  /// Returns the network.
   const UNet& unet() const { return *unet_; }
+  /// Returns its sampling constants.
   const ModelSampling& model_sampling() const { return sampling_; }
 
  private:

@@ -20,6 +20,7 @@ namespace sag {
 /// threads may share one. ComfyUI: `ModelPatcher`.
 class SAG_API ModelPatcher {
  public:
+  /// A model without patches. Throws ValueError when `unet` is null.
   ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling);
 
   /// Returns a copy with its own patches.
@@ -47,12 +48,19 @@ class SAG_API ModelPatcher {
   /// Returns what was chosen for each hook, and why, in the order in which the hooks were set.
   const std::vector<SiteChoice>& site_choices() const { return choices_; }
 
+  /// Returns the network with its sampling constants.
   const Denoiser& denoiser() const { return denoiser_; }
+  /// Returns the network.
   const UNet& unet() const { return denoiser_.unet(); }
+  /// Returns its sampling constants.
   const ModelSampling& model_sampling() const { return denoiser_.model_sampling(); }
+  /// Returns the hooks of all sites, in the order in which they were set.
   const std::vector<InstalledHook>& attention_hooks() const { return hooks_; }
+  /// Returns the functions before CFG, in order.
   const std::vector<PreCfgFunction>& pre_cfg_functions() const { return pre_cfg_; }
+  /// Returns the CFG formula; empty: the usual one.
   const CfgFunction& cfg_function() const { return cfg_; }
+  /// Returns the functions after CFG, in order.
   const std::vector<InstalledPostCfg>& post_cfg_functions() const { return post_cfg_; }
 
  private:

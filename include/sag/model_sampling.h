@@ -41,8 +41,13 @@ SAG_API std::string_view to_string(BetaSchedule schedule);
 
 /// The noise schedule of a discrete model, by default Stable Diffusion's.
 struct DiscreteSamplingOptions {
-  double beta_start = 0.00085, beta_end = 0.012;
+  /// Variance of the noise that the first timestep adds.
+  double beta_start = 0.00085;
+  /// Variance of the noise that the last timestep adds.
+  double beta_end = 0.012;
+  /// Number of timesteps.
   std::int64_t timesteps = 1000;
+  /// How the betas rise between them.
   BetaSchedule beta_schedule = BetaSchedule::scaled_linear;
   /// Rescales the table so that its last entry is almost pure noise (Lin et al. 2023, algorithm 1).
   /// ComfyUI: `rescale_zero_terminal_snr_sigmas`.
@@ -51,13 +56,21 @@ struct DiscreteSamplingOptions {
 
 /// The constants of an EDM model (Karras et al. 2022).
 struct EdmSamplingOptions {
-  double sigma_data = 0.5, sigma_min = 0.002, sigma_max = 80.0;
+  /// Standard deviation of clean latents.
+  double sigma_data = 0.5;
+  /// The lowest noise level.
+  double sigma_min = 0.002;
+  /// The highest noise level.
+  double sigma_max = 80.0;
 };
 
 /// The constants of a rectified-flow model: σ = shift·u / (1 + (shift − 1)·u), timestep =
 /// σ·multiplier.
 struct FlowSamplingOptions {
-  double shift = 1.0, multiplier = 1000.0;
+  /// Shift of the noise levels; 1: none.
+  double shift = 1.0;
+  /// Timestep of σ = 1.
+  double multiplier = 1000.0;
 };
 
 /// How the σ, timesteps, inputs and outputs of a model relate. ComfyUI: `ModelSampling` and its
@@ -76,10 +89,13 @@ class SAG_API ModelSampling {
   /// A rectified-flow model, with 1000 noise levels.
   static ModelSampling flow(const FlowSamplingOptions& options = {});
 
+  /// Returns what the UNet predicts.
   Prediction prediction() const { return prediction_; }
   /// The table of noise levels, rising: one per timestep (eps, v, x0), 1000 for the others.
   const std::vector<double>& sigmas() const { return sigmas_; }
+  /// Returns the lowest noise level.
   double sigma_min() const { return sigmas_.front(); }
+  /// Returns the highest noise level.
   double sigma_max() const { return sigmas_.back(); }
 
   /// Returns what the UNet takes as the timestep: the index of the nearest ln σ (eps, v, x0), ln σ

@@ -24,7 +24,9 @@ class SAG_API SeededNoise {
   /// One seed per image. Throws ValueError when there are no seeds.
   explicit SeededNoise(std::span<const std::uint64_t> seeds);
   ~SeededNoise();
+  /// Moves the generators, with their state.
   SeededNoise(SeededNoise&&) noexcept;
+  /// Moves the generators, with their state.
   SeededNoise& operator=(SeededNoise&&) noexcept;
 
   /// Returns the number of images, one per seed.

@@ -26,9 +26,12 @@ class SAG_API Owner {
   /// A new guidance; `name` is what reports call it.
   explicit Owner(std::string name);
 
+  /// The main pass.
   static const Owner main;
 
+  /// Returns the name; empty: the main pass.
   const std::string& name() const;
+  /// Whether both are the main pass, or copies of one named owner.
   bool operator==(const Owner&) const = default;
 
  private:
@@ -37,19 +40,32 @@ class SAG_API Owner {
 
 /// A rectangle of a latent, in latent cells.
 struct Area {
-  std::int64_t height = 0, width = 0, y = 0, x = 0;
+  /// Number of rows of cells.
+  std::int64_t height = 0;
+  /// Number of columns of cells.
+  std::int64_t width = 0;
+  /// The first row.
+  std::int64_t y = 0;
+  /// The first column.
+  std::int64_t x = 0;
+  /// Compares all fields.
   bool operator==(const Area&) const = default;
 };
 
 /// Rows of a UNet batch that belong together: one conditioning of one branch, asked for by one
 /// owner, one row per image. A row limit can split a group over several UNet calls.
 struct SAG_API RowGroup {
-  std::int64_t begin = 0, count = 0;
+  /// The first row.
+  std::int64_t begin = 0;
+  /// Number of rows.
+  std::int64_t count = 0;
   /// The image that the first row shows; row `begin + i` shows image `image + i`.
   std::int64_t image = 0;
+  /// Which prompts the rows stand for.
   Branch branch = Branch::cond;
   /// Which of several positives or negatives.
   std::int64_t entry = 0;
+  /// Who asked for the rows.
   Owner owner = {};
   /// The part of the latent that the rows show; unset: all of it.
   std::optional<Area> area = {};
@@ -66,11 +82,14 @@ struct SAG_API RowGroup {
 /// One call of the UNet, as hooks see it: what each of its rows is. A hook asks the pass instead of
 /// guessing the order of a batch (ComfyUI: `cond_or_uncond`).
 struct SAG_API Pass {
+  /// The noise level.
   double sigma = 0;
   /// Index of the sampler step that this evaluation belongs to (see `CfgGuider`).
   std::int64_t step_index = 0;
-  /// Size of the UNet's input in this pass: the latent's, or an area's.
-  std::int64_t height = 0, width = 0;
+  /// Height of the UNet's input in this pass: the latent's, or an area's.
+  std::int64_t height = 0;
+  /// Width of the same.
+  std::int64_t width = 0;
   /// In row order, without gaps. Empty where it is unknown what the rows are (`AttentionScope`).
   std::vector<RowGroup> groups = {};
   /// Where hooks record what a guidance reads after the evaluation; never null while a hook runs.

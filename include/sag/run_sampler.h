@@ -20,6 +20,7 @@ struct RunSamplerOptions {
   torch::Tensor denoise_mask = {};
   /// Noise of the kept part, the shape of `noise`. Undefined: `noise` itself.
   torch::Tensor inpaint_noise = {};
+  /// How the sampler works.
   SamplerOptions sampler = {};
 };
 

@@ -1,7 +1,5 @@
 #pragma once
 
-/// Everything in the library.
-
 // Tensors: for callers with their own UNet and sampler.
 #include "sag/attention_map.h"
 #include "sag/blur.h"
@@ -37,3 +35,6 @@
 #include "sag/torchscript_unet.h"
 
 #include "sag/version.h"
+
+/// Self-Attention Guidance for diffusion samplers, on LibTorch: everything in the library.
+namespace sag {}

@@ -21,6 +21,7 @@ struct SampleOptions {
   std::string sampler = "euler";
   /// One of `schedule_names()`.
   std::string schedule = "normal";
+  /// Number of steps.
   std::int64_t steps = 20;
   /// In (0, 1]: below 1 the run starts later, from `latent`, with the same number of steps.
   double denoise = 1.0;

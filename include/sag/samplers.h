@@ -18,7 +18,11 @@ namespace sag {
 
 /// The state of a run, after the model was evaluated at sigmas[step] and before x moves on.
 struct SamplerProgress {
-  std::int64_t step = 0, steps = 0;
+  /// The step, from 0.
+  std::int64_t step = 0;
+  /// Number of steps.
+  std::int64_t steps = 0;
+  /// sigmas[step].
   double sigma = 0;
   /// The noisy latent at sigma.
   const torch::Tensor& x;
@@ -26,6 +30,7 @@ struct SamplerProgress {
   const torch::Tensor& denoised;
 };
 
+/// What samplers have in common.
 struct SamplerOptions {
   /// Called once per step. Returning false ends the run, and the sampler returns `denoised` of that
   /// step.
@@ -191,7 +196,9 @@ SAG_API torch::Tensor sample_gradient_estimation_cfg_pp(const DenoiseFunction& m
 
 /// A sampler, and what a run with it needs. `sample` takes care of all of it.
 struct SamplerInfo {
+  /// The name, as ComfyUI has it.
   std::string_view name;
+  /// The function.
   Sampler sample;
   /// A CFG++ sampler: the model must return both predictions.
   bool needs_uncond = false;

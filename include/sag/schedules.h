@@ -49,6 +49,7 @@ SAG_API std::vector<double> get_sigmas_kl_optimal(std::int64_t n, double sigma_m
 /// Returns the names that `get_sigmas` knows: "normal", "karras", …
 SAG_API std::span<const std::string_view> schedule_names();
 
+/// Which part of a schedule a run takes.
 struct ScheduleOptions {
   /// In (0, 1]: starts later, with the last n + 1 sigmas of a schedule of ⌊n / denoise⌋ steps.
   double denoise = 1.0;

@@ -15,9 +15,13 @@ namespace sag {
 
 /// The guidance itself, for callers with their own UNet and sampler.
 struct SelfAttentionGuidanceStep {
+  /// How strongly to steer; 0 is off.
   double scale = 0.5;
+  /// Of the blur, in latent cells; 0 is off.
   double blur_sigma = 2.0;
+  /// Tokens that receive strictly more attention are blurred; 1 is the average.
   double threshold = 1.0;
+  /// Taps of the blur, odd; 0: as many as blur_sigma needs.
   std::int64_t kernel_size = 9;
   /// a of x = a·x0 + σ·n: 1 if the noisy latent is x0 + σ·n, 1 − σ for flow models.
   double renoise_scale = 1.0;
@@ -56,10 +60,14 @@ struct SelfAttentionGuidanceOptions {
   /// Taps of the blur, odd; 0: as many as blur_sigma needs.
   std::int64_t kernel_size = 9;
   /// Guided while sigma_end <= sigma <= sigma_start.
-  double sigma_start = std::numeric_limits<double>::infinity(), sigma_end = 0.0;
+  double sigma_start = std::numeric_limits<double>::infinity();
+  /// See sigma_start.
+  double sigma_end = 0.0;
   /// The same window as shares of the model's timesteps, 0 = start, 1 = end, converted by
   /// `ModelSampling::percent_to_sigma`. If set, it replaces sigma_start or sigma_end.
-  std::optional<double> start_percent = {}, end_percent = {};
+  std::optional<double> start_percent = {};
+  /// See start_percent.
+  std::optional<double> end_percent = {};
   /// Guides every interval-th step of the run, from the first; the steps in between cost nothing.
   /// A step is the interval of the run's sigmas that an evaluation falls into (Heun's corrector
   /// counts as the next); without `CfgGuider::begin_run` the guider throws.

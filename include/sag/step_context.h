@@ -15,7 +15,9 @@ namespace sag {
 
 /// What one guidance did in one evaluation of the model.
 struct GuidanceNote {
+  /// The name of its owner.
   std::string name = {};
+  /// Whether it changed the result.
   bool guided = false;
   /// Why it did not guide; empty when it did.
   std::string reason = {};
@@ -33,14 +35,20 @@ class SAG_API StepContext {
   /// `height` and `width` are the latent's.
   StepContext(double sigma, std::int64_t step_index, std::int64_t height, std::int64_t width);
 
+  /// Returns the noise level.
   double sigma() const { return sigma_; }
+  /// Returns the step that the evaluation belongs to (`CfgGuider::begin_run`).
   std::int64_t step_index() const { return step_index_; }
+  /// Returns the latent's height.
   std::int64_t height() const { return height_; }
+  /// Returns the latent's width.
   std::int64_t width() const { return width_; }
 
   /// A map recorded for some rows: [rows.count, tokens] fp32.
   struct Record {
+    /// Which rows.
     RowGroup rows;
+    /// [rows.count, tokens].
     torch::Tensor map;
   };
 

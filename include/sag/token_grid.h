@@ -8,7 +8,11 @@ namespace sag {
 
 /// Rows and columns of attention tokens, row-major over the picture.
 struct TokenGrid {
-  std::int64_t rows = 0, cols = 0;
+  /// Number of rows.
+  std::int64_t rows = 0;
+  /// Number of columns.
+  std::int64_t cols = 0;
+  /// Compares all fields.
   bool operator==(const TokenGrid&) const = default;
 };
 

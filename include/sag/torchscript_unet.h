@@ -17,7 +17,9 @@ struct Module;
 
 namespace sag {
 
+/// Where and how a file runs.
 struct TorchScriptUNetOptions {
+  /// Where the weights are kept and the UNet runs.
   torch::Device device = torch::kCPU;
   /// The dtype to run in. Nothing: on the CPU fp32, whatever the file holds (half precision is some
   /// 60 times slower there); elsewhere the file's own.

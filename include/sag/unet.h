@@ -70,8 +70,14 @@ SAG_API std::string resolve_attention_site(const UNet& unet, const AttentionSite
 
 /// The sizes that a self-attention works on; all 0 if it did not run.
 struct AttentionSiteShape {
+  /// Which one.
   AttentionSiteInfo site = {};
-  std::int64_t heads = 0, tokens = 0, head_dim = 0;
+  /// Number of heads.
+  std::int64_t heads = 0;
+  /// Number of query tokens.
+  std::int64_t tokens = 0;
+  /// Width of a head.
+  std::int64_t head_dim = 0;
 };
 
 /// Runs the UNet once, with hooks on all its self-attentions, and returns what each worked on, in
@@ -93,8 +99,8 @@ struct SiteChoice {
 /// diffusers' are; else the only one with mid, middle, middle_block, mid_block, mid_attn or
 /// bottleneck as a part of its path; else the only one that there is. Returns nullopt when names do
 /// not decide. Throws ValueError, with the list of sites, when there are no sites, or several with
-/// such a part, and when names do not decide in a UNet that lists only some of its sites (a compiled
-/// package).
+/// such a part, and when names do not decide in a UNet that lists only some of its sites (a
+/// compiled package).
 SAG_API std::optional<SiteChoice> find_middle_attention(const UNet& unet);
 
 /// Finds it by a probe: the only self-attention with the fewest tokens. Throws ValueError, with the

@@ -12,7 +12,7 @@ namespace {
 
 // The Meta kernels and the schemas promise graph compilers a contiguous result in memory of its
 // own, not an input's or one that a hook keeps, because compilers reuse that memory.
-torch::Tensor own(torch::Tensor out) {
+torch::Tensor own(const torch::Tensor& out) {
   const bool shared = out.use_count() > 1 || out.storage().use_count() > 1;
   return shared ? out.clone(at::MemoryFormat::Contiguous) : out.contiguous();
 }
