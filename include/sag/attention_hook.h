@@ -21,7 +21,7 @@ class SAG_API AttentionSite {
  public:
   /// ComfyUI's key: block "input", "middle" or "output", the block's number, and the index of the
   /// transformer block inside it. {"middle", 0, 0} has the name "middle.0.0".
-  AttentionSite(std::string block, std::int64_t number, std::int64_t transformer_index = 0);
+  AttentionSite(const std::string& block, std::int64_t number, std::int64_t transformer_index = 0);
   /// Any name that a UNet knows: "middle.0.0", "mid_block.attentions.0.transformer_blocks.0.attn1",
   /// or "#6", the attention that runs seventh. "middle" is that of the middle block, whatever names
   /// the UNet uses (`find_middle_attention`). Throws ValueError when empty.

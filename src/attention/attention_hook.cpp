@@ -7,7 +7,8 @@
 
 namespace sag {
 
-AttentionSite::AttentionSite(std::string block, std::int64_t number, std::int64_t transformer_index)
+AttentionSite::AttentionSite(const std::string& block, std::int64_t number,
+                             std::int64_t transformer_index)
     : AttentionSite(c10::str(block, ".", number, ".", transformer_index)) {
   TORCH_CHECK_VALUE(!block.empty() && number >= 0 && transformer_index >= 0,
                     "[AttentionSite] block must not be empty and both numbers at least 0, got \"",

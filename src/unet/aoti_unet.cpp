@@ -1,7 +1,7 @@
 #include "sag/aoti_unet.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <charconv>
 #include <filesystem>
 #include <mutex>
 #include <unordered_map>
@@ -58,8 +58,11 @@ void check_gpu([[maybe_unused]] const PackageInfo& package, [[maybe_unused]] tor
   const auto* gpu = at::cuda::getDeviceProperties(device.index());
   const auto here = c10::str(gpu->major, ".", gpu->minor);
   const auto dot = package.gpu.find('.');
-  const bool fits = package.gpu.substr(0, dot) == std::to_string(gpu->major) &&
-                    std::atoi(package.gpu.substr(dot + 1).c_str()) <= gpu->minor;
+  int minor = gpu->minor + 1;
+  if (dot != std::string::npos) {
+    std::from_chars(package.gpu.data() + dot + 1, package.gpu.data() + package.gpu.size(), minor);
+  }
+  const bool fits = package.gpu.substr(0, dot) == std::to_string(gpu->major) && minor <= gpu->minor;
   TORCH_CHECK_VALUE(fits, "[AotiUNet::load] \"", package.path,
                     "\" must be compiled for the compute capability of ", device, ", ", here,
                     ", got ", package.gpu, ".");

@@ -173,6 +173,7 @@ void abandon(at::cuda::CUDAGraph& graph, c10::DeviceIndex device, at::cuda::Memp
   const auto regardless = [](const auto& act) {
     try {
       act();
+      // NOLINTNEXTLINE(bugprone-empty-catch)
     } catch (const std::exception&) {
       // It was done already, or has no effect any more.
     }
