@@ -16,9 +16,9 @@
 #include <torch/script.h>
 #include <torch/torch.h>
 
-#include "pictures.h"
-#include "png_file.h"
-#include "tensor_file.h"
+#include "files/tensor_file.h"
+#include "picture/pictures.h"
+#include "picture/png_file.h"
 
 namespace sag_sample {
 namespace {

@@ -12,9 +12,9 @@
 #include <unistd.h>
 
 #include "errors.h"
+#include "files/output_file.h"
+#include "files/tensor_file.h"
 #include "model_directory.h"
-#include "output_file.h"
-#include "tensor_file.h"
 
 namespace sag_sample {
 namespace {

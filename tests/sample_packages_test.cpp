@@ -11,7 +11,7 @@
 
 #include "command.h"
 #include "errors.h"
-#include "tensor_file.h"
+#include "files/tensor_file.h"
 
 namespace sag_sample {
 namespace {

@@ -6,12 +6,12 @@
 #include <torch/torch.h>
 
 #include "errors.h"
-#include "font.h"
-#include "pictures.h"
-#include "png_file.h"
+#include "picture/font.h"
+#include "picture/pictures.h"
+#include "picture/png_file.h"
+#include "picture/sheet.h"
 #include "progress.h"
 #include "report.h"
-#include "sheet.h"
 
 namespace sag_sample {
 namespace {

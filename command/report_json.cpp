@@ -23,9 +23,8 @@ json optional(const std::optional<T>& value) {
   return value ? json(*value) : json(nullptr);
 }
 
-json dtype_name(const std::optional<torch::ScalarType>& dtype) {
-  if (!dtype) return nullptr;
-  return *dtype == torch::kHalf ? "fp16" : *dtype == torch::kBFloat16 ? "bf16" : "fp32";
+const char* dtype_name(torch::ScalarType dtype) {
+  return dtype == torch::kHalf ? "fp16" : dtype == torch::kBFloat16 ? "bf16" : "fp32";
 }
 
 json options_json(const Options& options, const Settings& settings, const Inputs& inputs) {

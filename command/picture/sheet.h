@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "image.h"
+#include "picture/image.h"
 
 namespace sag_sample {
 

@@ -12,11 +12,13 @@
 
 #include "drawing.h"
 #include "errors.h"
+#include "files/networks.h"
+#include "files/output_file.h"
+#include "files/tensor_file.h"
+#include "files/unet_file.h"
 #include "inputs.h"
-#include "networks.h"
-#include "output_file.h"
-#include "pictures.h"
-#include "png_file.h"
+#include "picture/pictures.h"
+#include "picture/png_file.h"
 #include "progress.h"
 #include "report.h"
 #include "report_json.h"
@@ -25,8 +27,6 @@
 #include "sampling.h"
 #include "shuffle.h"
 #include "sites.h"
-#include "tensor_file.h"
-#include "unet_file.h"
 
 namespace sag_sample {
 namespace {
@@ -179,7 +179,7 @@ void run_command(const Options& options, std::ostream& out) {
   auto settings = decide_settings(options, directory ? &*directory : nullptr);
   set_up_torch(options);
   if (!options.list_sites) static_cast<void>(open_outputs(options));  // before minutes of loading
-  auto unet = load_unet(options, settings);
+  auto unet = load_unet(settings.unet, settings.unet_file);
   if (options.list_sites) {
     list_sites(options, settings, *unet, out);
     return;

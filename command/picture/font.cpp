@@ -1,4 +1,4 @@
-#include "font.h"
+#include "picture/font.h"
 
 #include <algorithm>
 #include <array>

@@ -4,7 +4,7 @@
 
 #include <torch/types.h>
 
-#include "image.h"
+#include "picture/image.h"
 
 namespace sag_sample {
 

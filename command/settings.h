@@ -7,6 +7,7 @@
 
 #include <torch/types.h>
 
+#include "files/unet_file.h"
 #include "model_directory.h"
 #include "options.h"
 #include "sag/model_sampling.h"
@@ -31,8 +32,9 @@ struct Settings {
   std::array<std::int64_t, 3> shape = {4, 64, 64};
   std::optional<std::int64_t> channels = {};  ///< that the model directory asks for
   std::int64_t multiple = 1;                  ///< that height and width must be multiples of
-  torch::Device device = torch::kCPU;
-  std::optional<torch::ScalarType> dtype = {};  ///< nothing: what the library chooses
+  UNetFileOptions unet_file = {};
+  torch::Device device = torch::kCPU;  ///< the loaded UNet's
+  torch::ScalarType dtype = torch::kFloat;
 };
 
 /// Decides the settings. `model` is null without a model directory. Throws UsageError.

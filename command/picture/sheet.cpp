@@ -1,11 +1,11 @@
-#include "sheet.h"
+#include "picture/sheet.h"
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
 
-#include "font.h"
+#include "picture/font.h"
 
 namespace sag_sample {
 namespace {

@@ -1,4 +1,4 @@
-#include "networks.h"
+#include "files/networks.h"
 
 #include <utility>
 #include <vector>

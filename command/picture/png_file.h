@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "image.h"
+#include "picture/image.h"
 
 namespace sag_sample {
 

@@ -4,9 +4,9 @@
 
 #include <torch/types.h>
 
-#include "image.h"
 #include "inputs.h"
 #include "options.h"
+#include "picture/image.h"
 #include "settings.h"
 
 namespace sag_sample {

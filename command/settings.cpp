@@ -175,10 +175,10 @@ Settings decide_settings(const Options& options, const ModelDirectory* directory
   settings.shape = {options.channels.value_or(settings.shape[0]),
                     options.height.value_or(settings.shape[1]),
                     options.width.value_or(settings.shape[2])};
-  settings.device = options.device                ? parse_device(*options.device)
-                    : torch::cuda::is_available() ? torch::Device(torch::kCUDA, 0)
-                                                  : torch::Device(torch::kCPU);
-  settings.dtype = parse_dtype(options.dtype);
+  if (options.device) settings.unet_file.device = parse_device(*options.device);
+  settings.unet_file.dtype = parse_dtype(options.dtype);
+  const auto layout = options.channels_last.value_or("auto");
+  if (layout != "auto") settings.unet_file.channels_last = layout == "on";
   return settings;
 }
 

@@ -1,4 +1,4 @@
-#include "pickle_check.h"
+#include "files/pickle_check.h"
 
 #include <algorithm>
 #include <cstddef>

@@ -9,12 +9,12 @@
 #include <torch/torch.h>
 
 #include "errors.h"
-#include "networks.h"
-#include "pictures.h"
-#include "png_file.h"
+#include "files/networks.h"
+#include "files/tensor_file.h"
+#include "picture/pictures.h"
+#include "picture/png_file.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
-#include "tensor_file.h"
 
 namespace sag_sample {
 namespace {

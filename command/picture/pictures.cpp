@@ -1,4 +1,4 @@
-#include "pictures.h"
+#include "picture/pictures.h"
 
 #include <fmt/format.h>
 #include <torch/torch.h>

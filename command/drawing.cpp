@@ -7,8 +7,8 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
-#include "pictures.h"
-#include "sheet.h"
+#include "picture/pictures.h"
+#include "picture/sheet.h"
 
 namespace sag_sample {
 namespace {

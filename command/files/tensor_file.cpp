@@ -1,4 +1,4 @@
-#include "tensor_file.h"
+#include "files/tensor_file.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -20,7 +20,7 @@
 #include <torch/csrc/jit/serialization/unpickler.h>
 
 #include "errors.h"
-#include "pickle_check.h"
+#include "files/pickle_check.h"
 
 namespace sag_sample {
 namespace {

@@ -8,8 +8,8 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include "files/networks.h"
 #include "inputs.h"
-#include "networks.h"
 
 namespace sag_sample {
 namespace {
