@@ -20,7 +20,7 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  /// Says that `work` more is done, with `evaluations` calls of the UNet, and where the run stands.
+  /// Says that `work` more is done, with `evaluations` calls of the UNet, and where the run is.
   void advance(double work, std::int64_t evaluations, const std::string& where);
   /// Takes the bar away.
   void finish();
@@ -32,7 +32,8 @@ class Progress {
   double work_, done_ = 0;
   std::int64_t evaluations_ = 0;
   std::chrono::steady_clock::time_point start_;
-  double next_line_ = 5;  // seconds
+  // When the next line is due, in seconds.
+  double next_line_ = 5;
   bool shown_ = false;
 };
 

@@ -457,7 +457,7 @@ TEST_F(SampleCommand, PicturesMustFitTheModel) {
     return more;
   };
   EXPECT_THAT(sentence(1, with(path("nowhere.png"))), HasSubstr("--image: there is no file"));
-  EXPECT_THAT(sentence(1, with(model + "/model.json")), HasSubstr("is no picture to use"));
+  EXPECT_THAT(sentence(1, with(model + "/model.json")), HasSubstr("is not a picture that can be used"));
   EXPECT_THAT(sentence(1, with(save_png("odd.png", 33, 32))),
               HasSubstr("made a latent of 16 x 16 out of 32 x 33 pixels"));
   EXPECT_THAT(
@@ -473,7 +473,7 @@ TEST_F(SampleCommand, PicturesMustFitTheModel) {
   auto bytes = read(good);
   bytes.replace(16, 8, std::string("\0\1\0\0\0\1\0\0", 8));
   std::ofstream(path("huge.png"), std::ios::binary) << bytes;
-  EXPECT_THAT(sentence(1, with(path("huge.png"))), HasSubstr("is no picture to use"));
+  EXPECT_THAT(sentence(1, with(path("huge.png"))), HasSubstr("is not a picture that can be used"));
   EXPECT_FALSE(fs::exists(path("latent.pt")));
 }
 

@@ -18,7 +18,7 @@ std::unique_ptr<torch::jit::Module> load(const std::string& path, const char* wh
     return module;
   } catch (const std::exception&) {
     throw UsageError(
-        fmt::format("The {} \"{}\" is no TorchScript archive that can be read.", what, path));
+        fmt::format("The {} \"{}\" is not a TorchScript archive that can be read.", what, path));
   }
 }
 

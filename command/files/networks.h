@@ -16,9 +16,12 @@ namespace sag_sample {
 
 /// What the UNet takes for a text, fp32 on the CPU.
 struct EncodedText {
-  torch::Tensor context = {};  ///< [1, tokens, width]
-  torch::Tensor y = {};        ///< [1, features], or undefined
-  std::string cut = {};        ///< the part of the text that did not fit
+  /// [1, tokens, width].
+  torch::Tensor context = {};
+  /// [1, features], or undefined.
+  torch::Tensor y = {};
+  /// The part of the text that did not fit.
+  std::string cut = {};
 };
 
 /// A scripted text encoder: `encode(str) -> Tensor context [1, tokens, width]`, or, given the
@@ -27,7 +30,7 @@ struct EncodedText {
 /// not fit. Runs on the CPU in fp32.
 class TextEncoder {
  public:
-  /// Throws UsageError when the file is no such encoder.
+  /// Throws UsageError when the file is not such an encoder.
   explicit TextEncoder(const std::string& path);
   ~TextEncoder();
 

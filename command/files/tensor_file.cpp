@@ -72,7 +72,7 @@ class Memory : public caffe2::serialize::ReadAdapterInterface {
 // The command that brings a file into the form that is read.
 std::string how_to_save(const std::string& file) {
   return fmt::format(
-      "save it anew: python3 -c \"import sys, torch; d = torch.load(sys.argv[1], "
+      "save it again: python3 -c \"import sys, torch; d = torch.load(sys.argv[1], "
       "map_location='cpu'); "
       "torch.save(dict(d) if isinstance(d, dict) else d, sys.argv[2])\" \"{0}\" \"{0}.new\"",
       file);
@@ -91,10 +91,10 @@ std::string how_to_save(const std::string& file) {
                                  how_to_save(file)));
   }
   if (!zip) {
-    throw UsageError(
-        fmt::format("{}: \"{}\" is no file of torch.save: give a tensor or a flat dict of tensors, "
-                    "saved by it.",
-                    option, file));
+    throw UsageError(fmt::format(
+        "{}: \"{}\" is not a file of torch.save: give a tensor or a flat dict of tensors, "
+        "saved by it.",
+        option, file));
   }
   if (bytes.find("\x80\x02"
                  "ccollections\nOrderedDict\n") != std::string_view::npos) {

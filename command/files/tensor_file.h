@@ -11,7 +11,7 @@ namespace sag_sample {
 /// wherever it was when it was saved. `option` is what messages call it, "--noise" say.
 ///
 /// Throws UsageError, in one sentence, when there is no such file or key, and, with the command
-/// that saves it anew, for files in a form that LibTorch does not read (an OrderedDict, torch
+/// that saves it again, for files in a form that LibTorch does not read (an OrderedDict, torch
 /// before 1.6).
 torch::Tensor read_tensor(const std::string& option, const std::string& where);
 

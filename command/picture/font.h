@@ -10,8 +10,10 @@ namespace sag_sample {
 /// How text looks. The font is the command's own (see font.cpp): it needs no file and no library.
 struct TextStyle {
   Rgb colour = {40, 40, 46};
-  double scale = 1.0;   ///< at 1 a capital is 10 pixels tall
-  double stroke = 1.3;  ///< thickness of the lines, in units of the font
+  /// At 1 a capital is 10 pixels tall.
+  double scale = 1.0;
+  /// Thickness of the lines, in units of the font.
+  double stroke = 1.3;
 };
 
 /// Height of a line of text, from the top of an ascender to the bottom of a descender.

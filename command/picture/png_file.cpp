@@ -77,8 +77,8 @@ Image read_png(const std::string& option, const std::string& path) {
   try {
     return decode_png(bytes);
   } catch (const RunError& error) {
-    throw UsageError(
-        fmt::format("{}: \"{}\" is no picture to use: {}", option, path, error.what()));
+    throw UsageError(fmt::format("{}: \"{}\" is not a picture that can be used: {}", option, path,
+                                 error.what()));
   }
 }
 

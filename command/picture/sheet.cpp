@@ -10,12 +10,11 @@
 namespace sag_sample {
 namespace {
 
-constexpr int kMargin = 24;       // around the sheet
-constexpr int kPictureGap = 6;    // between the pictures of a cell
-constexpr int kCellGap = 28;      // between cells side by side
-constexpr int kRowGap = 14;       // between rows of cells
-constexpr int kSectionGap = 14;   // above a section that is not the first
-constexpr int kEasilySeen = 128;  // pixels
+// In pixels: the margin around the sheet, and the gaps between the pictures of a cell, cells side
+// by side, rows of cells, and sections.
+constexpr int kMargin = 24, kPictureGap = 6, kCellGap = 28, kRowGap = 14, kSectionGap = 14;
+// Pictures of this size are not enlarged.
+constexpr int kEasilySeen = 128;
 
 constexpr Rgb kBorder = {222, 222, 228};
 constexpr TextStyle kTitle = {.colour = {30, 30, 36}, .scale = 1.2, .stroke = 1.7};
@@ -56,7 +55,7 @@ void frame(Image& onto, int left, int top, int width, int height) {
   for (int y = top - 1; y <= top + height; ++y) dot(left - 1, y), dot(left + width, y);
 }
 
-// Where things stand on a sheet.
+// Where things are on a sheet.
 struct Layout {
   int columns, zoom, picture_width, picture_height, pictures;
   bool headers, labels;
@@ -124,7 +123,7 @@ int legend_width(const Layout& layout, const std::string& legend) {
   return width <= layout.width - 2 * kMargin ? width : 0;
 }
 
-// Footer and legend share a line where both fit; else the footer stands above.
+// Footer and legend share a line where both fit; else the footer is above.
 int footer_lines(const Layout& layout, const Sheet& sheet) {
   const int legend = legend_width(layout, sheet.legend);
   if (sheet.footer.empty() || legend == 0) return sheet.footer.empty() && legend == 0 ? 0 : 1;

@@ -13,7 +13,7 @@ struct Cell {
   std::vector<Image> pictures;
 };
 
-/// Cells that stand together under a title, which may be empty.
+/// Cells under one title, which may be empty.
 struct Section {
   std::string title;
   std::vector<Cell> cells;
@@ -21,15 +21,19 @@ struct Section {
 
 /// What to draw. All pictures have one size.
 struct Sheet {
-  std::vector<std::string> headers;  ///< above the pictures of every cell; empty texts: none
+  /// Above the pictures of every cell; empty texts: none.
+  std::vector<std::string> headers;
   std::vector<Section> sections;
   std::string footer;
-  std::string legend;  ///< what the colours of `heat_overlay` mean; empty: no legend
+  /// What the colours of `heat_overlay` mean; empty: no legend.
+  std::string legend;
 };
 
 struct SheetOptions {
-  int columns = 0;  ///< cells side by side; 0: as many as look right
-  int zoom = 0;     ///< factor by which pictures are enlarged; 0: as it takes to see them
+  /// Cells side by side; 0: as many as look right.
+  int columns = 0;
+  /// Factor by which pictures are enlarged; 0: as it takes to see them.
+  int zoom = 0;
 };
 
 /// Draws the sheet: pictures in a grid, labelled, on white.
