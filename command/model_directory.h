@@ -1,20 +1,15 @@
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <optional>
 #include <string>
+
+#include "given.h"
 
 namespace sag_sample {
 
-/// What `model.json` suggests for sampling; everything may be left out.
-struct ModelDefaults {
-  std::optional<std::string> sampler, schedule;
-  std::optional<std::int64_t> steps;
-  std::optional<double> cfg;
-  std::optional<double> sag_scale, sag_blur, sag_threshold;
-  std::optional<std::int64_t> sag_kernel;
-  std::optional<double> sag_start, sag_end;
+/// Paths of a model's files; empty: the model has no such file.
+struct ModelFiles {
+  std::string unet = {}, text_encoder = {}, decoder = {}, encoder = {};
 };
 
 /// A model directory: what its `model.json` says.
@@ -29,25 +24,16 @@ struct ModelDefaults {
 ///                   "sag": {"scale": 1.0, "blur_sigma": 2.0}}}
 ///
 /// "unet" is a TorchScript archive, a compiled package (*.pt2) or a folder of packages. "format",
-/// "prediction", "sample" and "files" with its "unet" must be there. "eps", "v" and "x0" models may
-/// have "beta_start", "beta_end", "beta_schedule", "timesteps" and "zero_terminal_snr", "flow"
-/// models "shift" and "timestep_multiplier". "sag" takes "scale", "blur_sigma", "threshold",
-/// "kernel_size", "sigma_start" and "sigma_end".
+/// "prediction", "sample" and "files" with its "unet" must be there. The other keys are the options
+/// that options.cpp and guidances.cpp mark with `from_model`, under their keys: those of the
+/// network and of its noise levels at the top, those of sampling in "defaults", and those of each
+/// guidance in an object of its own there.
 struct ModelDirectory {
   std::string path, name;
-  std::string prediction;
-  std::optional<double> sigma_data, sigma_min, sigma_max;
-  std::optional<double> beta_start, beta_end;
-  std::optional<std::string> beta_schedule;
-  std::optional<std::int64_t> timesteps;
-  bool zero_terminal_snr = false;
-  std::optional<double> shift, timestep_multiplier;
-  std::array<std::int64_t, 3> shape = {};  ///< channels, height, width
-  std::int64_t multiple = 1;               ///< that height and width must be multiples of
-  std::optional<std::string> site;
-  /// Paths of the files; empty: the model has no such file.
-  std::string unet, text_encoder, decoder, encoder;
-  ModelDefaults defaults;
+  ModelFiles files;
+  /// Height and width of the latent must be multiples of it.
+  std::int64_t multiple = 1;
+  Choices choices;
 };
 
 /// Reads `model.json` in a directory and checks that the files it names are there. Throws

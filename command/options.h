@@ -1,64 +1,82 @@
 #pragma once
 
 #include <cstdint>
-#include <iosfwd>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "files/unet_file.h"
+#include "option.h"
+#include "sag/cfg_guider.h"
+#include "sag/model_sampling.h"
+#include "sag/sample.h"
+
 namespace sag_sample {
 
-/// What the command line says. What it leaves open is empty, and filled from the model directory
-/// and the defaults (see settings.h). `…T` stands for tensors: FILE or FILE:KEY.
-struct Options {
-  // The model.
-  std::string model, unet;
-  std::optional<std::string> prediction;
-  std::optional<double> sigma_data, sigma_min, sigma_max, shift, timestep_multiplier;
-  bool zero_terminal_snr = false;
-  double latent_scale = 1.0;
+/// Which model, and what to do with it.
+struct SourceOptions {
+  std::string model = {}, unet = {};
   bool list_sites = false;
+};
 
-  // What to draw.
-  std::vector<std::string> prompts;
-  std::optional<std::string> negative;
+/// The network, as far as it is not a matter of its kind.
+struct NetworkOptions {
+  std::string prediction = "eps";
+  /// The self-attention that guidances watch.
+  std::string site = "middle";
+  /// Latents of the user times this are the network's.
+  double latent_scale = 1.0;
+};
+
+/// The size of a latent.
+struct LatentSize {
+  std::int64_t channels = 4, height = 64, width = 64;
+};
+
+/// What to draw. Tensors are FILE or FILE:KEY; empty: not given.
+struct PictureOptions {
+  std::vector<std::string> prompts = {};
+  std::string negative = {};
   std::int64_t unconditional = 0;
-  std::string cond, uncond, cond_y, uncond_y;
-  std::optional<std::int64_t> batch;
+  std::optional<std::int64_t> batch = {};
   std::uint64_t seed = 0;
-  std::string noise, latent, image, mask, inpaint_noise;
-  std::optional<std::int64_t> channels, height, width;
+  std::string cond = {}, uncond = {}, cond_y = {}, uncond_y = {};
+  std::string noise = {}, latent = {}, image = {}, mask = {}, inpaint_noise = {}, sigmas = {};
+};
 
-  // How to sample.
-  std::optional<std::string> sampler, schedule;
-  std::optional<std::int64_t> steps;
-  std::optional<double> cfg, denoise;
-  std::optional<double> eta, s_noise;
-  std::string sigmas;
+struct DeviceOptions {
+  std::optional<std::int64_t> threads = {};
+  bool no_cuda_graph = false, tf32 = false;
+};
 
-  // Self-attention guidance.
-  std::optional<double> sag_scale, sag_blur, sag_threshold;
-  std::optional<std::int64_t> sag_kernel;
-  std::optional<double> sag_start, sag_end, sag_start_percent, sag_end_percent;
-  std::int64_t sag_interval = 1;
-  bool sag_one_pass = false, no_sag = false, sag_shuffle = false;
-  std::optional<std::string> site;
-
-  // Where to compute.
-  std::optional<std::string> device, dtype;
-  std::optional<std::int64_t> threads;
-  std::int64_t max_rows = 16;
-  bool tf32 = false, no_cuda_graph = false;
-  std::optional<std::string> channels_last;
-
-  // What to write.
-  std::string out, save_latent, json;
+struct OutputOptions {
+  /// Paths; empty: not to be written.
+  std::string out = {}, save_latent = {}, json = {};
   bool compare = false, quiet = false;
+  /// 0: as it looks right.
   std::int64_t columns = 0, zoom = 0;
 };
 
-/// Reads the arguments (without the program's name). Returns nothing if they asked for the help,
-/// the version or a list of names, which then went to `out`. Throws UsageError.
-std::optional<Options> parse_options(const std::vector<std::string>& arguments, std::ostream& out);
+/// The options of the command, each stated here and nowhere else. Where the struct is one of the
+/// library's, so are the defaults. (The options of guidances are in guidances.h.)
+const OptionTable<SourceOptions>& source_options();
+const OptionTable<NetworkOptions>& network_options();
+const OptionTable<sag::EdmSamplingOptions>& edm_options();
+const OptionTable<sag::FlowSamplingOptions>& flow_options();
+const OptionTable<sag::DiscreteSamplingOptions>& discrete_options();
+const OptionTable<LatentSize>& latent_size_options();
+const OptionTable<PictureOptions>& picture_options();
+const OptionTable<sag::SampleOptions>& sampling_options();
+const OptionTable<sag::CfgGuiderOptions>& guider_options();
+const OptionTable<UNetFileOptions>& unet_options();
+const OptionTable<DeviceOptions>& device_options();
+const OptionTable<OutputOptions>& output_options();
+
+/// Returns the options that a model of this prediction has for its noise levels.
+const OptionGroup& noise_level_options(const std::string& prediction);
+
+/// Returns all groups of options, those of guidances too, in the order of --help.
+std::span<const OptionGroup* const> all_options();
 
 }  // namespace sag_sample

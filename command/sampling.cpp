@@ -1,10 +1,8 @@
 #include "sampling.h"
 
+#include <algorithm>
 #include <chrono>
-#include <cstdint>
-#include <functional>
 #include <utility>
-#include <vector>
 
 #include <fmt/format.h>
 #include <torch/cuda.h>
@@ -13,65 +11,48 @@
 #include "errors.h"
 #include "interrupt.h"
 #include "sag/cfg_guider.h"
-#include "sag/noise.h"
-#include "sag/run_sampler.h"
-#include "sag/samplers.h"
 
 namespace sag_sample {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
+double seconds_between(Clock::time_point start, Clock::time_point end) {
+  return std::chrono::duration<double>(end - start).count();
 }
 
-// The guider, with a look at the clock and at the user after every evaluation.
-class TimedModel {
+// Looks at the clock and at the user after every evaluation.
+class Watch {
  public:
-  TimedModel(sag::CfgGuider& guider, bool both, torch::Device device)
-      : guider_(guider), both_(both), device_(device) {}
+  explicit Watch(torch::Device device) : device_(device) {}
 
-  sag::Denoised operator()(const torch::Tensor& x, double sigma) {
-    if (interrupted()) throw RunError("Interrupted; nothing was written.");
-    const auto start = Clock::now();
-    auto denoised = evaluate(x, sigma);
-    // CUDA works in the background: without waiting, neither bar nor times nor Ctrl-C would mean
-    // anything.
+  void look() {
+    // CUDA works in the background: without waiting, neither times nor Ctrl-C would mean anything.
     if (device_.is_cuda()) torch::cuda::synchronize(device_.index());
-    seconds_.push_back(seconds_since(start));
-    return denoised;
+    const auto now = Clock::now();
+    seconds_.push_back(seconds_between(std::exchange(last_, now), now));
+    if (interrupted()) throw RunError("Interrupted; nothing was written.");
   }
 
+  /// From one evaluation's end to the next one's.
   const std::vector<double>& seconds() const { return seconds_; }
+  double total() const { return seconds_between(start_, Clock::now()); }
 
  private:
-  sag::Denoised evaluate(const torch::Tensor& x, double sigma) {
-    return both_ ? guider_.predict_both(x, sigma) : sag::Denoised(guider_(x, sigma));
-  }
-
-  sag::CfgGuider& guider_;
-  bool both_;
   torch::Device device_;
+  Clock::time_point start_ = Clock::now(), last_ = start_;
   std::vector<double> seconds_;
 };
 
-torch::Tensor start_noise(std::vector<std::uint64_t> seeds, const Inputs& inputs,
-                          torch::Device device) {
-  return sag::SeededNoise(seeds).draw(inputs.shape, device);
+double work(const GuidedModel& model, const Batch& batch) {
+  const auto rows = batch.positive.size() + batch.negative.size() + model.guidances.size();
+  return static_cast<double>(batch.pictures.size() * rows);
 }
 
-// What is kept is noised with the start noise, in ddim with noise of its own, as in ComfyUI.
-torch::Tensor inpaint_noise(const Batch& batch, const Inputs& inputs, const Settings& settings) {
-  if (batch.inpaint_noise.defined() || !batch.mask.defined() || settings.sampler != "ddim")
-    return batch.inpaint_noise;
-  auto seeds = batch.seeds;
-  for (auto& seed : seeds) ++seed;
-  return start_noise(std::move(seeds), inputs, settings.device);
-}
-
-const sag::GuidanceNote* note_of(const sag::EvaluationReport& evaluation) {
-  return evaluation.guidances.empty() ? nullptr : &evaluation.guidances.front();
+NoteReport note_report(const sag::GuidanceNote& note) {
+  NoteReport report = {.guidance = note.name, .guided = note.guided, .reason = note.reason};
+  if (note.mask.defined()) report.masked = note.mask.to(torch::kFloat).mean().item<double>();
+  return report;
 }
 
 std::vector<StepReport> step_reports(const sag::GuiderReport& report,
@@ -84,72 +65,97 @@ std::vector<StepReport> step_reports(const sag::GuiderReport& report,
                        .evaluations = evaluation.unet_calls,
                        .rows = evaluation.unet_rows,
                        .seconds = seconds[i]};
-    if (const auto* note = note_of(evaluation)) {
-      step.guided = note->guided;
-      step.reason = note->reason;
-      if (note->mask.defined()) step.masked = note->mask.to(torch::kFloat).mean().item<double>();
-    }
+    for (const auto& note : evaluation.guidances) step.notes.push_back(note_report(note));
     steps.push_back(std::move(step));
   }
   return steps;
 }
 
-torch::Tensor mean_mask(const sag::GuiderReport& report) {
+// The mean of a guidance's masks over the steps that it guided; undefined: there was none.
+torch::Tensor mean_mask(const sag::GuiderReport& report, const std::string& guidance) {
   torch::Tensor sum;
   std::int64_t count = 0;
   for (const auto& evaluation : report.evaluations) {
-    const auto* note = note_of(evaluation);
-    if (!note || !note->guided || !note->mask.defined()) continue;
-    const auto mask = note->mask.to(torch::kFloat);
-    sum = sum.defined() ? sum + mask : mask;
-    ++count;
+    for (const auto& note : evaluation.guidances) {
+      if (note.name != guidance || !note.guided || !note.mask.defined()) continue;
+      const auto mask = note.mask.to(torch::kFloat);
+      sum = sum.defined() ? sum + mask : mask;
+      ++count;
+    }
   }
   return sum.defined() ? (sum / count).cpu() : sum;
 }
 
-}  // namespace
-
-double work(const Inputs& inputs, const Batch& batch, bool guided) {
-  const auto rows = batch.positive.size() + batch.negative.size() + (guided ? 1 : 0);
-  return static_cast<double>(inputs.sigmas.size() - 1) *
-         static_cast<double>(batch.pictures.size() * rows);
+// Puts the rows of a batch into their places among all pictures.
+void collect(torch::Tensor& all, const torch::Tensor& of_batch, const Batch& batch,
+             std::int64_t images) {
+  if (!of_batch.defined()) return;
+  if (!all.defined()) {
+    auto sizes = of_batch.sizes().vec();
+    sizes[0] = images;
+    all = torch::zeros(sizes, of_batch.options());
+  }
+  const std::vector<std::int64_t> rows(batch.pictures.begin(), batch.pictures.end());
+  all.index_copy_(0, torch::tensor(rows), of_batch);
 }
 
-Sampled sample_batch(const sag::ModelPatcher& model, bool guided, const Settings& settings,
-                     const Options& options, const Inputs& inputs, const Batch& batch,
-                     Progress& progress) {
-  const auto start = Clock::now();
-  sag::CfgGuider guider(model, batch.positive, batch.negative,
-                        {.cond_scale = batch.cfg, .max_rows = options.max_rows});
-  guider.begin_run(inputs.sigmas);
-  const auto& sampler = sag::sampler_info(settings.sampler);
-  TimedModel timed(guider, sampler.needs_uncond, settings.device);
-  sag::RunSamplerOptions sample_options = {.denoise_mask = batch.mask,
-                                           .inpaint_noise = inpaint_noise(batch, inputs, settings),
-                                           .sampler = {.seeds = batch.seeds,
-                                                       .eta = options.eta.value_or(1.0),
-                                                       .s_noise = options.s_noise.value_or(1.0)}};
-  if (batch.latent.defined()) sample_options.latent = batch.latent * options.latent_scale;
+sag::SampleOptions options_for(const Batch& batch, const SamplingPlan& plan) {
+  auto options = plan.options;
+  if (batch.latent.defined()) options.latent = batch.latent * plan.latent_scale;
+  options.denoise_mask = batch.mask;
+  options.inpaint_noise = batch.inpaint_noise;
+  options.seeds = batch.seeds;
+  return options;
+}
+
+// Samples one batch into its places in `all`.
+void sample_batch(const GuidedModel& model, const Batch& batch, const SamplingPlan& plan,
+                  Progress& progress, Sampled& all) {
+  sag::CfgGuider guider(model.model, batch.positive, batch.negative,
+                        {.cond_scale = batch.cfg, .max_rows = plan.max_rows});
+  auto options = options_for(batch, plan);
+  Watch watch(model.model.unet().device());
+  options.evaluated = [&](const sag::EvaluationReport&) { watch.look(); };
   std::int64_t calls = 0;
-  const auto steps = static_cast<double>(inputs.sigmas.size() - 1);
-  sample_options.sampler.callback = [&](const sag::SamplerProgress& at) {
+  options.callback = [&](const sag::SamplerProgress& at) {
     const auto now = guider.report().unet_calls();
-    progress.advance(work(inputs, batch, guided) / steps, now - std::exchange(calls, now),
-                     fmt::format("{}, step {} of {}, sigma {:.3f}", guided ? "guided" : "unguided",
-                                 at.step + 1, at.steps, at.sigma));
+    progress.advance(work(model, batch) / static_cast<double>(plan.steps()),
+                     now - std::exchange(calls, now),
+                     fmt::format("{}, step {} of {}, sigma {:.3f}",
+                                 model.guidances.empty() ? "unguided" : "guided", at.step + 1,
+                                 at.steps, at.sigma));
     return true;
   };
-  const auto noise =
-      batch.noise.defined() ? batch.noise : start_noise(batch.seeds, inputs, settings.device);
-  const auto latents = sag::run_sampler(sampler.sample, std::ref(timed), settings.sampling, noise,
-                                        inputs.sigmas, sample_options);
-  Sampled sampled = {.latents = (latents / options.latent_scale).to(torch::kCPU, torch::kFloat),
-                     .heat = mean_mask(guider.report())};
-  sampled.report = {.guided = guided,
-                    .pictures = batch.pictures,
-                    .cfg = batch.cfg,
-                    .steps = step_reports(guider.report(), timed.seconds()),
-                    .seconds = seconds_since(start)};
+  const auto latents = sag::sample(guider, batch.noise, options) / plan.latent_scale;
+  const auto images = all.latents.size(0);
+  collect(all.latents, latents.to(torch::kCPU, torch::kFloat), batch, images);
+  for (const auto& guidance : model.guidances) {
+    collect(all.masks[guidance], mean_mask(guider.report(), guidance), batch, images);
+  }
+  all.runs.push_back({.guidances = model.guidances,
+                      .pictures = batch.pictures,
+                      .cfg = batch.cfg,
+                      .steps = step_reports(guider.report(), watch.seconds()),
+                      .sites = guider.report().sites,
+                      .seconds = watch.total()});
+}
+
+}  // namespace
+
+double work(const GuidedModel& model, const std::vector<Batch>& batches) {
+  double sum = 0;
+  for (const auto& batch : batches) sum += work(model, batch);
+  return sum;
+}
+
+Sampled sample_batches(const GuidedModel& model, const std::vector<Batch>& batches,
+                       const SamplingPlan& plan, Progress& progress) {
+  std::int64_t images = 0;
+  for (const auto& batch : batches) images += static_cast<std::int64_t>(batch.pictures.size());
+  auto sizes = batches.front().noise.sizes().vec();
+  sizes[0] = images;
+  Sampled sampled = {.latents = torch::zeros(sizes)};
+  for (const auto& batch : batches) sample_batch(model, batch, plan, progress, sampled);
   return sampled;
 }
 

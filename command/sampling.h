@@ -1,6 +1,8 @@
 #pragma once
 
-#include <functional>
+#include <cstdint>
+#include <map>
+#include <string>
 #include <vector>
 
 #include <torch/types.h>
@@ -9,25 +11,43 @@
 #include "progress.h"
 #include "report.h"
 #include "sag/model_patcher.h"
-#include "settings.h"
+#include "sag/sample.h"
 
 namespace sag_sample {
 
-/// What came of a batch.
-struct Sampled {
-  torch::Tensor latents;  ///< [images, channels, height, width] fp32 on the CPU
-  torch::Tensor
-      heat;  ///< [images, 1, height, width], share of guided steps that masked; or undefined
-  RunReport report = {};
+/// A model with what guides it.
+struct GuidedModel {
+  sag::ModelPatcher model;
+  /// The guidances' names in the library's reports, in the order in which they were applied.
+  std::vector<std::string> guidances = {};
 };
 
-/// How long one sampling of the batch takes, compared with others.
-double work(const Inputs& inputs, const Batch& batch, bool guided);
+/// How every batch is sampled.
+struct SamplingPlan {
+  /// Without the batch's own tensors and seeds.
+  sag::SampleOptions options = {};
+  std::int64_t max_rows = 0;
+  double latent_scale = 1.0;
+  /// The noise levels of the run.
+  std::vector<double> sigmas = {};
 
-/// Samples a batch. `guided`: whether `model` has self-attention guidance. Throws RunError when the
-/// user interrupts it.
-Sampled sample_batch(const sag::ModelPatcher& model, bool guided, const Settings& settings,
-                     const Options& options, const Inputs& inputs, const Batch& batch,
-                     Progress& progress);
+  std::size_t steps() const { return sigmas.size() - 1; }
+};
+
+/// What came of all batches.
+struct Sampled {
+  /// [images, channels, height, width] fp32 on the CPU, in the order of the pictures.
+  torch::Tensor latents = {};
+  /// By guidance: [images, 1, height, width], the share of guided steps that masked a place.
+  std::map<std::string, torch::Tensor> masks = {};
+  std::vector<RunReport> runs = {};
+};
+
+/// How long sampling these batches takes, compared with others.
+double work(const GuidedModel& model, const std::vector<Batch>& batches);
+
+/// Samples every batch. Throws RunError when the user interrupts it.
+Sampled sample_batches(const GuidedModel& model, const std::vector<Batch>& batches,
+                       const SamplingPlan& plan, Progress& progress);
 
 }  // namespace sag_sample

@@ -12,7 +12,7 @@ namespace {
 
 // A random order of the tokens for each row of the pass, [rows, tokens].
 torch::Tensor random_orders(const sag::Pass& pass, std::int64_t tokens, torch::Device device) {
-  // In 32 bits, for the generator heeds no more; images stay below the prime.
+  // The generator uses 32 bits of it; there are fewer images than the prime.
   const auto seed =
       static_cast<std::uint64_t>(pass.step_index * 1'000'003 + pass.groups.front().image);
   const auto generator = at::detail::createCPUGenerator(seed);

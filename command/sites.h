@@ -8,9 +8,10 @@
 
 namespace sag_sample {
 
-/// Prints the UNet's self-attentions, one a line, with what they work on where the command line or
-/// the model's text encoder tells how to run the UNet. Throws UsageError.
-void list_sites(const Options& options, const Settings& settings, const sag::UNet& unet,
+/// Prints the UNet's self-attentions, one a line, and which of them "middle" chooses; with what
+/// they work on where tensors or the model's text encoder tell how to run the UNet. Throws
+/// UsageError.
+void list_sites(const PictureOptions& pictures, const Network& network, const sag::UNet& unet,
                 std::ostream& out);
 
 }  // namespace sag_sample
