@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 # A strong guidance and seeds on which it shows: what it does on average is measured in models/emoji/README.md.
 # Threads that wait without spinning: five times as fast on a machine that is busy with something else.
 draw_sheet() {
-  OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} "$sag_build_dir/examples/sag-sample" --model "$sag_root/models/emoji" --compare --columns 2 --out "$1" \
+  OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} "$sag_build_dir/command/sag-sample" --model "$sag_root/models/emoji" --compare --columns 2 --out "$1" \
     --prompt "red heart" --prompt "rocket" --prompt "cat face" --prompt "panda" --unconditional 4 \
     --seed 7 --sag-scale 3
 }

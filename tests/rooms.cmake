@@ -1,4 +1,4 @@
-# Reads the #include lines of the library and fails when a room uses one that it may not:
+# Reads the #include lines of the library and the command and fails when a room uses one that it may not:
 #
 #   cmake -DSOURCE=<root of the tree> -P rooms.cmake
 
@@ -97,6 +97,51 @@ foreach(file IN LISTS files)
     endif()
   endforeach()
 endforeach()
+
+# The command. Its two sub-rooms may use themselves and the headers that no .cpp file belongs to (errors.h); what lies
+# above them may use both. It uses the library as everybody does, by its public headers.
+set(command_rooms files picture)
+file(GLOB_RECURSE command_files RELATIVE "${SOURCE}" "${SOURCE}/command/*.cpp" "${SOURCE}/command/*.h")
+if(NOT command_files)
+  message(FATAL_ERROR "There is no command in ${SOURCE}.")
+endif()
+
+foreach(file IN LISTS command_files)
+  set(room "")
+  if(file MATCHES "^command/([^/]+)/")
+    set(room ${CMAKE_MATCH_1})
+    if(NOT room IN_LIST command_rooms)
+      fault("command/${room} is not a room of the command")
+    endif()
+  endif()
+
+  file(STRINGS "${SOURCE}/${file}" includes REGEX "^[ \t]*#[ \t]*include")
+  foreach(line IN LISTS includes)
+    if(NOT line MATCHES "[<\"]([^>\"]+)[>\"]")
+      continue()
+    endif()
+    set(path "${CMAKE_MATCH_1}")
+    if(path MATCHES "\\.\\.")
+      fault("includes ${path}: a header of the command is named from command/")
+    elseif(path MATCHES "^sag/")
+      if(NOT EXISTS "${SOURCE}/include/${path}")
+        fault("includes ${path}, which is not a public header of sag")
+      endif()
+    elseif(EXISTS "${SOURCE}/src/${path}")
+      fault("includes ${path}, which is private to the library")
+    elseif(path MATCHES "^([^/]+)/" AND CMAKE_MATCH_1 IN_LIST command_rooms)
+      if(NOT room STREQUAL "" AND NOT room STREQUAL CMAKE_MATCH_1)
+        fault("${room} may not use ${CMAKE_MATCH_1} (${path})")
+      endif()
+    elseif(EXISTS "${SOURCE}/command/${path}" AND NOT room STREQUAL "")
+      string(REGEX REPLACE "\\.h$" ".cpp" source "${path}")
+      if(EXISTS "${SOURCE}/command/${source}")
+        fault("${room} may not use what lies above it (${path})")
+      endif()
+    endif()
+  endforeach()
+endforeach()
+list(APPEND files ${command_files})
 
 if(faults)
   list(JOIN faults "\n  " text)

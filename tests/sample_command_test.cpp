@@ -16,9 +16,9 @@
 #include <torch/script.h>
 #include <torch/torch.h>
 
-#include "pictures.h"
-#include "png_file.h"
-#include "tensor_file.h"
+#include "files/tensor_file.h"
+#include "picture/pictures.h"
+#include "picture/png_file.h"
 
 namespace sag_sample {
 namespace {
@@ -90,38 +90,61 @@ class SampleCommand : public testing::Test {
     return finished.err;
   }
 
-  /// The arguments that draw a case's pictures, without guidance's own.
-  static std::vector<std::string> golden(const std::string& unet, const std::string& run) {
+  /// The arguments that draw a case's pictures, without the model and guidance's own.
+  static std::vector<std::string> golden_tensors(const std::string& run) {
     const std::string file = kGolden + "runs/" + run + ".pt:";
-    return {"--unet",   kGolden + unet,  "--cond",  file + "cond",  "--uncond", file + "uncond",
-            "--sigmas", file + "sigmas", "--noise", file + "noise", "--quiet"};
+    return {"--cond",        file + "cond", "--uncond",     file + "uncond", "--sigmas",
+            file + "sigmas", "--noise",     file + "noise", "--quiet"};
+  }
+  static std::vector<std::string> golden(const std::string& unet, const std::string& run) {
+    auto arguments = golden_tensors(run);
+    arguments.insert(arguments.end(), {"--unet", kGolden + unet});
+    return arguments;
+  }
+
+  /// A model directory around the UNet of a reference run, for constants that only model.json says.
+  std::string make_golden_model(const nlohmann::json& run) const {
+    const std::string directory = path("golden");
+    fs::create_directories(directory);
+    fs::create_symlink(kGolden + run["unet"].get<std::string>(), directory + "/unet.ts");
+    nlohmann::json model = {{"format", 1},
+                            {"prediction", run["prediction"]},
+                            {"latent_scale", run["latent_scale_factor"]},
+                            {"sample", {{"shape", {4, 16, 16}}}},
+                            {"files", {{"unet", "unet.ts"}}}};
+    if (run["prediction"] == "flow") {
+      model["shift"] = run["flow"]["shift"];
+      model["timestep_multiplier"] = run["flow"]["multiplier"];
+    }
+    std::ofstream(directory + "/model.json") << model;
+    return directory;
   }
 
   /// The arguments that repeat a reference run: everything comes from its tensors and parameters.
-  static std::vector<std::string> golden(const nlohmann::json& run) {
-    const auto case_name = run["case"].get<std::string>();
-    auto arguments = golden(run["unet"], case_name);
+  std::vector<std::string> golden(const nlohmann::json& run) const {
+    auto arguments = golden_tensors(run["case"]);
     const auto add = [&](const char* option, const std::string& value) {
       arguments.insert(arguments.end(), {option, value});
     };
     const auto add_number = [&](const char* option, const nlohmann::json& value) {
       add(option, value.dump());
     };
+    if (run["prediction"] == "flow" || run["latent_scale_factor"] != 1.0) {
+      add("--model", make_golden_model(run));
+    } else {
+      add("--unet", kGolden + run["unet"].get<std::string>());
+      add("--prediction", run["prediction"]);
+    }
     const auto file = kGolden + run["file"].get<std::string>();
     const auto tensors = run["tensors"].get<std::set<std::string>>();
     for (const auto& [key, option] :
          {std::pair{"y_cond", "--cond-y"}, std::pair{"y_uncond", "--uncond-y"},
           std::pair{"latent", "--latent"}, std::pair{"denoise_mask", "--mask"},
-          std::pair{"inpaint_noise", "--inpaint-noise"}})
+          std::pair{"inpaint_noise", "--inpaint-noise"}}) {
       if (tensors.contains(key)) add(option, file + ":" + key);
-    add("--sampler", run["sampler"]);
-    add("--prediction", run["prediction"]);
-    add_number("--cfg", run["cfg"]);
-    add_number("--latent-scale", run["latent_scale_factor"]);
-    if (run["prediction"] == "flow") {
-      add_number("--shift", run["flow"]["shift"]);
-      add_number("--timestep-multiplier", run["flow"]["multiplier"]);
     }
+    add("--sampler", run["sampler"]);
+    add_number("--cfg", run["cfg"]);
     if (run["variant"] == "no_sag") {
       arguments.push_back("--no-sag");
       return arguments;
@@ -282,8 +305,7 @@ TEST_F(SampleCommand, ListsTheSites) {
   EXPECT_THAT(finished.out, HasSubstr("middle.0.0"));
   EXPECT_THAT(finished.out, HasSubstr("#6"));
   EXPECT_THAT(finished.out, HasSubstr("middle_block.1.transformer_blocks.0.attn1"));
-  EXPECT_THAT(finished.out, HasSubstr("did not run: the file needs"));
-  EXPECT_THAT(finished.out, HasSubstr("'context', which is not given"));
+  EXPECT_THAT(finished.out, HasSubstr("did not run: The file's argument \"context\" must be given"));
 }
 
 TEST_F(SampleCommand, ListsTheSizesOfTheSites) {
@@ -297,6 +319,8 @@ TEST_F(SampleCommand, ListsTheSizesOfTheSites) {
   const auto of_model = run({"--model", make_model(), "--list-sites"});
   EXPECT_EQ(of_model.code, 0) << of_model.err;
   EXPECT_THAT(of_model.out, HasSubstr("fewest"));
+  EXPECT_THAT(of_model.out, ContainsRegex("\n\\* middle.0.0 "));
+  EXPECT_THAT(of_model.out, HasSubstr("\n* what --site middle chooses: "));
 }
 
 TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
@@ -320,11 +344,19 @@ TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
   ASSERT_EQ(json["runs"].size(), 4u) << "prompts and the rest, unguided and guided";
   for (const auto& run : json["runs"]) {
     ASSERT_EQ(run["steps"].size(), 3u);
+    ASSERT_EQ(run["sites"].size(), run["kind"] == "guided" ? 1u : 0u);
+    if (run["kind"] == "guided") {
+      EXPECT_EQ(run["sites"][0]["asked"], "middle");
+      EXPECT_EQ(run["sites"][0]["site"], "middle.0.0");
+      EXPECT_NE(run["sites"][0]["reason"], "");
+    }
     for (const auto& step : run["steps"]) {
       const bool guided = run["kind"] == "guided";
       EXPECT_EQ(step["guided"], guided);
       EXPECT_EQ(step["evaluations"], guided ? 2 : 1);
       EXPECT_EQ(step["masked"].is_number(), guided);
+      ASSERT_EQ(step["guidances"].size(), guided ? 1u : 0u);
+      if (guided) EXPECT_EQ(step["guidances"][0]["guidance"], "self_attention_guidance");
     }
   }
 }
@@ -457,7 +489,8 @@ TEST_F(SampleCommand, PicturesMustFitTheModel) {
     return more;
   };
   EXPECT_THAT(sentence(1, with(path("nowhere.png"))), HasSubstr("--image: there is no file"));
-  EXPECT_THAT(sentence(1, with(model + "/model.json")), HasSubstr("is no picture to use"));
+  EXPECT_THAT(sentence(1, with(model + "/model.json")),
+              HasSubstr("is not a picture that can be used"));
   EXPECT_THAT(sentence(1, with(save_png("odd.png", 33, 32))),
               HasSubstr("made a latent of 16 x 16 out of 32 x 33 pixels"));
   EXPECT_THAT(
@@ -473,7 +506,7 @@ TEST_F(SampleCommand, PicturesMustFitTheModel) {
   auto bytes = read(good);
   bytes.replace(16, 8, std::string("\0\1\0\0\0\1\0\0", 8));
   std::ofstream(path("huge.png"), std::ios::binary) << bytes;
-  EXPECT_THAT(sentence(1, with(path("huge.png"))), HasSubstr("is no picture to use"));
+  EXPECT_THAT(sentence(1, with(path("huge.png"))), HasSubstr("is not a picture that can be used"));
   EXPECT_FALSE(fs::exists(path("latent.pt")));
 }
 

@@ -12,9 +12,10 @@
 #include <unistd.h>
 
 #include "errors.h"
+#include "files/output_file.h"
+#include "files/tensor_file.h"
 #include "model_directory.h"
-#include "output_file.h"
-#include "tensor_file.h"
+#include "options.h"
 
 namespace sag_sample {
 namespace {
@@ -100,21 +101,23 @@ TEST_F(SampleFiles, ReadsAModelDirectory) {
   write("model.json", kModel);
   const auto model = read_model_directory(path(""));
   EXPECT_EQ(model.name, "emoji");
-  EXPECT_EQ(model.prediction, "edm");
-  EXPECT_EQ(model.sigma_max, 60.0);
-  EXPECT_THAT(model.shape, testing::ElementsAre(3, 64, 64));
+  EXPECT_EQ(network_options().decide(model.choices).prediction, "edm");
+  EXPECT_EQ(edm_options().decide(model.choices).sigma_max, 60.0);
+  const auto size = latent_size_options().decide(model.choices);
+  EXPECT_THAT((std::vector{size.channels, size.height, size.width}),
+              testing::ElementsAre(3, 64, 64));
   EXPECT_EQ(model.multiple, 8);
-  EXPECT_EQ(model.unet, path("unet.ts"));
-  EXPECT_EQ(model.text_encoder, "");
-  EXPECT_EQ(model.defaults.schedule, "karras");
-  EXPECT_EQ(model.defaults.sag_scale, 1.0);
-  EXPECT_FALSE(model.defaults.sag_threshold);
+  EXPECT_EQ(model.files.unet, path("unet.ts"));
+  EXPECT_EQ(model.files.text_encoder, "");
+  EXPECT_EQ(sampling_options().decide(model.choices).schedule, "karras");
+  EXPECT_EQ(model.choices.at("--sag-scale").value, Value(1.0));
+  EXPECT_FALSE(model.choices.contains("--sag-threshold"));
 }
 
 TEST_F(SampleFiles, SaysWhatIsWrongWithAModelDirectory) {
   write("unet.ts", "x");
   EXPECT_EQ(mistake(kModel), "");
-  EXPECT_THAT(mistake("{"), HasSubstr("is no JSON"));
+  EXPECT_THAT(mistake("{"), HasSubstr("is not JSON"));
   EXPECT_THAT(mistake("[]"), HasSubstr("must be an object"));
   EXPECT_THAT(mistake("{}"), HasSubstr("\"format\" is missing"));
   EXPECT_THAT(mistake(model_with("\"format\": 1", "\"format\": 2")), HasSubstr("only format 1"));
@@ -131,6 +134,14 @@ TEST_F(SampleFiles, SaysWhatIsWrongWithAModelDirectory) {
   EXPECT_THAT(mistake(model_with("20", "2.5")), HasSubstr("\"steps\" must be a whole number"));
   EXPECT_THAT(mistake(model_with("0.02", "0")),
               HasSubstr("\"sigma_min\" must be a number greater than 0"));
+  EXPECT_THAT(mistake(model_with("\"euler\"", "\"plms\"")),
+              HasSubstr("\"sampler\" must be one of euler"));
+  EXPECT_THAT(mistake(model_with("\"scale\": 1.0", "\"kernel_size\": 4")),
+              HasSubstr("\"sag\": \"kernel_size\" must be an odd whole number, or 0, got 4."));
+  EXPECT_THAT(mistake(model_with("\"scale\": 1.0", "\"sigma_start\": -1")),
+              HasSubstr("\"sigma_start\" must be a number of at least 0, got -1."));
+  EXPECT_THAT(mistake(model_with("\"scale\": 1.0", "\"interval\": 2")),
+              HasSubstr("unknown key \"interval\""));
   EXPECT_THAT(mistake(model_with("[3, 64, 64]", "[3, 64]")),
               HasSubstr("\"shape\" must be three whole numbers"));
   EXPECT_THAT(mistake(model_with("[3, 64, 64]", "[3, 60, 64]")), HasSubstr("multiples of 8"));

@@ -1,5 +1,6 @@
 // The command line of sag-sample, and what it and a model directory decide together.
-#include <fstream>
+#include <limits>
+#include <set>
 #include <sstream>
 
 #include <fmt/format.h>
@@ -7,8 +8,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "command_line.h"
 #include "errors.h"
 #include "inputs.h"
+#include "model_directory.h"
 #include "options.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
@@ -20,16 +23,21 @@ namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::Not;
 
-Options parse(std::vector<std::string> arguments) {
+Choices parse(std::vector<std::string> arguments) {
   std::ostringstream out;
-  return parse_options(arguments, out).value();
+  return parse_command_line(arguments, out).value();
 }
 
 // The arguments after a model and an output.
-Options parse_more(std::vector<std::string> arguments) {
+Choices parse_more(std::vector<std::string> arguments) {
   arguments.insert(arguments.begin(), {"--model", "m", "--out", "o.png"});
   return parse(arguments);
+}
+
+PictureOptions pictures_of(std::vector<std::string> arguments) {
+  return picture_options().decide(parse_more(std::move(arguments)));
 }
 
 std::string mistake(const std::vector<std::string>& arguments) {
@@ -50,39 +58,51 @@ std::string mistake_in_more(const std::vector<std::string>& arguments) {
   return "";
 }
 
-Options tensors_with(std::vector<std::string> arguments) {
+Choices tensors_with(std::vector<std::string> arguments) {
   arguments.insert(arguments.begin(),
                    {"--unet", SAG_SOURCE_DIR "/CMakeLists.txt", "--save-latent", "l.pt"});
   return parse(arguments);
 }
 
+// An option of the only guidance, as the report shows it.
+Value sag_option(const Settings& settings, const std::string& key) {
+  for (const auto& [name, value] : settings.guidances.at(0).options) {
+    if (name == key) return value;
+  }
+  ADD_FAILURE() << key;
+  return {};
+}
+
 TEST(SampleOptions, LeavesOpenWhatIsNotGiven) {
-  const auto options = parse_more({});
-  EXPECT_FALSE(options.steps);
-  EXPECT_FALSE(options.sag_scale);
-  EXPECT_FALSE(options.sampler);
-  EXPECT_EQ(options.seed, 0u);
+  const auto choices = parse_more({});
+  EXPECT_FALSE(choices.contains("--steps"));
+  EXPECT_FALSE(choices.contains("--sag-scale"));
+  EXPECT_FALSE(choices.contains("--sampler"));
+  EXPECT_EQ(choices.size(), 2u) << "--model and --out";
+  EXPECT_EQ(picture_options().decide(choices).seed, 0u);
 }
 
 TEST(SampleOptions, ReadsNegativeNumbersAndInfinity) {
-  const auto options = parse_more({"--sag-scale", "-1", "--cfg=-2.5", "--sag-start", "inf"});
-  EXPECT_EQ(options.sag_scale, -1.0);
-  EXPECT_EQ(options.cfg, -2.5);
-  EXPECT_EQ(options.sag_start, std::numeric_limits<double>::infinity());
+  const auto settings = decide_settings(
+      tensors_with({"--sag-scale", "-1", "--cfg=-2.5", "--sag-start", "inf"}), nullptr);
+  EXPECT_EQ(sag_option(settings, "scale"), Value(-1.0));
+  EXPECT_EQ(settings.guider.cond_scale, -2.5);
+  EXPECT_EQ(sag_option(settings, "sigma_start"), Value(std::numeric_limits<double>::infinity()));
 }
 
 TEST(SampleOptions, KeepsEveryPromptAlsoEmptyOnes) {
-  const auto options =
-      parse_more({"--prompt", "red heart", "--prompt", "", "--prompt=", "--prompt", "-x"});
-  EXPECT_THAT(options.prompts, ElementsAre("red heart", "", "", "-x"));
+  const auto pictures =
+      pictures_of({"--prompt", "red heart", "--prompt", "", "--prompt=", "--prompt", "-x"});
+  EXPECT_THAT(pictures.prompts, ElementsAre("red heart", "", "", "-x"));
 }
 
 TEST(SampleOptions, LaterValuesReplaceEarlierOnes) {
-  EXPECT_EQ(parse_more({"--steps", "3", "--steps", "4"}).steps, 4);
+  const auto choices = parse_more({"--steps", "3", "--steps", "4"});
+  EXPECT_EQ(sampling_options().decide(choices).steps, 4);
 }
 
 TEST(SampleOptions, TakesTheLargestSeed) {
-  EXPECT_EQ(parse_more({"--seed", "18446744073709551615"}).seed, 18446744073709551615u);
+  EXPECT_EQ(pictures_of({"--seed", "18446744073709551615"}).seed, 18446744073709551615u);
 }
 
 TEST(SampleOptions, SaysWhatANumberMustBe) {
@@ -93,10 +113,26 @@ TEST(SampleOptions, SaysWhatANumberMustBe) {
   EXPECT_EQ(mistake_in_more({"--cfg", "nan"}), "--cfg must be a finite number, got nan.");
   EXPECT_EQ(mistake_in_more({"--sag-blur", "-1"}),
             "--sag-blur must be a number of at least 0, got -1.");
+  EXPECT_EQ(mistake_in_more({"--sag-start", "-1"}),
+            "--sag-start must be a number of at least 0, or inf, got -1.");
+  EXPECT_EQ(mistake_in_more({"--seed", "-1"}),
+            "--seed must be a whole number between 0 and 18446744073709551615, got -1.");
   EXPECT_EQ(mistake_in_more({"--denoise", "0"}),
             "--denoise must be a number greater than 0 and at most 1, got 0.");
   EXPECT_EQ(mistake_in_more({"--sag-kernel", "4"}),
             "--sag-kernel must be an odd whole number, or 0, got 4.");
+  EXPECT_EQ(mistake_in_more({"--out", ""}), "--out must not be empty.");
+}
+
+// A name that is given twice would be one option on the command line and in `Choices`.
+TEST(SampleOptions, AreStatedOnce) {
+  std::set<std::string> seen;
+  for (const auto* group : all_options()) {
+    for (const auto& option : group->options) {
+      EXPECT_TRUE(seen.insert(option.id()).second) << option.id();
+      EXPECT_FALSE(option.help.empty()) << option.id();
+    }
+  }
 }
 
 TEST(SampleOptions, NamesUnknownAndIncompleteOptions) {
@@ -122,83 +158,114 @@ TEST(SampleOptions, RefusesWhatDoesNotGoTogether) {
   EXPECT_NE(mistake_in_more({"--sag-start", "3", "--sag-start-percent", "0.1"}), "");
 }
 
+TEST(SampleOptions, RefusesWhatTensorsDecide) {
+  EXPECT_EQ(mistake_in_more({"--noise", "n.pt", "--width", "16"}),
+            "--channels, --height and --width cannot be given together with --noise.");
+  EXPECT_EQ(mistake_in_more({"--cond", "c.pt", "--cfg", "3"}), "--cfg 3 needs --uncond.");
+  EXPECT_EQ(mistake_in_more({"--cond", "c.pt", "--cfg", "1"}), "");
+}
+
 TEST(SampleOptions, ListSitesNeedsNoOutput) {
-  EXPECT_TRUE(parse({"--model", "m", "--list-sites"}).list_sites);
+  const auto choices = parse({"--model", "m", "--list-sites"});
+  EXPECT_TRUE(source_options().decide(choices).list_sites);
 }
 
 TEST(SampleOptions, HelpShowsGroupsDefaultsAndChoices) {
   std::ostringstream out;
-  EXPECT_FALSE(parse_options({"--help"}, out));
+  EXPECT_FALSE(parse_command_line({"--help"}, out));
   EXPECT_THAT(out.str(), HasSubstr("Self-attention guidance:"));
   EXPECT_THAT(out.str(), HasSubstr("[the model's, else 20]"));
   EXPECT_THAT(out.str(), HasSubstr("--sampler help lists them"));
+  EXPECT_THAT(out.str(), HasSubstr("[the model's, else 7.5; 1 without an"));
+  EXPECT_THAT(out.str(), Not(HasSubstr("--sag-shuffle"))) << "a control for developers";
 }
 
 TEST(SampleOptions, ListsSamplersAndSchedules) {
   for (const auto& arguments : std::vector<std::vector<std::string>>{
            {"--sampler", "help"}, {"--model", "m", "--sampler=help"}}) {
     std::ostringstream out;
-    EXPECT_FALSE(parse_options(arguments, out));
+    EXPECT_FALSE(parse_command_line(arguments, out));
     EXPECT_EQ(out.str(), fmt::format("{}\n", fmt::join(sag::sampler_names(), "\n")));
   }
   std::ostringstream out;
-  EXPECT_FALSE(parse_options({"--schedule", "help"}, out));
+  EXPECT_FALSE(parse_command_line({"--schedule", "help"}, out));
   EXPECT_EQ(out.str(), fmt::format("{}\n", fmt::join(sag::schedule_names(), "\n")));
 }
 
 TEST(SampleOptions, VersionIsOneLine) {
   std::ostringstream out;
-  EXPECT_FALSE(parse_options({"--version"}, out));
+  EXPECT_FALSE(parse_command_line({"--version"}, out));
   EXPECT_THAT(out.str(), testing::StartsWith("sag-sample "));
 }
 
 TEST(SampleSettings, DefaultsAreTheLibrarys) {
   const auto settings = decide_settings(tensors_with({"--device", "cpu"}), nullptr);
   const sag::SelfAttentionGuidanceOptions defaults;
-  EXPECT_EQ(settings.guidance.scale, defaults.scale);
-  EXPECT_EQ(settings.guidance.blur_sigma, defaults.blur_sigma);
-  EXPECT_EQ(settings.guidance.threshold, defaults.threshold);
-  EXPECT_EQ(settings.guidance.kernel_size, defaults.kernel_size);
-  EXPECT_EQ(settings.guidance.site.name(), "middle.0.0");
-  EXPECT_EQ(settings.prediction, "eps");
-  EXPECT_NEAR(settings.sampling.sigma_max(), 14.6146, 1e-3);
+  EXPECT_EQ(sag_option(settings, "scale"), Value(defaults.scale));
+  EXPECT_EQ(sag_option(settings, "blur_sigma"), Value(defaults.blur_sigma));
+  EXPECT_EQ(sag_option(settings, "threshold"), Value(defaults.threshold));
+  EXPECT_EQ(sag_option(settings, "kernel_size"), Value(defaults.kernel_size));
+  EXPECT_EQ(sag_option(settings, "site"), Value(defaults.site.name()));
+  EXPECT_EQ(settings.network.prediction, "eps");
+  EXPECT_NEAR(settings.network.noise_levels.sigma_max(), 14.6146, 1e-3);
+  const sag::SampleOptions sampling;
+  EXPECT_EQ(settings.sampling.sampler, sampling.sampler);
+  EXPECT_EQ(settings.sampling.schedule, sampling.schedule);
+  EXPECT_EQ(settings.sampling.steps, sampling.steps);
 }
 
 TEST(SampleSettings, CommandLineCountsBeforeTheModel) {
+  // What model.json says, here in the words of the command line.
   ModelDirectory model;
-  model.prediction = "edm";
-  model.sigma_max = 60.0;
-  model.shape = {3, 64, 64};
   model.multiple = 8;
-  model.defaults.steps = 12;
-  model.defaults.cfg = 2.0;
-  model.defaults.sag_scale = 1.0;
-  const auto options =
-      parse_more({"--device", "cpu", "--cfg", "4", "--width", "96", "--sag-blur", "3"});
-  const auto settings = decide_settings(options, &model);
-  EXPECT_EQ(settings.cfg, 4.0);
-  EXPECT_EQ(settings.steps, 12);
-  EXPECT_EQ(settings.guidance.scale, 1.0);
-  EXPECT_EQ(settings.guidance.blur_sigma, 3.0);
-  EXPECT_THAT(settings.shape, ElementsAre(3, 64, 96));
-  EXPECT_NEAR(settings.sampling.sigma_max(), 60.0, 1e-3);
-  EXPECT_THROW(check_latent_size(settings, "The latent", 3, 60, 64), UsageError);
-  EXPECT_THROW(check_latent_size(settings, "The latent", 4, 64, 64), UsageError);
+  model.choices = parse_more({"--prediction", "edm", "--sigma-max", "60", "--steps", "12", "--cfg",
+                              "2", "--sag-scale", "1", "--channels", "3"});
+  const auto settings = decide_settings(
+      parse_more({"--device", "cpu", "--cfg", "4", "--width", "96", "--sag-blur", "3"}), &model);
+  EXPECT_EQ(settings.guider.cond_scale, 4.0);
+  EXPECT_EQ(settings.sampling.steps, 12);
+  EXPECT_EQ(sag_option(settings, "scale"), Value(1.0));
+  EXPECT_EQ(sag_option(settings, "blur_sigma"), Value(3.0));
+  const auto& network = settings.network;
+  EXPECT_EQ(network.size.channels, 3);
+  EXPECT_EQ(network.size.height, 64);
+  EXPECT_EQ(network.size.width, 96);
+  EXPECT_NEAR(network.noise_levels.sigma_max(), 60.0, 1e-3);
+  EXPECT_THROW(check_latent_size(network, "The latent", {3, 60, 64}), UsageError);
+  EXPECT_THROW(check_latent_size(network, "The latent", {4, 64, 64}), UsageError);
 }
 
 TEST(SampleSettings, RefusesConstantsOfAnotherPredictionAndBadDevices) {
-  EXPECT_THROW(decide_settings(tensors_with({"--shift", "3"}), nullptr), UsageError);
-  EXPECT_THROW(decide_settings(tensors_with({"--sigma-data", "1"}), nullptr), UsageError);
-  EXPECT_THROW(decide_settings(tensors_with({"--device", "tpu"}), nullptr), UsageError);
-  EXPECT_THROW(decide_settings(tensors_with({"--device", "cuda:99"}), nullptr), UsageError);
-  EXPECT_THROW(decide_settings(tensors_with({"--device", "cuda:x"}), nullptr), UsageError);
-  EXPECT_THROW(decide_settings(tensors_with({"--sag-start", "1", "--sag-end", "2"}), nullptr),
-               UsageError);
+  const auto mistake = [](std::vector<std::string> arguments) -> std::string {
+    try {
+      decide_settings(tensors_with(std::move(arguments)), nullptr);
+    } catch (const UsageError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(mistake({"--shift", "3"}),
+            "--shift is for flow models, but this one's prediction is eps.");
+  EXPECT_EQ(mistake({"--sigma-min", "1", "--prediction", "flow"}),
+            "--sigma-min is for edm models, but this one's prediction is flow.");
+  EXPECT_EQ(mistake({"--shift", "3", "--prediction", "flow"}), "");
+  EXPECT_EQ(mistake({"--device", "tpu"}), "--device must be cpu, cuda or cuda:N, got tpu.");
+  EXPECT_NE(mistake({"--device", "cuda:99"}), "");
+  EXPECT_EQ(mistake({"--device", "cuda:x"}), "--device must be cpu, cuda or cuda:N, got cuda:x.");
+  EXPECT_EQ(mistake({"--sag-start", "1", "--sag-end", "2"}),
+            "--sag-start must be at least --sag-end (2), got 1.");
+}
+
+TEST(SampleSettings, GuidancesAreAList) {
+  const auto settings = decide_settings(tensors_with({}), nullptr);
+  ASSERT_EQ(settings.guidances.size(), 1u);
+  EXPECT_EQ(settings.guidances[0].key, "sag");
+  EXPECT_TRUE(decide_settings(tensors_with({"--no-sag"}), nullptr).guidances.empty());
 }
 
 TEST(SamplePictures, EqualPromptsGetConsecutiveSeeds) {
-  const auto pictures = list_pictures(parse_more({"--prompt", "a", "--prompt", "b", "--prompt", "a",
-                                                  "--batch", "2", "--seed", "5"}),
+  const auto pictures = list_pictures(pictures_of({"--prompt", "a", "--prompt", "b", "--prompt",
+                                                   "a", "--batch", "2", "--seed", "5"}),
                                       1);
   std::vector<std::uint64_t> seeds;
   for (const auto& picture : pictures) seeds.push_back(picture.seed);
@@ -208,7 +275,7 @@ TEST(SamplePictures, EqualPromptsGetConsecutiveSeeds) {
 
 TEST(SamplePictures, EmptyPromptsAreUnconditionalUnlessThereIsANegativeOne) {
   const auto pictures =
-      list_pictures(parse_more({"--prompt", "", "--prompt", "a", "--unconditional", "2"}), 1);
+      list_pictures(pictures_of({"--prompt", "", "--prompt", "a", "--unconditional", "2"}), 1);
   ASSERT_EQ(pictures.size(), 4u);
   EXPECT_TRUE(pictures[0].unconditional);
   EXPECT_EQ(pictures[0].label, "seed 0");
@@ -216,7 +283,7 @@ TEST(SamplePictures, EmptyPromptsAreUnconditionalUnlessThereIsANegativeOne) {
   EXPECT_EQ(pictures[1].label, "a");
   EXPECT_EQ(pictures[3].label, "seed 2");
   EXPECT_FALSE(
-      list_pictures(parse_more({"--prompt", "", "--negative", "b"}), 1).front().unconditional);
+      list_pictures(pictures_of({"--prompt", "", "--negative", "b"}), 1).front().unconditional);
 }
 
 }  // namespace

@@ -10,8 +10,9 @@
 #include <torch/torch.h>
 
 #include "command.h"
+#include "command_line.h"
 #include "errors.h"
-#include "tensor_file.h"
+#include "files/tensor_file.h"
 
 namespace sag_sample {
 namespace {
@@ -46,7 +47,7 @@ class SamplePackages : public testing::Test {
 
   static std::string run(std::vector<std::string> arguments) {
     std::ostringstream out;
-    if (const auto options = parse_options(arguments, out)) run_command(*options, out);
+    if (const auto choices = parse_command_line(arguments, out)) run_command(*choices, out);
     return out.str();
   }
 

@@ -6,12 +6,12 @@
 #include <torch/torch.h>
 
 #include "errors.h"
-#include "font.h"
-#include "pictures.h"
-#include "png_file.h"
+#include "picture/font.h"
+#include "picture/pictures.h"
+#include "picture/png_file.h"
+#include "picture/sheet.h"
 #include "progress.h"
 #include "report.h"
-#include "sheet.h"
 
 namespace sag_sample {
 namespace {
@@ -247,18 +247,42 @@ TEST(SampleProgress, TextShowsShareRateAndRest) {
 }
 
 TEST(SampleReport, CountsWhatWasGuidedAndWhyNot) {
-  RunReport unguided = {.steps = {{.evaluations = 1, .rows = 2}}, .seconds = 1};
-  RunReport guided = {.guided = true,
-                      .steps = {{.evaluations = 2, .rows = 3, .guided = true, .masked = 0.5},
-                                {.evaluations = 1, .rows = 2, .reason = "outside the window"}},
-                      .seconds = 2};
+  const RunReport unguided = {.steps = {{.evaluations = 1, .rows = 2}}, .seconds = 1};
+  const RunReport guided = {
+      .guidances = {"a"},
+      .steps = {{.evaluations = 2,
+                 .rows = 3,
+                 .notes = {{.guidance = "a", .guided = true, .masked = 0.5}}},
+                {.evaluations = 1,
+                 .rows = 2,
+                 .notes = {{.guidance = "a", .reason = "outside the window"}}}},
+      .seconds = 2};
   const auto totals = total({unguided, guided});
   EXPECT_EQ(totals.evaluations, 4);
   EXPECT_EQ(totals.rows, 7);
   EXPECT_EQ(totals.seconds, 3);
-  EXPECT_EQ(
-      guidance_summary(totals),
-      "1 of 2 evaluations guided, 50 % of the picture masked; 1 not guided: outside the window");
+  for (const char* guidance : {"", "a"}) {
+    EXPECT_EQ(
+        guidance_summary(guidance_total({unguided, guided}, guidance)),
+        "1 of 2 evaluations guided, 50 % of the picture masked; 1 not guided: outside the window");
+  }
+}
+
+TEST(SampleReport, TellsSeveralGuidancesApart) {
+  const RunReport run = {.guidances = {"a", "b"},
+                         .steps = {{.notes = {{.guidance = "a", .guided = true, .masked = 0.25},
+                                              {.guidance = "b", .reason = "no"}}},
+                                   {.notes = {{.guidance = "a", .reason = "never"},
+                                              {.guidance = "b", .reason = "no"}}}}};
+  EXPECT_EQ(guidance_total({run}, "a").guided, 1);
+  EXPECT_EQ(guidance_total({run}, "a").masked, 0.25);
+  EXPECT_EQ(guidance_total({run}, "b").guided, 0);
+  EXPECT_EQ(guidance_total({run}, "b").skipped.at("no"), 2);
+  EXPECT_EQ(guidance_total({run}, "c").steps, 0);
+  const auto together = guidance_total({run});
+  EXPECT_EQ(together.steps, 2);
+  EXPECT_EQ(together.guided, 1);
+  EXPECT_EQ(together.skipped.at("never"), 1);
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ foreach(linkage IN ITEMS shared static)
   else()
     sag_consumer_test(install-${linkage}
       SOURCE "${PROJECT_SOURCE_DIR}"
-      OPTIONS -DSAG_BUILD_TESTS=OFF -DSAG_BUILD_EXAMPLES=OFF -DSAG_CUDA=OFF -DBUILD_SHARED_LIBS=${is_shared}
+      OPTIONS -DSAG_BUILD_TESTS=OFF -DSAG_BUILD_COMMAND=OFF -DSAG_BUILD_EXAMPLES=OFF -DSAG_CUDA=OFF -DBUILD_SHARED_LIBS=${is_shared}
       PREFIX "${prefix}"
       PROPERTIES FIXTURES_SETUP sag-install-${linkage})
   endif()

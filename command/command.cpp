@@ -1,0 +1,226 @@
+#include "command.h"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <torch/torch.h>
+
+#include "drawing.h"
+#include "errors.h"
+#include "files/networks.h"
+#include "files/output_file.h"
+#include "files/tensor_file.h"
+#include "input_tensors.h"
+#include "inputs.h"
+#include "picture/pictures.h"
+#include "picture/png_file.h"
+#include "progress.h"
+#include "report_json.h"
+#include "sag/cuda_graph_unet.h"
+#include "sampling.h"
+#include "settings.h"
+#include "sites.h"
+
+namespace sag_sample {
+namespace {
+
+// The files to write, checked before anything is computed.
+struct Outputs {
+  std::optional<OutputFile> out, latent, json;
+};
+
+Outputs open_outputs(const OutputOptions& options) {
+  Outputs outputs;
+  if (!options.out.empty()) outputs.out.emplace("--out", options.out);
+  if (!options.save_latent.empty()) outputs.latent.emplace("--save-latent", options.save_latent);
+  if (!options.json.empty()) outputs.json.emplace("--json", options.json);
+  return outputs;
+}
+
+// All files are whole before the first gets its name.
+void write_outputs(Outputs& outputs, const std::string& png, const torch::Tensor& latents,
+                   const std::string& json) {
+  if (outputs.out) outputs.out->write(png);
+  if (outputs.latent) outputs.latent->write(tensor_file_bytes(latents));
+  if (outputs.json) outputs.json->write(json);
+  for (auto* output : {&outputs.out, &outputs.latent, &outputs.json}) {
+    if (*output) (*output)->commit();
+  }
+}
+
+void set_up_torch(const DeviceOptions& options) {
+  if (options.threads) at::set_num_threads(static_cast<int>(*options.threads));
+  // LibTorch lets convolutions use TF32 unless told otherwise.
+  at::globalContext().setAllowTF32CuDNN(options.tf32);
+  at::globalContext().setAllowTF32CuBLAS(options.tf32);
+}
+
+std::optional<Decoder> load_decoder(const std::string& file, std::int64_t channels,
+                                    torch::Device device) {
+  if (!file.empty()) return Decoder(file, device);
+  if (is_picture(channels)) return std::nullopt;
+  throw UsageError(
+      fmt::format("--out needs a model with a decoder to make pictures of latents with {} "
+                  "channels; --save-latent saves them.",
+                  channels));
+}
+
+SamplingPlan make_plan(const Settings& settings) {
+  SamplingPlan plan = {.options = settings.sampling,
+                       .max_rows = settings.guider.max_rows,
+                       .latent_scale = settings.network.latent_scale};
+  if (!settings.pictures.sigmas.empty()) {
+    plan.options.sigmas = read_sigmas(settings.pictures.sigmas);
+  }
+  plan.sigmas = sag::run_sigmas(settings.network.noise_levels, plan.options);
+  return plan;
+}
+
+// What a run does that its user may not have meant.
+std::vector<std::string> notes_on(const Settings& settings) {
+  const auto& pictures = settings.pictures;
+  std::vector<std::string> notes;
+  const bool starts_from_picture = !pictures.image.empty() || !pictures.latent.empty();
+  if (starts_from_picture && pictures.mask.empty() && pictures.sigmas.empty() &&
+      settings.sampling.denoise == 1) {
+    notes.push_back("nothing is left of the start picture; --denoise 0.6, say, keeps some of it");
+  }
+  if (pictures.cond.empty() || !pictures.uncond.empty()) return notes;
+  for (const auto& guidance : settings.guidances) {
+    notes.push_back(
+        fmt::format("{} needs an unconditional prediction: give --uncond", guidance.title));
+  }
+  return notes;
+}
+
+GuidedModel guide(const sag::ModelPatcher& plain, const std::vector<Guidance>& guidances) {
+  GuidedModel guided = {plain};
+  for (const auto& guidance : guidances) {
+    guided.model = guidance.apply(guided.model);
+    guided.guidances.push_back(guidance.name);
+  }
+  return guided;
+}
+
+// How it was sampled, in one line.
+std::string describe_run(const Settings& settings, const SamplingPlan& plan, const Inputs& inputs) {
+  std::string text = fmt::format("{} {} steps", plan.steps(), plan.options.sampler);
+  if (plan.options.sigmas.empty()) text += fmt::format(", {}", plan.options.schedule);
+  const bool any_prompt = std::any_of(inputs.batches.begin(), inputs.batches.end(),
+                                      [](const Batch& batch) { return !batch.positive.empty(); });
+  if (any_prompt) text += fmt::format(", cfg {:g}", settings.guider.cond_scale);
+  for (const auto& guidance : settings.guidances) text += ", " + guidance.summary;
+  return text;
+}
+
+// The picture or the sheet, as a PNG file.
+std::string draw_png(const Settings& settings, const Inputs& inputs, const SamplingPlan& plan,
+                     const Sampled& sampled, const Sampled& unguided,
+                     const std::optional<Decoder>& decoder) {
+  const auto pictures = [&](const torch::Tensor& latents) {
+    return decoder && latents.defined() ? decoder->run(latents) : latents;
+  };
+  Drawn drawn = {.pictures = pictures(sampled.latents),
+                 .unguided = pictures(unguided.latents),
+                 .footer = describe_run(settings, plan, inputs)};
+  std::vector<std::string> labels;
+  for (const auto& guidance : settings.guidances) {
+    labels.push_back(guidance.label);
+    if (guidance.mask_header.empty()) continue;
+    const auto mask = sampled.masks.find(guidance.name);
+    drawn.masks.emplace_back(guidance.mask_header,
+                             mask == sampled.masks.end() ? torch::Tensor() : mask->second);
+  }
+  drawn.guided_header = fmt::format("guided by {}", fmt::join(labels, " and "));
+  return encode_png(draw(drawn, inputs.pictures, settings.output));
+}
+
+void print_summary(const Settings& settings, const Inputs& inputs,
+                   const std::vector<RunReport>& runs, const sag::UNet& unet, std::ostream& out) {
+  const Totals totals = total(runs);
+  const std::size_t pictures = inputs.pictures.size();
+  out << fmt::format("{} {} on {}: {} calls of the UNet in {:.1f} s\n", pictures,
+                     pictures == 1 ? "picture" : "pictures", unet.device().str(),
+                     totals.evaluations, totals.seconds);
+  for (const auto& guidance : settings.guidances) {
+    out << guidance.title << ": " << guidance_summary(guidance_total(runs, guidance.name)) << '\n';
+  }
+  for (const auto& note : inputs.notes) out << "note: " << note << '\n';
+}
+
+void print_outputs(const Outputs& outputs, const sag::UNet& unet, std::ostream& out) {
+  for (const auto* output : {&outputs.out, &outputs.latent, &outputs.json}) {
+    if (*output) out << "wrote " << (*output)->path() << '\n';
+  }
+  const auto* graphs = dynamic_cast<const sag::CudaGraphUNet*>(&unet);
+  if (graphs && !graphs->report().failure.empty()) {
+    out << "without CUDA graphs, as capturing one failed: " << graphs->report().failure << '\n';
+  }
+}
+
+void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UNet>& unet,
+                   std::ostream& out) {
+  auto outputs = open_outputs(settings.output);
+  const auto plan = make_plan(settings);
+  auto inputs =
+      read_inputs(settings.pictures, settings.network, settings.guider.cond_scale, unet->device());
+  for (auto& note : notes_on(settings)) inputs.notes.push_back(std::move(note));
+  const GuidedModel plain = {sag::ModelPatcher(unet, settings.network.noise_levels)};
+  const GuidedModel guided = guide(plain.model, settings.guidances);
+  const auto decoder = outputs.out ? load_decoder(settings.network.files.decoder,
+                                                  inputs.size.channels, unet->device())
+                                   : std::nullopt;
+
+  const bool compare = settings.output.compare;
+  Progress progress(Progress::style_for(settings.output.quiet),
+                    work(guided, inputs.batches) + (compare ? work(plain, inputs.batches) : 0.0));
+  Sampled unguided;
+  if (compare) unguided = sample_batches(plain, inputs.batches, plan, progress);
+  const auto sampled = sample_batches(guided, inputs.batches, plan, progress);
+  progress.finish();
+
+  auto runs = unguided.runs;
+  runs.insert(runs.end(), sampled.runs.begin(), sampled.runs.end());
+  std::string png;
+  if (outputs.out) png = draw_png(settings, inputs, plan, sampled, unguided, decoder);
+  write_outputs(outputs, png, sampled.latents, report_json(settings, inputs, plan, runs, *unet));
+  if (settings.output.quiet) return;
+  print_summary(settings, inputs, runs, *unet, out);
+  print_outputs(outputs, *unet, out);
+}
+
+void load_and_draw(const Settings& settings, std::ostream& out) {
+  // What cannot be written is said before minutes of loading.
+  static_cast<void>(open_outputs(settings.output));
+  auto unet = load_unet(settings.network.files.unet, settings.unet);
+  if (unet->device().is_cuda() && !settings.device.no_cuda_graph) {
+    unet = std::make_shared<sag::CudaGraphUNet>(unet);
+  }
+  draw_pictures(settings, unet, out);
+}
+
+}  // namespace
+
+void run_command(const Choices& command_line, std::ostream& out) {
+  const auto path = source_options().decide(command_line).model;
+  std::optional<ModelDirectory> directory;
+  if (!path.empty()) directory = read_model_directory(path);
+  const auto settings = decide_settings(command_line, directory ? &*directory : nullptr);
+  set_up_torch(settings.device);
+  if (settings.source.list_sites) {
+    const auto unet = load_unet(settings.network.files.unet, settings.unet);
+    list_sites(settings.pictures, settings.network, *unet, out);
+  } else {
+    load_and_draw(settings, out);
+  }
+}
+
+}  // namespace sag_sample

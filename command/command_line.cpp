@@ -1,0 +1,238 @@
+#include "command_line.h"
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <filesystem>
+#include <ostream>
+#include <string_view>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
+
+#include "errors.h"
+#include "guidances.h"
+#include "options.h"
+#include "sag/version.h"
+
+namespace sag_sample {
+namespace {
+
+constexpr const char* kFooter = R"(
+Examples:
+  sag-sample --model models/emoji --prompt "red heart" --out heart.png
+  sag-sample --model models/emoji --prompt pizza --unconditional 3 --compare --out sheet.png
+  sag-sample --model sd15 --prompt "a red fox" --image photo.png --denoise 0.6 --out fox.png
+  sag-sample --unet unet.ts --cond text.pt:cond --uncond text.pt:uncond --save-latent latent.pt
+
+Exit codes: 0 done, 1 a mistake in the arguments or files, 2 the run failed.)";
+
+std::string version() {
+  return fmt::format("sag-sample {}.{}.{}", SAG_VERSION_MAJOR, SAG_VERSION_MINOR,
+                     SAG_VERSION_PATCH);
+}
+
+// The text of an option in the help, in lines that fit next to the options' column.
+std::string help_text(const Option& option) {
+  constexpr std::size_t kWidth = 70;
+  std::string text = option.help, wrapped;
+  if (!option.shown_default.empty()) text += fmt::format(" [{}]", option.shown_default);
+  while (text.size() > kWidth) {
+    const auto space = text.rfind(' ', kWidth);
+    if (space == std::string::npos) break;
+    wrapped += text.substr(0, space) + '\n';
+    text.erase(0, space + 1);
+  }
+  return wrapped + text;
+}
+
+void choose(Choices& choices, const Option& option, Given given) {
+  if (const auto before = choices.find(option.name); option.repeats && before != choices.end()) {
+    given.words.insert(given.words.begin(), before->second.words.begin(),
+                       before->second.words.end());
+  }
+  option.check(given);
+  choices[option.name] = std::move(given);
+}
+
+// Later values replace earlier ones, so that a script's options can be overridden after them.
+void add_option(CLI::App& app, const std::string& title, const Option& option, Choices& choices) {
+  const auto& name = option.name;
+  CLI::Option* added = nullptr;
+  if (option.type.empty()) {
+    added = app.add_flag_callback(
+        name,
+        [&choices, &option] { choose(choices, option, {.where = option.name, .value = true}); },
+        help_text(option));
+  } else {
+    const auto take = [&choices, &option](const std::vector<std::string>& words) {
+      for (const auto& word : words) {
+        choose(choices, option, {.where = option.name, .words = {word}});
+      }
+      return true;
+    };
+    added = app.add_option(name, take, help_text(option))
+                ->type_name(option.type)
+                ->expected(1)
+                ->allow_extra_args(false)
+                ->multi_option_policy(option.repeats ? CLI::MultiOptionPolicy::TakeAll
+                                                     : CLI::MultiOptionPolicy::TakeLast);
+  }
+  added->group(option.hidden ? "" : title);
+}
+
+// One name a line, for "--sampler help" and the like.
+bool list_names(const std::vector<std::string>& arguments, std::ostream& out) {
+  const auto asks_for = [&](const std::string& option) {
+    const auto named = std::find(arguments.begin(), arguments.end(), option);
+    return std::count(arguments.begin(), arguments.end(), option + "=help") > 0 ||
+           (named != arguments.end() && named + 1 != arguments.end() && named[1] == "help");
+  };
+  bool listed = false;
+  for (const auto* group : all_options()) {
+    for (const auto& option : group->options) {
+      if (option.listed.empty() || !asks_for(option.name)) continue;
+      out << fmt::format("{}\n", fmt::join(option.listed, "\n"));
+      listed = true;
+    }
+  }
+  return listed;
+}
+
+// CLI11 takes arguments from the back, and takes the next one for the value of "--prompt=".
+std::vector<std::string> for_cli11(const std::vector<std::string>& arguments) {
+  std::vector<std::string> reversed;
+  for (auto argument = arguments.rbegin(); argument != arguments.rend(); ++argument) {
+    const bool empty_value = argument->starts_with("--") && argument->ends_with('=');
+    if (empty_value) reversed.emplace_back();
+    reversed.push_back(empty_value ? argument->substr(0, argument->size() - 1) : *argument);
+  }
+  return reversed;
+}
+
+bool is_other_format(const std::string& path) {
+  auto extension = std::filesystem::path(path).extension().string();
+  for (auto& c : extension) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  constexpr std::array<std::string_view, 7> kOthers = {".jpg", ".jpeg", ".webp", ".gif",
+                                                       ".bmp", ".tif",  ".tiff"};
+  return std::find(kOthers.begin(), kOthers.end(), extension) != kOthers.end();
+}
+
+void never_both(bool a, bool b, const char* sentence) {
+  if (a && b) throw UsageError(sentence);
+}
+
+void check_tensors(const Choices& choices) {
+  const auto given = [&](const char* option) { return choices.contains(option); };
+  const bool start = given("--latent") || given("--image");
+  never_both(given("--cond-y"), !given("--cond"), "--cond-y needs --cond.");
+  never_both(given("--uncond-y"), !given("--uncond"), "--uncond-y needs --uncond.");
+  never_both(given("--sigmas"), given("--schedule") || given("--steps") || given("--denoise"),
+             "--sigmas is used as it is: --schedule, --steps and --denoise cannot be given with "
+             "it.");
+  never_both(given("--latent"), given("--image"), "--latent and --image cannot be given together.");
+  never_both(sampling_options().decide(choices).denoise < 1, !start,
+             "--denoise needs the --latent or --image that it starts from.");
+  never_both(given("--mask"), !start, "--mask needs the --latent or --image that it repaints.");
+  never_both(given("--inpaint-noise"), !given("--mask"), "--inpaint-noise needs a --mask.");
+  const bool sized = given("--channels") || given("--height") || given("--width");
+  for (const char* option : {"--noise", "--latent", "--image"}) {
+    if (sized && given(option)) {
+      throw UsageError(fmt::format(
+          "--channels, --height and --width cannot be given together with {}.", option));
+    }
+  }
+  const double cfg = guider_options().decide(choices).cond_scale;
+  if (given("--cfg") && given("--cond") && !given("--uncond") && cfg != 1) {
+    throw UsageError(fmt::format("--cfg {} needs --uncond.", cfg));
+  }
+}
+
+void check_outputs(const Choices& choices) {
+  const auto outputs = output_options().decide(choices);
+  if (outputs.out.empty() && outputs.save_latent.empty() && outputs.json.empty()) {
+    throw UsageError("Nothing to write: give --out, --save-latent or --json.");
+  }
+  never_both(outputs.compare, outputs.out.empty(), "--compare needs --out.");
+  if (is_other_format(outputs.out)) {
+    throw UsageError(
+        fmt::format("--out writes PNG: let its name end in .png, got \"{}\".", outputs.out));
+  }
+}
+
+void check_guidances(const Choices& choices) {
+  std::vector<std::string_view> off;
+  for (const auto& kind : guidance_kinds()) {
+    kind.check(choices);
+    if (choices.contains(kind.off)) off.push_back(kind.off);
+  }
+  if (choices.contains("--compare") && off.size() == guidance_kinds().size()) {
+    throw UsageError(
+        fmt::format("--compare and {} cannot be given together.", fmt::join(off, " and ")));
+  }
+}
+
+void check_combinations(const Choices& choices) {
+  const auto given = [&](const char* option) { return choices.contains(option); };
+  if (!given("--model") && !given("--unet")) {
+    throw UsageError("One of --model and --unet is needed.");
+  }
+  never_both(given("--model"), given("--unet"), "--model and --unet cannot be given together.");
+  if (given("--list-sites")) return;
+  check_outputs(choices);
+  const bool texts = given("--prompt") || picture_options().decide(choices).unconditional > 0;
+  never_both(texts, given("--cond") || given("--uncond"),
+             "--prompt and --unconditional cannot be given together with --cond and --uncond.");
+  never_both(given("--negative"), !given("--prompt"), "--negative needs a --prompt.");
+  check_tensors(choices);
+  check_guidances(choices);
+}
+
+void parse(CLI::App& app, const std::vector<std::string>& arguments) {
+  try {
+    app.parse(for_cli11(arguments));
+  } catch (const CLI::ExtrasError&) {
+    const std::string extra = app.remaining().front();
+    throw UsageError(extra.starts_with('-')
+                         ? fmt::format("There is no option {}; --help lists them.", extra)
+                         : fmt::format("\"{}\" belongs to no option.", extra));
+  } catch (const CLI::ArgumentMismatch&) {
+    throw UsageError(fmt::format("{} needs a value.", arguments.back()));
+  }
+}
+
+}  // namespace
+
+std::optional<Choices> parse_command_line(const std::vector<std::string>& arguments,
+                                          std::ostream& out) {
+  if (list_names(arguments, out)) return std::nullopt;
+  Choices choices;
+  CLI::App app("Draws pictures with a diffusion model, steered by Self-Attention Guidance.",
+               "sag-sample");
+  app.footer(kFooter);
+  app.set_help_flag();
+  app.get_formatter()->column_width(30);
+  for (const auto* group : all_options()) {
+    for (const auto& option : group->options) {
+      if (!option.name.empty()) add_option(app, group->title, option, choices);
+    }
+  }
+  app.set_help_flag("-h,--help", "Print this help and exit")->group("Help");
+  app.set_version_flag("--version", version(), "Print the version and exit")->group("Help");
+  try {
+    parse(app, arguments);
+  } catch (const CLI::CallForHelp&) {
+    out << app.help();
+    return std::nullopt;
+  } catch (const CLI::CallForVersion&) {
+    out << version() << '\n';
+    return std::nullopt;
+  } catch (const CLI::ParseError& error) {
+    throw UsageError(fmt::format("{}; --help lists the options.", error.what()));
+  }
+  check_combinations(choices);
+  return choices;
+}
+
+}  // namespace sag_sample

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "inputs.h"
+#include "options.h"
+#include "picture/image.h"
+
+namespace sag_sample {
+
+/// Pictures as tensors [images, 1 or 3, height, width] in [−1, 1], in the order of the inputs.
+struct Drawn {
+  /// Sampled with what the user asked for.
+  torch::Tensor pictures = {};
+  /// What to compare with; undefined: nothing.
+  torch::Tensor unguided = {};
+  /// The header of the guided pictures' column, next to the unguided ones.
+  std::string guided_header = {};
+  /// The columns of masks: header and [images, 1, height, width] of the latent; undefined: nothing
+  /// was masked.
+  std::vector<std::pair<std::string, torch::Tensor>> masks = {};
+  /// Below the sheet.
+  std::string footer = {};
+};
+
+/// Returns what --out shows: the picture if there is one, else a labelled sheet.
+Image draw(const Drawn& drawn, const std::vector<Picture>& pictures, const OutputOptions& options);
+
+}  // namespace sag_sample

@@ -1,0 +1,43 @@
+#include "files/unet_file.h"
+
+#include <fmt/format.h>
+#include <torch/cuda.h>
+
+#include "errors.h"
+#include "sag/aoti_unet.h"
+#include "sag/torchscript_unet.h"
+
+namespace sag_sample {
+namespace {
+
+const char* short_name(torch::ScalarType dtype) {
+  return dtype == torch::kHalf ? "fp16" : dtype == torch::kBFloat16 ? "bf16" : "fp32";
+}
+
+std::shared_ptr<const sag::UNet> load_compiled(const std::string& path,
+                                               const UNetFileOptions& options) {
+  if (options.channels_last) {
+    throw UsageError(fmt::format(
+        "--channels-last: the layout of \"{}\" was chosen when it was compiled.", path));
+  }
+  auto unet = sag::AotiUNet::load(path, {.device = options.device});
+  if (options.dtype && *options.dtype != unet->dtype()) {
+    throw UsageError(fmt::format("--dtype {}: \"{}\" was compiled for another precision, {}.",
+                                 short_name(*options.dtype), path, c10::toString(unet->dtype())));
+  }
+  return unet;
+}
+
+}  // namespace
+
+std::shared_ptr<const sag::UNet> load_unet(const std::string& path,
+                                           const UNetFileOptions& options) {
+  if (sag::AotiUNet::is_package(path)) return load_compiled(path, options);
+  const auto fastest =
+      torch::cuda::is_available() ? torch::Device(torch::kCUDA, 0) : torch::Device(torch::kCPU);
+  return sag::TorchScriptUNet::load(path, {.device = options.device.value_or(fastest),
+                                           .dtype = options.dtype,
+                                           .channels_last = options.channels_last});
+}
+
+}  // namespace sag_sample

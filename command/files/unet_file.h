@@ -1,0 +1,26 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include <torch/types.h>
+
+#include "sag/unet.h"
+
+namespace sag_sample {
+
+/// What the user asks of a UNet's file. Nothing: what the file or the library chooses.
+struct UNetFileOptions {
+  std::optional<torch::Device> device = {};
+  std::optional<torch::ScalarType> dtype = {};
+  std::optional<bool> channels_last = {};
+};
+
+/// Loads a UNet: a compiled package (*.pt2), a folder of packages, or else a TorchScript archive.
+/// A compiled UNet runs where and how it was compiled to run; an archive runs on the first CUDA
+/// device if there is one. Throws UsageError when the options ask for what a compiled UNet cannot
+/// do, and what the library throws.
+std::shared_ptr<const sag::UNet> load_unet(const std::string& path, const UNetFileOptions& options);
+
+}  // namespace sag_sample

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "sag/conditioning.h"
+#include "settings.h"
+
+namespace sag_sample {
+
+/// One picture to draw.
+struct Picture {
+  /// Empty: none, or tensors are given in its place.
+  std::string prompt = {};
+  bool unconditional = false;
+  std::uint64_t seed = 0;
+  std::string label = {};
+};
+
+/// Pictures that are sampled together, as their conditioning has one form.
+struct Batch {
+  /// Their indices.
+  std::vector<std::size_t> pictures;
+  std::vector<std::uint64_t> seeds;
+  std::vector<sag::Conditioning> positive, negative;
+  double cfg = 1.0;
+  torch::Tensor noise;
+  /// Undefined: none.
+  torch::Tensor latent, mask, inpaint_noise;
+};
+
+/// All that goes into a run.
+struct Inputs {
+  std::vector<Picture> pictures;
+  std::vector<Batch> batches;
+  LatentSize size = {};
+  /// What the user should know of them.
+  std::vector<std::string> notes;
+};
+
+/// Decides which pictures to draw, with which seeds and labels. Equal prompts get consecutive
+/// seeds; a picture without a prompt and without a negative one is unconditional. `images` is how
+/// many there are when tensors are given in place of texts.
+std::vector<Picture> list_pictures(const PictureOptions& options, std::int64_t images);
+
+/// Reads the tensors, encodes the picture and the prompts and sorts the pictures into batches, on
+/// the device. Throws UsageError.
+Inputs read_inputs(const PictureOptions& options, const Network& network, double cfg,
+                   torch::Device device);
+
+}  // namespace sag_sample

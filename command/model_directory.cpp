@@ -1,0 +1,132 @@
+#include "model_directory.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "errors.h"
+#include "files/json_object.h"
+#include "guidances.h"
+#include "options.h"
+
+namespace sag_sample {
+namespace {
+
+namespace fs = std::filesystem;
+
+void choose(Choices& choices, const Option& option, const Given& given) {
+  option.check(given);
+  choices[option.id()] = given;
+}
+
+// The options of a group that model.json may have.
+void read_options(JsonObject& object, const OptionGroup& group, Choices& choices) {
+  for (const auto& option : group.options) {
+    if (option.in_model && !option.key.empty() && object.has(option.key)) {
+      choose(choices, option, object.given(option.key));
+    }
+  }
+}
+
+void read_network(JsonObject& root, Choices& choices) {
+  static_cast<void>(root.given("prediction"));
+  read_options(root, network_options(), choices);
+  read_options(root, noise_level_options(network_options().decide(choices).prediction), choices);
+}
+
+void read_sample(JsonObject sample, ModelDirectory& model) {
+  constexpr Range<std::int64_t> kMultiple = whole(1, 65536);
+  const auto& options = latent_size_options().options;
+  const auto shape =
+      sample.array("shape", options.size(), "three whole numbers: channels, height, width");
+  for (std::size_t i = 0; i < options.size(); ++i) choose(model.choices, options[i], shape[i]);
+  if (sample.has("multiple")) model.multiple = read_number(sample.given("multiple"), kMultiple);
+  sample.refuse_unknown_keys();
+  const auto size = latent_size_options().decide(model.choices);
+  if (size.height % model.multiple != 0 || size.width % model.multiple != 0) {
+    throw UsageError(
+        fmt::format("{} must be a height and width that are multiples of {}, got {} x {}.",
+                    shape.front().where, model.multiple, size.height, size.width));
+  }
+}
+
+// The name of a file or folder of the model: it must stay inside the directory, and be there.
+std::string read_file_name(JsonObject& files, const std::string& key,
+                           const std::string& directory) {
+  if (!files.has(key)) return {};
+  const auto given = files.given(key);
+  const fs::path name = read_text(given);
+  const bool escapes =
+      std::any_of(name.begin(), name.end(), [](const auto& part) { return part == ".."; });
+  if (name.is_absolute() || escapes) {
+    throw UsageError(
+        fmt::format("{} must be the name of a file inside the model directory, got {}.",
+                    given.where, given.shown));
+  }
+  const auto path = (fs::path(directory) / name).string();
+  std::error_code error;
+  const bool is_folder_of_packages = key == "unet" && fs::is_directory(path, error);
+  if (!fs::is_regular_file(path, error) && !is_folder_of_packages) {
+    throw UsageError(fmt::format(
+        "The model has no file \"{}\", which its model.json names as \"{}\".", path, key));
+  }
+  return path;
+}
+
+ModelFiles read_files(JsonObject files, const std::string& directory) {
+  static_cast<void>(files.given("unet"));
+  const ModelFiles found = {.unet = read_file_name(files, "unet", directory),
+                            .text_encoder = read_file_name(files, "text_encoder", directory),
+                            .decoder = read_file_name(files, "decoder", directory),
+                            .encoder = read_file_name(files, "encoder", directory)};
+  files.refuse_unknown_keys();
+  return found;
+}
+
+void read_defaults(JsonObject defaults, Choices& choices) {
+  read_options(defaults, sampling_options(), choices);
+  read_options(defaults, guider_options(), choices);
+  for (const auto& kind : guidance_kinds()) {
+    if (!defaults.has(kind.key)) continue;
+    auto object = defaults.object(kind.key);
+    read_options(object, *kind.options, choices);
+    object.refuse_unknown_keys();
+  }
+  defaults.refuse_unknown_keys();
+}
+
+nlohmann::json read_description(const std::string& path, const std::string& file) {
+  std::error_code error;
+  if (!fs::is_directory(path, error)) {
+    throw UsageError(fmt::format("--model: there is no directory \"{}\".", path));
+  }
+  return read_json_file(file, fmt::format("--model: the directory \"{}\" has no model.json that "
+                                          "can be read.",
+                                          path));
+}
+
+}  // namespace
+
+ModelDirectory read_model_directory(const std::string& path) {
+  constexpr Range<std::int64_t> kFormat = whole(1, 65536);
+  const std::string file = (fs::path(path) / "model.json").string();
+  const auto content = read_description(path, file);
+  JsonObject root(content, file);
+  if (const auto format = read_number(root.given("format"), kFormat); format != 1) {
+    throw UsageError(fmt::format("{} has format {}, but only format 1 is known.", file, format));
+  }
+  ModelDirectory model;
+  model.path = path;
+  model.name =
+      root.has("name") ? read_text(root.given("name")) : fs::path(path).filename().string();
+  read_network(root, model.choices);
+  read_sample(root.object("sample"), model);
+  model.files = read_files(root.object("files"), path);
+  if (root.has("defaults")) read_defaults(root.object("defaults"), model.choices);
+  root.refuse_unknown_keys();
+  return model;
+}
+
+}  // namespace sag_sample

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "given.h"
+
+namespace sag_sample {
+
+/// Paths of a model's files; empty: the model has no such file.
+struct ModelFiles {
+  std::string unet = {}, text_encoder = {}, decoder = {}, encoder = {};
+};
+
+/// A model directory: what its `model.json` says.
+///
+///     {"format": 1, "name": "emoji",
+///      "prediction": "edm", "sigma_data": 0.5, "sigma_min": 0.02, "sigma_max": 60.0,
+///      "sample": {"shape": [3, 64, 64], "multiple": 8},
+///      "site": "middle.0.0",
+///      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts", "decoder": "decoder.ts",
+///                "encoder": "encoder.ts"},
+///      "defaults": {"sampler": "euler", "schedule": "karras", "steps": 20, "cfg": 2.0,
+///                   "sag": {"scale": 1.0, "blur_sigma": 2.0}}}
+///
+/// "unet" is a TorchScript archive, a compiled package (*.pt2) or a folder of packages. "format",
+/// "prediction", "sample" and "files" with its "unet" must be there. The other keys are the options
+/// that options.cpp and guidances.cpp mark with `from_model`, under their keys: those of the
+/// network and of its noise levels at the top, those of sampling in "defaults", and those of each
+/// guidance in an object of its own there.
+struct ModelDirectory {
+  std::string path, name;
+  ModelFiles files;
+  /// Height and width of the latent must be multiples of it.
+  std::int64_t multiple = 1;
+  Choices choices;
+};
+
+/// Reads `model.json` in a directory and checks that the files it names are there. Throws
+/// UsageError, in one sentence, also for keys that it does not know and names that lead out of the
+/// directory.
+ModelDirectory read_model_directory(const std::string& path);
+
+}  // namespace sag_sample

@@ -1,0 +1,287 @@
+#include "options.h"
+
+#include <array>
+#include <charconv>
+#include <limits>
+#include <string_view>
+
+#include <fmt/format.h>
+#include <torch/cuda.h>
+
+#include "errors.h"
+#include "guidances.h"
+#include "sag/samplers.h"
+#include "sag/schedules.h"
+
+namespace sag_sample {
+namespace {
+
+constexpr const char* kModel = "Model (one of --model and --unet)";
+constexpr const char* kPictures = "Pictures (T is FILE or FILE:KEY, written by torch.save)";
+constexpr const char* kSampling = "Sampling";
+constexpr const char* kDevice = "Device";
+
+constexpr Range<std::int64_t> kSide = whole(1, 65536);
+
+torch::Device parse_device(const std::string& name) {
+  if (name == "cpu") return torch::kCPU;
+  int index = 0;
+  bool known = name == "cuda";
+  if (name.starts_with("cuda:")) {
+    const char* end = name.data() + name.size();
+    const auto [stop, error] = std::from_chars(name.data() + 5, end, index);
+    known = error == std::errc() && stop == end && index >= 0;
+  }
+  if (!known) throw UsageError(fmt::format("--device must be cpu, cuda or cuda:N, got {}.", name));
+  const auto devices = static_cast<int>(torch::cuda::device_count());
+  if (devices == 0) throw UsageError(fmt::format("--device {}: there is no CUDA device.", name));
+  if (index >= devices) {
+    throw UsageError(
+        fmt::format("--device {}: the last CUDA device is cuda:{}.", name, devices - 1));
+  }
+  return {torch::kCUDA, static_cast<torch::DeviceIndex>(index)};
+}
+
+Row<UNetFileOptions> device() {
+  return {{"--device", "", "cpu|cuda[:N]", "Where to compute"},
+          [](UNetFileOptions& o, const Given& given) { o.device = parse_device(read_text(given)); },
+          [](const UNetFileOptions&) { return Value(); }};
+}
+
+Row<UNetFileOptions> dtype() {
+  static constexpr std::array<std::string_view, 3> kNames = {"fp32", "fp16", "bf16"};
+  return choice<UNetFileOptions>(
+      "--dtype", "", kNames, "Precision of the UNet",
+      [](UNetFileOptions& o, const std::string& name) {
+        o.dtype = name == "fp16" ? torch::kHalf : name == "bf16" ? torch::kBFloat16 : torch::kFloat;
+      },
+      [](const UNetFileOptions&) { return Value(); });
+}
+
+Row<UNetFileOptions> channels_last() {
+  static constexpr std::array<std::string_view, 3> kNames = {"auto", "on", "off"};
+  return choice<UNetFileOptions>(
+      "--channels-last", "", kNames, "Layout of the UNet's convolutions",
+      [](UNetFileOptions& o, const std::string& name) {
+        o.channels_last = name == "auto" ? std::nullopt : std::optional(name == "on");
+      },
+      [](const UNetFileOptions&) { return Value("auto"); });
+}
+
+}  // namespace
+
+const OptionTable<SourceOptions>& source_options() {
+  using S = SourceOptions;
+  static const OptionTable<S> table(
+      kModel,
+      {text("--model", "model", &S::model, "DIR",
+            "Directory with model.json and the files that it names"),
+       text("--unet", "", &S::unet, "FILE",
+            "TorchScript UNet, compiled package (*.pt2) or folder of packages, to be used with "
+            "tensors"),
+       flag("--list-sites", "", &S::list_sites,
+            "Print the self-attentions of the UNet, and exit; with their sizes where the text "
+            "encoder or --cond tells how to run it")});
+  return table;
+}
+
+const OptionTable<NetworkOptions>& network_options() {
+  using N = NetworkOptions;
+  static const OptionTable<N> table(
+      kModel,
+      {choice("--prediction", "prediction", &N::prediction, sag::prediction_names(),
+              "What the UNet predicts. eps, v and x0 use Stable Diffusion's noise table")
+           .from_model(),
+       text("--site", "site", &N::site, "SITE",
+            "Self-attention to watch: middle, which is found, middle.0.0, a dotted path, or "
+            "#ordinal")
+           .from_model(),
+       number("", "latent_scale", &N::latent_scale, kPositive, "X",
+              "Latents are multiplied by it on entry and divided by it in the end")
+           .from_model()});
+  return table;
+}
+
+const OptionTable<sag::EdmSamplingOptions>& edm_options() {
+  using E = sag::EdmSamplingOptions;
+  static const OptionTable<E> table(
+      kModel,
+      {number("", "sigma_data", &E::sigma_data, kPositive, "X", "Spread of the data").from_model(),
+       number("--sigma-min", "sigma_min", &E::sigma_min, kPositive, "X",
+              "edm: lowest noise level of schedules")
+           .from_model(),
+       number("--sigma-max", "sigma_max", &E::sigma_max, kPositive, "X",
+              "edm: highest noise level of schedules")
+           .from_model()});
+  return table;
+}
+
+const OptionTable<sag::FlowSamplingOptions>& flow_options() {
+  using F = sag::FlowSamplingOptions;
+  static const OptionTable<F> table(kModel, {number("--shift", "shift", &F::shift, kPositive, "X",
+                                                    "flow: shift of the noise levels")
+                                                 .from_model(),
+                                             number("", "timestep_multiplier", &F::multiplier,
+                                                    kPositive, "X", "Timestep of noise level 1")
+                                                 .from_model()});
+  return table;
+}
+
+const OptionTable<sag::DiscreteSamplingOptions>& discrete_options() {
+  using D = sag::DiscreteSamplingOptions;
+  static const OptionTable<D> table(
+      kModel,
+      {number("", "beta_start", &D::beta_start, kPositive, "X", "First beta").from_model(),
+       number("", "beta_end", &D::beta_end, kPositive, "X", "Last beta").from_model(),
+       choice<D>(
+           "", "beta_schedule", sag::beta_schedule_names(), "How the betas rise",
+           [](D& d, const std::string& name) { d.beta_schedule = sag::parse_beta_schedule(name); },
+           [](const D& d) { return Value(std::string(sag::to_string(d.beta_schedule))); })
+           .from_model(),
+       number("", "timesteps", &D::timesteps, whole(1, 1000000), "N", "Entries of the noise table")
+           .from_model(),
+       flag("", "zero_terminal_snr", &D::zero_terminal_snr,
+            "Rescale the noise table so that it ends in pure noise")
+           .from_model()});
+  return table;
+}
+
+const OptionTable<LatentSize>& latent_size_options() {
+  using L = LatentSize;
+  static const OptionTable<L> table(
+      kPictures,
+      {number("--channels", "", &L::channels, kSide, "N", "Channels of the latent").from_model(),
+       number("--height", "", &L::height, kSide, "N",
+              "Height of the latent, in its cells (Stable Diffusion: pixels / 8)")
+           .from_model(),
+       number("--width", "", &L::width, kSide, "N", "Width, likewise").from_model()});
+  return table;
+}
+
+const OptionTable<PictureOptions>& picture_options() {
+  using P = PictureOptions;
+  constexpr Range<std::uint64_t> kSeed = {0, std::numeric_limits<std::uint64_t>::max()};
+  static const OptionTable<P> table(
+      kPictures,
+      {texts("--prompt", &P::prompts, "TEXT",
+             "Draw this; may be given several times. An empty text draws an unconditional picture"),
+       any_text("--negative", "negative", &P::negative, "TEXT",
+                "What the prompts are guided away from")
+           .by_default("an empty text"),
+       number("--unconditional", "", &P::unconditional, whole(0, 4096), "N",
+              "Draw N pictures of no prompt, with the seeds from --seed on"),
+       number("--batch", "", &P::batch, whole(1, 4096), "N",
+              "Pictures per prompt, each with the next seed; all depend on their own seed only")
+           .by_default("1"),
+       number("--seed", "", &P::seed, kSeed, "N",
+              "Seed of the first picture; the same noise on every device"),
+       text("--cond", "", &P::cond, "T", "Conditional context, [1 or images, tokens, width]"),
+       text("--uncond", "", &P::uncond, "T", "Unconditional context"),
+       text("--cond-y", "", &P::cond_y, "T", "Conditional vector (SDXL), [1 or images, features]"),
+       text("--uncond-y", "", &P::uncond_y, "T", "Unconditional vector"),
+       text("--noise", "", &P::noise, "T",
+            "Start noise, unit Gaussian, [images, channels, height, width]")
+           .by_default("from --seed"),
+       text("--latent", "", &P::latent, "T", "Start image, a clean latent"),
+       text("--image", "", &P::image, "FILE.png", "Start image, for models with an encoder"),
+       text("--mask", "", &P::mask, "T",
+            "Where to repaint --latent or --image: 1 = repaint, 0 = keep, per latent cell"),
+       text("--inpaint-noise", "", &P::inpaint_noise, "T", "Noise for what is kept")
+           .by_default("the start noise; ddim: of the next seed"),
+       text("--sigmas", "", &P::sigmas, "T",
+            "Noise levels, used as they are, the last 0 included, in place of a schedule")});
+  return table;
+}
+
+const OptionTable<sag::SampleOptions>& sampling_options() {
+  using S = sag::SampleOptions;
+  constexpr Range<double> kDenoise = {0.0, 1.0, "a number greater than 0 and at most 1", true};
+  static const OptionTable<S> table(
+      kSampling,
+      {listed_choice("--sampler", "sampler", &S::sampler, sag::sampler_names(),
+                     "Sampler; --sampler help lists them")
+           .from_model(),
+       listed_choice("--schedule", "schedule", &S::schedule, sag::schedule_names(),
+                     "Schedule of the noise levels; --schedule help lists them")
+           .from_model(),
+       number("--steps", "steps", &S::steps, whole(1, 10000), "N", "Steps").from_model(),
+       number("--denoise", "denoise", &S::denoise, kDenoise, "X",
+              "How much of --latent or --image to noise over, 1: all; --steps run from there"),
+       number("--eta", "eta", &S::eta, kShare, "X",
+              "Share of fresh noise in ancestral and SDE samplers, 0 ... 1"),
+       number("--s-noise", "s_noise", &S::s_noise, kNotNegative, "X", "Factor on fresh noise")});
+  return table;
+}
+
+const OptionTable<sag::CfgGuiderOptions>& guider_options() {
+  using G = sag::CfgGuiderOptions;
+  static const OptionTable<G> table(
+      kSampling,
+      {number("--cfg", "cfg", &G::cond_scale, kFinite, "X", "Scale of classifier-free guidance")
+           .from_model()
+           .and_by_default("; 1 without an unconditional prediction"),
+       number("--max-rows", "max_rows", &G::max_rows, whole(0, 65536), "N",
+              "At most N rows (a picture takes two with cfg) go through the UNet at a time; 0: no "
+              "limit")},
+      {.cond_scale = 7.5, .max_rows = 16});
+  return table;
+}
+
+const OptionTable<UNetFileOptions>& unet_options() {
+  static const OptionTable<UNetFileOptions> table(
+      kDevice, {device().by_default("cuda if there is one; a compiled UNet's own"),
+                dtype().by_default("fp32 on the CPU, the file's on CUDA; a compiled UNet's own"),
+                channels_last()});
+  return table;
+}
+
+const OptionTable<DeviceOptions>& device_options() {
+  using D = DeviceOptions;
+  static const OptionTable<D> table(
+      kDevice, {number("--threads", "", &D::threads, whole(1, 4096), "N", "CPU threads")
+                    .by_default("LibTorch's"),
+                flag("--no-cuda-graph", "", &D::no_cuda_graph,
+                     "Launch every kernel of the UNet instead of replaying CUDA graphs"),
+                flag("--tf32", "", &D::tf32, "Let CUDA round fp32 to TF32: faster, less exact")});
+  return table;
+}
+
+const OptionTable<OutputOptions>& output_options() {
+  using O = OutputOptions;
+  static const OptionTable<O> table(
+      "Output (at least one file)",
+      {text("--out", "", &O::out, "FILE.png", "The picture, or a sheet of the pictures"),
+       flag("--compare", "compare", &O::compare,
+            "Sample without guidance too and show unguided | guided | attention mask"),
+       number("--columns", "", &O::columns, whole(1, 64), "N", "Columns of the sheet")
+           .by_default("as it looks right"),
+       number("--zoom", "", &O::zoom, whole(1, 64), "N",
+              "Factor by which small pictures are enlarged")
+           .by_default("to 128 pixels or more; 1 for a single picture"),
+       text("--save-latent", "", &O::save_latent, "FILE",
+            "The final latents, one fp32 tensor for torch.load"),
+       text("--json", "", &O::json, "FILE", "Report of the run"),
+       flag("--quiet", "", &O::quiet, "Print nothing but errors")});
+  return table;
+}
+
+const OptionGroup& noise_level_options(const std::string& prediction) {
+  if (prediction == "edm") return edm_options();
+  if (prediction == "flow") return flow_options();
+  return discrete_options();
+}
+
+std::span<const OptionGroup* const> all_options() {
+  static const std::vector<const OptionGroup*> all = [] {
+    std::vector<const OptionGroup*> groups = {
+        &source_options(),      &network_options(),  &edm_options(),
+        &flow_options(),        &discrete_options(), &picture_options(),
+        &latent_size_options(), &sampling_options(), &guider_options()};
+    for (const auto& kind : guidance_kinds()) groups.push_back(kind.options);
+    groups.insert(groups.end(), {&unet_options(), &device_options(), &output_options()});
+    return groups;
+  }();
+  return all;
+}
+
+}  // namespace sag_sample

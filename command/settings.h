@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "guidances.h"
+#include "model_directory.h"
+#include "options.h"
+
+namespace sag_sample {
+
+/// What a run knows of its network.
+struct Network {
+  ModelFiles files = {};
+  /// Whether a model directory describes it.
+  bool has_directory = false;
+  std::string prediction = {}, site = {};
+  sag::ModelSampling noise_levels = sag::ModelSampling::discrete();
+  double latent_scale = 1.0;
+  /// Of the latent, where no tensor says otherwise.
+  LatentSize size = {};
+  /// How many channels a latent must have; nothing: as many as it has.
+  std::optional<std::int64_t> channels = {};
+  /// Height and width of the latent must be multiples of it.
+  std::int64_t multiple = 1;
+};
+
+/// Everything that a run needs to know, decided.
+struct Settings {
+  SourceOptions source;
+  Network network;
+  UNetFileOptions unet;
+  PictureOptions pictures;
+  sag::SampleOptions sampling;
+  sag::CfgGuiderOptions guider;
+  std::vector<Guidance> guidances;
+  DeviceOptions device;
+  OutputOptions output;
+};
+
+/// Decides the settings: the command line counts first, then the model directory (null: there is
+/// none), then the defaults. Throws UsageError.
+Settings decide_settings(const Choices& command_line, const ModelDirectory* directory);
+
+/// Throws UsageError, naming `what`, unless a latent of this size fits the network.
+void check_latent_size(const Network& network, const std::string& what, const LatentSize& size);
+
+}  // namespace sag_sample
