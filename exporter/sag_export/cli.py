@@ -8,12 +8,11 @@ import re
 import sys
 import warnings
 
-from sag_export import __version__
+from sag_export import DTYPES, PROGRAM, __version__
 from sag_export.description import CONSTANTS
 from sag_export.mistake import Mistake
 from sag_export.needs import needed_packages
 
-PROGRAM = "sag-export"
 DESCRIPTION = """\
 Writes a model directory for sag-sample --model: the UNet, and what prompts and pictures need. From
 then on no Python is needed.
@@ -40,7 +39,6 @@ EPILOG = """examples:
 
 docs/models.md in sag's repository is the guide.
 """
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def numbers(count, what):

@@ -5,9 +5,8 @@ import time
 
 import torch
 
-from sag_export import compiled, description, torchscript
+from sag_export import DTYPES, PROGRAM, compiled, description, torchscript
 from sag_export import sites as sites_of
-from sag_export.cli import DTYPES, PROGRAM
 from sag_export.mistake import Mistake
 from sag_export.model_folder import new_folder
 from sag_export.package import bounds
