@@ -356,7 +356,9 @@ TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
       EXPECT_EQ(step["evaluations"], guided ? 2 : 1);
       EXPECT_EQ(step["masked"].is_number(), guided);
       ASSERT_EQ(step["guidances"].size(), guided ? 1u : 0u);
-      if (guided) EXPECT_EQ(step["guidances"][0]["guidance"], "self_attention_guidance");
+      if (guided) {
+        EXPECT_EQ(step["guidances"][0]["guidance"], "self_attention_guidance");
+      }
     }
   }
 }
