@@ -305,7 +305,8 @@ TEST_F(SampleCommand, ListsTheSites) {
   EXPECT_THAT(finished.out, HasSubstr("middle.0.0"));
   EXPECT_THAT(finished.out, HasSubstr("#6"));
   EXPECT_THAT(finished.out, HasSubstr("middle_block.1.transformer_blocks.0.attn1"));
-  EXPECT_THAT(finished.out, HasSubstr("did not run: The file's argument \"context\" must be given"));
+  EXPECT_THAT(finished.out,
+              HasSubstr("did not run: The file's argument \"context\" must be given"));
 }
 
 TEST_F(SampleCommand, ListsTheSizesOfTheSites) {
@@ -356,7 +357,9 @@ TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
       EXPECT_EQ(step["evaluations"], guided ? 2 : 1);
       EXPECT_EQ(step["masked"].is_number(), guided);
       ASSERT_EQ(step["guidances"].size(), guided ? 1u : 0u);
-      if (guided) EXPECT_EQ(step["guidances"][0]["guidance"], "self_attention_guidance");
+      if (guided) {
+        EXPECT_EQ(step["guidances"][0]["guidance"], "self_attention_guidance");
+      }
     }
   }
 }
