@@ -34,8 +34,9 @@ sag::ModelPatcher shuffle_tokens(const sag::ModelPatcher& model, const sag::Atte
   // Not capturable: the orders come from the host.
   patched.set_attn1_replace(
       [](const sag::AttentionCall& call, const sag::Pass& pass, const sag::NextAttention& next) {
-        if (call.probabilities.defined())
+        if (call.probabilities.defined()) {
           throw UsageError("--sag-shuffle needs a model that calls scaled_dot_product_attention.");
+        }
         if (pass.groups.empty()) return next(call);
         const auto orders = random_orders(pass, call.q.size(-2), call.q.device());
         auto shuffled = call;

@@ -305,7 +305,8 @@ TEST_F(SampleCommand, ListsTheSites) {
   EXPECT_THAT(finished.out, HasSubstr("middle.0.0"));
   EXPECT_THAT(finished.out, HasSubstr("#6"));
   EXPECT_THAT(finished.out, HasSubstr("middle_block.1.transformer_blocks.0.attn1"));
-  EXPECT_THAT(finished.out, HasSubstr("did not run: The file's argument \"context\" must be given"));
+  EXPECT_THAT(finished.out,
+              HasSubstr("did not run: The file's argument \"context\" must be given"));
 }
 
 TEST_F(SampleCommand, ListsTheSizesOfTheSites) {

@@ -35,8 +35,9 @@ class SamplePackages : public testing::Test {
     }
   }
   ~SamplePackages() override {
-    for (const auto& entry : std::vector<fs::path>(fs::directory_iterator(directory_), {}))
+    for (const auto& entry : std::vector<fs::path>(fs::directory_iterator(directory_), {})) {
       fs::remove(entry);
+    }
     fs::remove(directory_);
   }
 

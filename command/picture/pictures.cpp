@@ -52,8 +52,9 @@ std::vector<std::vector<float>> to_heat(const torch::Tensor& heat, int width, in
   std::vector<std::vector<float>> maps;
   const auto* value = resized.const_data_ptr<float>();
   const auto count = static_cast<std::size_t>(width) * static_cast<std::size_t>(height);
-  for (std::int64_t i = 0; i < resized.size(0); ++i, value += count)
+  for (std::int64_t i = 0; i < resized.size(0); ++i, value += count) {
     maps.emplace_back(value, value + count);
+  }
   return maps;
 }
 

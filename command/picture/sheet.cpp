@@ -218,8 +218,9 @@ Plane enlarge_axis(const Plane& from, int count, int line_step, int length, int 
       for (int k = 0; k < 4; ++k) {
         const int sample = std::clamp(base - 1 + k, 0, length - 1);
         const auto& source = from[static_cast<std::size_t>(line * line_step + sample * stride)];
-        for (std::size_t c = 0; c < 3; ++c)
+        for (std::size_t c = 0; c < 3; ++c) {
           value[c] += weights[static_cast<std::size_t>(k)] * source[c];
+        }
       }
     }
   }
@@ -276,10 +277,11 @@ Image draw_sheet(const Sheet& sheet, const SheetOptions& options) {
   const int legend = legend_width(layout, sheet.legend);
   if (legend > 0) draw_legend(image, y, layout, sheet.legend);
   int room = layout.width - 2 * kMargin;
-  if (footer_lines(layout, sheet) == 2)
+  if (footer_lines(layout, sheet) == 2) {
     y -= kLegendGap + text_height(kFooter);
-  else if (legend > 0)
+  } else if (legend > 0) {
     room -= legend + kFooterGap;
+  }
   draw_text(image, kMargin, y, shorten_text(sheet.footer, room, kFooter), kFooter);
   return image;
 }
