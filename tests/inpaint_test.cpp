@@ -92,8 +92,9 @@ TEST_P(InpaintModel, RefusesShapesThatDoNotFit) {
   EXPECT_THROW(with(latent[0], noise[0], half_mask())(), c10::ValueError);
   EXPECT_THROW(with({}, noise, half_mask())(), c10::ValueError);
   const auto inpaint = inpaint_model(model, sampling(), latent, noise, half_mask());
-  EXPECT_THAT([&] { inpaint(x.slice(0, 0, 1), 0.5); },
-              ThrowsMessage<c10::ValueError>(HasSubstr("x must have the shape of latent, [2, 4, 6, 8]")));
+  EXPECT_THAT(
+      [&] { inpaint(x.slice(0, 0, 1), 0.5); },
+      ThrowsMessage<c10::ValueError>(HasSubstr("x must have the shape of latent, [2, 4, 6, 8]")));
 }
 
 TEST_P(InpaintModel, RefusesIntegers) {
