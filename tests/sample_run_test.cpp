@@ -195,7 +195,8 @@ TEST(Sample, SaysWhatIsWrongInItsOwnName) {
   refuses(kNoise, {.schedule = "karas"}, "got \"karas\"");
   refuses(kNoise, {.steps = 0}, "got 0");
   refuses(kNoise, {.sigmas = {1, 2}}, "sigmas must fall strictly");
-  refuses(kNoise, {.latent = kNoise.slice(3, 1)}, "[sample] latent must have the shape of noise, [2, 4, 16, 24]");
+  refuses(kNoise, {.latent = kNoise.slice(3, 1)},
+          "[sample] latent must have the shape of noise, [2, 4, 16, 24]");
   EXPECT_THROW(sample(guider, kNoise.to(torch::kLong)), c10::TypeError);
 }
 
