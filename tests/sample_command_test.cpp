@@ -1,6 +1,5 @@
 // The command sag-sample as its users run it: arguments in, files and exit codes out.
 #include <sys/wait.h>
-#include <unistd.h>
 
 #include <csignal>
 #include <cstdlib>
@@ -19,53 +18,31 @@
 #include "files/tensor_file.h"
 #include "picture/pictures.h"
 #include "picture/png_file.h"
+#include "support/files.h"
 
 namespace sag_sample {
 namespace {
 
 namespace fs = std::filesystem;
+using sag::test::kGoldenDir;
+using sag::test::read_bytes;
 using testing::ContainsRegex;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::Not;
-
-const std::string kGolden = SAG_SOURCE_DIR "/tests/golden/";
 
 struct Finished {
   int code = 0;
   std::string out, err;
 };
 
-std::string read(const std::string& file) {
-  std::ifstream stream(file, std::ios::binary);
-  return {std::istreambuf_iterator<char>(stream), {}};
-}
-
 std::string quoted(const std::string& argument) {
   return "'" + argument + "'";
 }
 
-// Not fs::remove_all: LibTorch's wheel exports one of its own, which crashes.
-void remove_tree(const fs::path& path) {
-  if (fs::is_directory(fs::symlink_status(path))) {
-    const std::vector<fs::path> entries(fs::directory_iterator(path), {});
-    for (const auto& entry : entries) remove_tree(entry);
-  }
-  fs::remove(path);
-}
-
 class SampleCommand : public testing::Test {
  protected:
-  SampleCommand() {
-    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
-    directory_ =
-        fs::path(testing::TempDir()) / fmt::format("sag_command_{}_{}", ::getpid(), test->line());
-    remove_tree(directory_);
-    fs::create_directories(directory_);
-  }
-  ~SampleCommand() override { remove_tree(directory_); }
-
-  std::string path(const std::string& name) const { return (directory_ / name).string(); }
+  std::string path(const std::string& name) const { return folder_.path(name); }
 
   /// Runs the command on the CPU, on one thread: tests run side by side.
   Finished run(const std::vector<std::string>& arguments) const {
@@ -73,8 +50,8 @@ class SampleCommand : public testing::Test {
     for (const auto& argument : arguments) line += ' ' + quoted(argument);
     line += " --device cpu --threads 1 >" + quoted(path("stdout")) + " 2>" + quoted(path("stderr"));
     const int status = std::system(line.c_str());
-    Finished finished = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read(path("stdout")),
-                         read(path("stderr"))};
+    Finished finished = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_bytes(path("stdout")),
+                         read_bytes(path("stderr"))};
     fs::remove(path("stdout"));
     fs::remove(path("stderr"));
     return finished;
@@ -92,13 +69,13 @@ class SampleCommand : public testing::Test {
 
   /// The arguments that draw a case's pictures, without the model and guidance's own.
   static std::vector<std::string> golden_tensors(const std::string& run) {
-    const std::string file = kGolden + "runs/" + run + ".pt:";
+    const std::string file = kGoldenDir + "runs/" + run + ".pt:";
     return {"--cond",        file + "cond", "--uncond",     file + "uncond", "--sigmas",
             file + "sigmas", "--noise",     file + "noise", "--quiet"};
   }
   static std::vector<std::string> golden(const std::string& unet, const std::string& run) {
     auto arguments = golden_tensors(run);
-    arguments.insert(arguments.end(), {"--unet", kGolden + unet});
+    arguments.insert(arguments.end(), {"--unet", kGoldenDir + unet});
     return arguments;
   }
 
@@ -106,7 +83,7 @@ class SampleCommand : public testing::Test {
   std::string make_golden_model(const nlohmann::json& run) const {
     const std::string directory = path("golden");
     fs::create_directories(directory);
-    fs::create_symlink(kGolden + run["unet"].get<std::string>(), directory + "/unet.ts");
+    fs::create_symlink(kGoldenDir + run["unet"].get<std::string>(), directory + "/unet.ts");
     nlohmann::json model = {{"format", 1},
                             {"prediction", run["prediction"]},
                             {"latent_scale", run["latent_scale_factor"]},
@@ -132,10 +109,10 @@ class SampleCommand : public testing::Test {
     if (run["prediction"] == "flow" || run["latent_scale_factor"] != 1.0) {
       add("--model", make_golden_model(run));
     } else {
-      add("--unet", kGolden + run["unet"].get<std::string>());
+      add("--unet", kGoldenDir + run["unet"].get<std::string>());
       add("--prediction", run["prediction"]);
     }
-    const auto file = kGolden + run["file"].get<std::string>();
+    const auto file = kGoldenDir + run["file"].get<std::string>();
     const auto tensors = run["tensors"].get<std::set<std::string>>();
     for (const auto& [key, option] :
          {std::pair{"y_cond", "--cond-y"}, std::pair{"y_uncond", "--uncond-y"},
@@ -163,7 +140,7 @@ class SampleCommand : public testing::Test {
   std::string make_model() const {
     const std::string directory = path("model");
     fs::create_directories(directory);
-    fs::copy_file(kGolden + "comfy_sd15_tiny.ts", directory + "/unet.ts");
+    fs::copy_file(kGoldenDir + "comfy_sd15_tiny.ts", directory + "/unet.ts");
     torch::jit::Module encoder("TextEncoder");
     encoder.register_buffer("scale", torch::full({1}, 0.1));
     encoder.define(R"(
@@ -214,7 +191,7 @@ def forward(self, picture):
   std::string make_sdxl_model() const {
     const std::string directory = path("sdxl");
     fs::create_directories(directory);
-    fs::copy_file(kGolden + "comfy_sdxl_tiny.ts", directory + "/unet.ts");
+    fs::copy_file(kGoldenDir + "comfy_sdxl_tiny.ts", directory + "/unet.ts");
     torch::jit::Module encoder("TextEncoder");
     encoder.register_buffer("rows", torch::arange(10));
     encoder.register_parameter(
@@ -237,7 +214,7 @@ def cut(self, text: str) -> str:
   }
 
   std::string save(const std::string& name, const torch::Tensor& tensor) const {
-    std::ofstream(path(name), std::ios::binary) << tensor_file_bytes(tensor);
+    folder_.write(name, tensor_file_bytes(tensor));
     return path(name);
   }
 
@@ -249,25 +226,25 @@ def cut(self, text: str) -> str:
                           static_cast<std::uint8_t>((x * y) % 256)};
       }
     }
-    std::ofstream(path(name), std::ios::binary) << encode_png(image);
+    folder_.write(name, encode_png(image));
     return path(name);
   }
 
-  Image picture(const std::string& name) const { return decode_png(read(path(name))); }
+  Image picture(const std::string& name) const { return decode_png(read_bytes(path(name))); }
   torch::Tensor latent(const std::string& name) const { return read_tensor("latent", path(name)); }
   nlohmann::json report(const std::string& name) const {
-    return nlohmann::json::parse(read(path(name)));
+    return nlohmann::json::parse(read_bytes(path(name)));
   }
 
  private:
-  fs::path directory_;
+  sag::test::TemporaryFolder folder_;
 };
 
 class SampleGolden : public SampleCommand, public testing::WithParamInterface<const char*> {};
 
 // Runs of the references, from their tensors alone.
 TEST_P(SampleGolden, RepeatsAReferenceRun) {
-  const auto index = nlohmann::json::parse(std::ifstream(kGolden + "index.json"));
+  const auto index = nlohmann::json::parse(std::ifstream(kGoldenDir + "index.json"));
   const auto& runs = index["comfyui_runs"];
   const auto found = std::find_if(runs.begin(), runs.end(),
                                   [](const auto& run) { return run["id"] == GetParam(); });
@@ -278,7 +255,7 @@ TEST_P(SampleGolden, RepeatsAReferenceRun) {
   ASSERT_EQ(finished.code, 0) << finished.err;
   EXPECT_THAT(finished.out + finished.err, IsEmpty()) << "--quiet";
   const auto got = read_tensor("got", path("latent.pt"));
-  const auto wanted = read_tensor("wanted", kGolden + (*found)["file"].get<std::string>() + ":" +
+  const auto wanted = read_tensor("wanted", kGoldenDir + (*found)["file"].get<std::string>() + ":" +
                                                 (*found)["samples"].get<std::string>());
   ASSERT_EQ(got.sizes(), wanted.sizes());
   EXPECT_LE((got - wanted).abs().max().item<double>(), 2e-5 * wanted.abs().max().item<double>());
@@ -300,7 +277,7 @@ INSTANTIATE_TEST_SUITE_P(
     });
 
 TEST_F(SampleCommand, ListsTheSites) {
-  const auto finished = run({"--unet", kGolden + "comfy_sd15_tiny.ts", "--list-sites"});
+  const auto finished = run({"--unet", kGoldenDir + "comfy_sd15_tiny.ts", "--list-sites"});
   EXPECT_EQ(finished.code, 0) << finished.err;
   EXPECT_THAT(finished.out, HasSubstr("middle.0.0"));
   EXPECT_THAT(finished.out, HasSubstr("#6"));
@@ -310,8 +287,8 @@ TEST_F(SampleCommand, ListsTheSites) {
 }
 
 TEST_F(SampleCommand, ListsTheSizesOfTheSites) {
-  const auto cond = kGolden + "runs/eps_euler_normal.pt:cond";
-  const auto finished = run({"--unet", kGolden + "comfy_sd15_tiny.ts", "--list-sites", "--cond",
+  const auto cond = kGoldenDir + "runs/eps_euler_normal.pt:cond";
+  const auto finished = run({"--unet", kGoldenDir + "comfy_sd15_tiny.ts", "--list-sites", "--cond",
                              cond, "--height", "16", "--width", "24"});
   EXPECT_EQ(finished.code, 0) << finished.err;
   EXPECT_THAT(finished.out,
@@ -467,7 +444,7 @@ TEST_F(SampleCommand, StartsFromAPicture) {
   const auto png = save_png("photo.png", 48, 32);
   const auto got = draw({"--image", png}, "picture.pt");
   EXPECT_THAT(got.sizes(), testing::ElementsAre(2, 4, 16, 24));
-  const auto cells = torch::avg_pool2d(from_image(decode_png(read(png))), {2, 2});
+  const auto cells = torch::avg_pool2d(from_image(decode_png(read_bytes(png))), {2, 2});
   const auto clean = save("clean.pt", torch::cat({cells, cells.slice(1, 0, 1)}, 1));
   EXPECT_TRUE(got.equal(draw({"--latent", clean}, "latent.pt")));
   EXPECT_FALSE(got.equal(
@@ -475,12 +452,12 @@ TEST_F(SampleCommand, StartsFromAPicture) {
 }
 
 TEST_F(SampleCommand, PicturesOfModelsWithoutLatentsAreUsedAsTheyAre) {
-  const std::string model = SAG_SOURCE_DIR "/models/emoji";
+  const std::string model = sag::test::kModelDir;
   const auto png = save_png("photo.png", 32, 24);
   const auto finished = run({"--model", model, "--prompt", "cat", "--image", png, "--denoise",
                              "0.01", "--steps", "1", "--save-latent", path("latent.pt")});
   ASSERT_EQ(finished.code, 0) << finished.err;
-  const auto expected = from_image(decode_png(read(png)));
+  const auto expected = from_image(decode_png(read_bytes(png)));
   EXPECT_LE((latent("latent.pt") - expected).abs().mean().item<double>(), 0.2);
 }
 
@@ -506,7 +483,7 @@ TEST_F(SampleCommand, PicturesMustFitTheModel) {
                            "--save-latent", path("latent.pt")}),
               HasSubstr("--image needs a model with an encoder"));
   // A header that promises 65536 x 65536 pixels.
-  auto bytes = read(good);
+  auto bytes = read_bytes(good);
   bytes.replace(16, 8, std::string("\0\1\0\0\0\1\0\0", 8));
   std::ofstream(path("huge.png"), std::ios::binary) << bytes;
   EXPECT_THAT(sentence(1, with(path("huge.png"))), HasSubstr("is not a picture that can be used"));
@@ -554,12 +531,12 @@ TEST_F(SampleCommand, MistakesAreOneSentence) {
   sentence(1, {});
   sentence(1, {"--model", path("nowhere"), "--prompt", "x", "--out", out});
   sentence(1, {"--unet", path("nowhere.ts"), "--out", out});
-  sentence(1, {"--unet", kGolden + "toy.json", "--save-latent", out});
-  sentence(1, {"--unet", kGolden + "unet_io.pt", "--save-latent", out});
+  sentence(1, {"--unet", kGoldenDir + "toy.json", "--save-latent", out});
+  sentence(1, {"--unet", kGoldenDir + "unet_io.pt", "--save-latent", out});
   sentence(1, {"--model", model, "--prompt", "x", "--out", path("nowhere/out.png")});
   sentence(1, {"--model", model, "--prompt", "x", "--out", out, "--width", "20"});
   sentence(1, {"--model", model, "--prompt", "x", "--out", out, "--noise",
-               kGolden + "runs/eps_euler_normal.pt:cond"});
+               kGoldenDir + "runs/eps_euler_normal.pt:cond"});
   EXPECT_FALSE(fs::exists(out));
 
   const auto no_site =
@@ -602,11 +579,11 @@ TEST_F(SampleCommand, TensorsMustFitTheirPlace) {
 }
 
 TEST_F(SampleCommand, SaysWhatARunDoesThatMayNotBeMeant) {
-  const std::string file = kGolden + "runs/eps_euler_normal.pt:";
+  const std::string file = kGoldenDir + "runs/eps_euler_normal.pt:";
   const std::vector<std::string> start = {"--latent",
                                           save("start.pt", torch::zeros({1, 4, 16, 16}))};
   const auto notes = [&](std::vector<std::string> more) {
-    const std::vector<std::string> common = {"--unet",  kGolden + "comfy_sd15_tiny.ts",
+    const std::vector<std::string> common = {"--unet",  kGoldenDir + "comfy_sd15_tiny.ts",
                                              "--cond",  file + "cond",
                                              "--steps", "1",
                                              "--json",  path("report.json")};
@@ -646,7 +623,7 @@ TEST_F(SampleCommand, AnInterruptedRunLeavesNothingBehind) {
   const int status = std::system(line.c_str());
   ASSERT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), 2);
-  EXPECT_THAT(read(path("stderr")),
+  EXPECT_THAT(read_bytes(path("stderr")),
               testing::EndsWith("\nsag-sample: stopping after this evaluation; once more stops at "
                                 "once\nsag-sample: Interrupted; nothing was written.\n"));
   EXPECT_FALSE(fs::exists(path("out.png")));

@@ -1,6 +1,5 @@
 // The files that sag-sample reads and writes: model directories, tensors, outputs.
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 
 #include <caffe2/serialize/inline_container.h>
@@ -16,55 +15,33 @@
 #include "files/tensor_file.h"
 #include "model_directory.h"
 #include "options.h"
+#include "support/files.h"
 
 namespace sag_sample {
 namespace {
 
 namespace fs = std::filesystem;
+using sag::test::read_bytes;
 using testing::HasSubstr;
 using testing::Not;
 
-// Not fs::remove_all: LibTorch's wheel exports one of its own, which crashes.
-void remove_tree(const fs::path& path) {
-  if (fs::is_directory(fs::symlink_status(path))) {
-    const std::vector<fs::path> entries(fs::directory_iterator(path), {});
-    for (const auto& entry : entries) remove_tree(entry);
-  }
-  fs::remove(path);
-}
-
 class SampleFiles : public testing::Test {
  protected:
-  SampleFiles() {
-    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
-    directory_ =
-        fs::path(testing::TempDir()) / fmt::format("sag_files_{}_{}", ::getpid(), test->name());
-    remove_tree(directory_);
-    fs::create_directories(directory_);
-  }
-  ~SampleFiles() override { remove_tree(directory_); }
-
-  std::string path(const std::string& name) const { return (directory_ / name).string(); }
+  std::string path(const std::string& name) const { return folder_.path(name); }
 
   std::string write(const std::string& name, const std::string& content) const {
-    std::ofstream(path(name), std::ios::binary) << content;
-    return path(name);
-  }
-
-  static std::string read(const std::string& file) {
-    std::ifstream stream(file, std::ios::binary);
-    return {std::istreambuf_iterator<char>(stream), {}};
+    return folder_.write(name, content);
   }
 
   std::size_t count_files() const {
-    return static_cast<std::size_t>(std::distance(fs::directory_iterator(directory_), {}));
+    return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder_.path()), {}));
   }
 
   // What reading a model directory with this model.json says.
   std::string mistake(const std::string& json) const {
     write("model.json", json);
     try {
-      read_model_directory(directory_.string());
+      read_model_directory(folder_.path());
     } catch (const UsageError& error) {
       return error.what();
     }
@@ -72,7 +49,7 @@ class SampleFiles : public testing::Test {
   }
 
  private:
-  fs::path directory_;
+  sag::test::TemporaryFolder folder_;
 };
 
 constexpr const char* kModel = R"({"format": 1, "name": "emoji", "prediction": "edm",
@@ -203,7 +180,7 @@ TEST_F(SampleFiles, TensorsComeBackAsSaved) {
 }
 
 TEST_F(SampleFiles, TensorsOfADictAreNamed) {
-  const std::string file = SAG_SOURCE_DIR "/tests/golden/runs/eps_euler_normal.pt";
+  const std::string file = sag::test::kGoldenDir + "runs/eps_euler_normal.pt";
   EXPECT_THAT(read_tensor("--noise", file + ":noise").sizes(), testing::ElementsAre(1, 4, 16, 16));
   try {
     read_tensor("--noise", file);
@@ -327,7 +304,7 @@ TEST_F(SampleFiles, OldFilesGetTheCommandThatSavesThemAnew) {
     EXPECT_THAT(error.what(), HasSubstr("python3 -c"));
   }
   try {
-    read_tensor("--cond", SAG_SOURCE_DIR "/tests/golden/comfy_sd15_tiny.ts");
+    read_tensor("--cond", sag::test::kGoldenDir + "comfy_sd15_tiny.ts");
     FAIL();
   } catch (const UsageError& error) {
     EXPECT_THAT(error.what(), HasSubstr("is a TorchScript model, not tensors"));
@@ -339,14 +316,14 @@ TEST_F(SampleFiles, OutputsAppearWholeOrNotAtAll) {
   {
     OutputFile output("--out", file);
     output.write("half");
-    EXPECT_EQ(read(file), "before");
+    EXPECT_EQ(read_bytes(file), "before");
   }
-  EXPECT_EQ(read(file), "before");
+  EXPECT_EQ(read_bytes(file), "before");
   EXPECT_EQ(count_files(), 1u) << "no temporary file stays";
   OutputFile output("--out", file);
   output.write("after");
   output.commit();
-  EXPECT_EQ(read(file), "after");
+  EXPECT_EQ(read_bytes(file), "after");
   EXPECT_EQ(count_files(), 1u);
 }
 
@@ -366,7 +343,7 @@ TEST_F(SampleFiles, OutputsFollowLinksAndLeaveDevicesAlone) {
   link.write("after");
   link.commit();
   EXPECT_TRUE(fs::is_symlink(path("link.png")));
-  EXPECT_EQ(read(file), "after");
+  EXPECT_EQ(read_bytes(file), "after");
 
   OutputFile null("--out", "/dev/null");
   null.write("x");

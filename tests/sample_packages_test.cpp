@@ -1,5 +1,4 @@
 // The command sag-sample with compiled UNets. The packages are written by aoti_fixture.py.
-#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -13,6 +12,7 @@
 #include "command_line.h"
 #include "errors.h"
 #include "files/tensor_file.h"
+#include "support/files.h"
 
 namespace sag_sample {
 namespace {
@@ -26,24 +26,17 @@ const std::string kPackages = SAG_PACKAGES "/";
 
 class SamplePackages : public testing::Test {
  protected:
-  SamplePackages() : directory_(fs::path(testing::TempDir()) / c10::str("sag_pt2_", ::getpid())) {
-    fs::create_directory(directory_);
+  SamplePackages() {
     for (const int seed : {1, 2}) {
       torch::manual_seed(seed);
       save(c10::str("cond", seed), torch::randn({1, 3, 6}));
       save(c10::str("y", seed), torch::randn({1, 5}));
     }
   }
-  ~SamplePackages() override {
-    for (const auto& entry : std::vector<fs::path>(fs::directory_iterator(directory_), {})) {
-      fs::remove(entry);
-    }
-    fs::remove(directory_);
-  }
 
-  std::string path(const std::string& name) const { return (directory_ / name).string(); }
+  std::string path(const std::string& name) const { return folder_.path(name); }
   void save(const std::string& name, const torch::Tensor& t) const {
-    std::ofstream(path(name), std::ios::binary) << tensor_file_bytes(t);
+    folder_.write(name, tensor_file_bytes(t));
   }
 
   static std::string run(std::vector<std::string> arguments) {
@@ -68,7 +61,7 @@ class SamplePackages : public testing::Test {
   }
 
  private:
-  fs::path directory_;
+  sag::test::TemporaryFolder folder_;
 };
 
 TEST_F(SamplePackages, GiveTheLatentsOfTheTorchScriptFile) {
