@@ -104,7 +104,8 @@ bool list_names(const std::vector<std::string>& arguments, std::ostream& out) {
 std::vector<std::string> for_cli11(const std::vector<std::string>& arguments) {
   std::vector<std::string> reversed;
   for (auto argument = arguments.rbegin(); argument != arguments.rend(); ++argument) {
-    const bool empty_value = argument->starts_with("--") && argument->ends_with('=');
+    const bool empty_value =
+        argument->starts_with("--") && argument->find('=') == argument->size() - 1;
     if (empty_value) reversed.emplace_back();
     reversed.push_back(empty_value ? argument->substr(0, argument->size() - 1) : *argument);
   }

@@ -100,6 +100,33 @@ TEST(DecideSites, ProbesWhereNamesDoNotTell) {
   EXPECT_EQ(named.report().sites.front().reason, "it was named");
 }
 
+// Where SAG has nothing to do it costs nothing, and a choice that stays open hurts nobody.
+TEST(DecideSites, WaitsForAHookThatIsActive) {
+  const auto equal = std::make_shared<test::ManySitesUNet>(std::vector<std::string>{"a", "b", "c"});
+  const auto x = test::fill({1, 4, 16, 24}, .7, .3, 1);
+  for (const SelfAttentionGuidanceOptions& idle :
+       {SelfAttentionGuidanceOptions{.scale = 0}, SelfAttentionGuidanceOptions{.sigma_end = 1e6}}) {
+    CfgGuider guider(apply_self_attention_guidance({equal, ModelSampling::discrete()}, idle),
+                     {test::toy_prompt(1)}, {test::toy_prompt(-1)}, {.cond_scale = 3});
+    guider(x, 4);
+    EXPECT_EQ(guider.report().unet_calls(), 1);
+    EXPECT_EQ(guider.report().unet_rows(), 2);
+  }
+}
+
+TEST(DecideSites, SaysWhatTheConditioningMustBe) {
+  const auto unet = std::make_shared<test::ManySitesUNet>(std::vector<std::string>{"a", "b"});
+  auto prompt = test::toy_prompt(1);
+  prompt.extra["size"] = torch::tensor(1.0);
+  CfgGuider guider(apply_self_attention_guidance({unet, ModelSampling::discrete()}), {prompt},
+                   {test::toy_prompt(-1)}, {.cond_scale = 3});
+  EXPECT_THAT(
+      [&] {
+        guider(test::fill({1, 4, 16, 24}, .7, .3, 1), 4);
+      },
+      testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("\"size\"")));
+}
+
 TEST(DecideSites, RefusesToGuess) {
   const auto equal = std::make_shared<test::ManySitesUNet>(std::vector<std::string>{"a", "b", "c"});
   CfgGuider guider(apply_self_attention_guidance({equal, ModelSampling::discrete()}),

@@ -91,9 +91,9 @@ TEST(SampleOptions, ReadsNegativeNumbersAndInfinity) {
 }
 
 TEST(SampleOptions, KeepsEveryPromptAlsoEmptyOnes) {
-  const auto pictures =
-      pictures_of({"--prompt", "red heart", "--prompt", "", "--prompt=", "--prompt", "-x"});
-  EXPECT_THAT(pictures.prompts, ElementsAre("red heart", "", "", "-x"));
+  const auto pictures = pictures_of(
+      {"--prompt", "red heart", "--prompt", "", "--prompt=", "--prompt=a=", "--prompt", "-x"});
+  EXPECT_THAT(pictures.prompts, ElementsAre("red heart", "", "", "a=", "-x"));
 }
 
 TEST(SampleOptions, LaterValuesReplaceEarlierOnes) {

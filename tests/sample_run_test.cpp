@@ -109,6 +109,18 @@ TEST(Sample, LeavesOutTheLastSigmaButOneWhereComfyUiDoes) {
             get_sigmas("karras", sampling, 8));
 }
 
+TEST(Sample, ReturnsTheDtypeOfTheNoise) {
+  auto guider = toy_guider(toy_model());
+  const auto latent = kNoise.to(torch::kDouble);
+  const auto with = [&](torch::ScalarType dtype) {
+    return sample(guider, kNoise.to(dtype), {.steps = 2, .denoise = .5, .latent = latent})
+        .scalar_type();
+  };
+  EXPECT_EQ(with(torch::kFloat), torch::kFloat);
+  EXPECT_EQ(with(torch::kDouble), torch::kDouble);
+  EXPECT_EQ(with(torch::kHalf), torch::kFloat);
+}
+
 TEST(Sample, StartsLaterFromALatent) {
   auto guider = toy_guider(toy_model());
   const auto latent = fill(kNoise.sizes(), .2, .1, 1);
@@ -198,6 +210,9 @@ TEST(Sample, SaysWhatIsWrongInItsOwnName) {
   refuses(kNoise, {.latent = kNoise.slice(3, 1)},
           "[sample] latent must have the shape of noise, [2, 4, 16, 24]");
   EXPECT_THROW(sample(guider, kNoise.to(torch::kLong)), c10::TypeError);
+  for (const char* sampler : {"euler", "ddim", "lcm"})
+    refuses(kNoise, {.sampler = sampler, .seeds = {1}},
+            "[sample] seeds must be one per image, 2, got 1.");
 }
 
 TEST(Sample, BringsEverythingToTheUNetsDevice) {

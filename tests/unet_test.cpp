@@ -124,6 +124,11 @@ TEST(FindMiddleAttention, TakesTheFewestTokensOfAProbe) {
   const std::vector<AttentionSiteShape> equal = {{{"a"}, 2, 64, 8}, {{"b"}, 2, 64, 8}};
   EXPECT_THAT([&] { find_middle_attention(equal); },
               testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("a with 64 tokens")));
+  // A probe cannot tell "a" from "a".
+  const std::vector<AttentionSiteShape> twins = {
+      {{"a"}, 0, 0, 0}, {{"a"}, 0, 0, 0}, {{"b"}, 2, 64, 8}};
+  EXPECT_THAT([&] { find_middle_attention(twins); },
+              testing::ThrowsMessage<c10::ValueError>(testing::HasSubstr("several have this")));
   const std::vector<AttentionSiteShape> none = {{{"a"}, 0, 0, 0}};
   EXPECT_THROW(find_middle_attention(none), c10::ValueError);
 }

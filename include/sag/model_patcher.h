@@ -42,8 +42,8 @@ class SAG_API ModelPatcher {
 
   /// Decides the sites that names leave open, by running the UNet once on the first image of x
   /// (`probe_attention_sites`). Returns the number of UNet calls: 0 if nothing was open. A
-  /// `CfgGuider` does it before its first evaluation. Throws ValueError when the probe does not
-  /// decide either.
+  /// `CfgGuider` does it when an active hook first needs it. Throws ValueError when the probe does
+  /// not decide either.
   std::int64_t decide_sites(const torch::Tensor& x, double sigma, const Conditioning& cond);
   /// Returns what was chosen for each hook, and why, in the order in which the hooks were set.
   const std::vector<SiteChoice>& site_choices() const { return choices_; }

@@ -91,7 +91,7 @@ struct SiteChoice {
   std::string asked = {};
   /// The UNet's own name of what was chosen; empty: not decided yet.
   std::string site = {};
-  /// "it was named", "mid is in its path", "it has the fewest tokens, 64", …
+  /// "it was named", "mid is a part of its path", "it has the fewest tokens, 64", …
   std::string reason = {};
 };
 

@@ -11,6 +11,7 @@
 
 #include "model/conditioning_checks.h"
 #include "model/latent.h"
+#include "model/open_site.h"
 #include "sag/attention_scope.h"
 
 namespace sag {
@@ -255,12 +256,10 @@ void check_requests(std::span<const CondRequest> requests, const CalcCondBatchOp
 }
 
 // A hook without a site would never run, and nobody would notice.
-void check_sites(const ModelPatcher& model) {
-  for (const auto& choice : model.site_choices())
-    TORCH_CHECK_VALUE(!choice.site.empty(),
-                      "[calc_cond_batch] the sites of all hooks must be decided "
-                      "(ModelPatcher::decide_sites, or name them), got an undecided \"",
-                      choice.asked, "\".");
+void check_sites(const ModelPatcher& model, const StepContext& step) {
+  TORCH_CHECK_VALUE(!has_open_site(model, step),
+                    "[calc_cond_batch] the sites of all active hooks must be decided "
+                    "(ModelPatcher::decide_sites, or name them), got an undecided \"middle\".");
 }
 
 }  // namespace
@@ -268,7 +267,7 @@ void check_sites(const ModelPatcher& model) {
 CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests,
                           double sigma, StepContext& step, const CalcCondBatchOptions& options) {
   check_requests(requests, options);
-  check_sites(model);
+  check_sites(model, step);
   const torch::NoGradGuard no_grad;
   CondBatch result;
   std::vector<Sum> sums(requests.size());

@@ -7,6 +7,7 @@
 
 #include "model/conditioning_checks.h"
 #include "model/latent.h"
+#include "model/open_site.h"
 #include "sag/calc_cond_batch.h"
 
 namespace sag {
@@ -317,10 +318,12 @@ Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_unc
   StepContext step(sigma, step_of(sigmas_, sigma), x.size(2), x.size(3));
   EvaluationReport report{.sigma = sigma, .step_index = step.step_index()};
 
-  const auto probes = model_.decide_sites(x, sigma, first_active(positive_, negative_, sigma));
-  if (probes > 0) report_.sites = model_.site_choices();
-  // A probe is one call of one row.
-  report.unet_calls = report.unet_rows = probes;
+  if (has_open_site(model_, step)) {
+    const auto probes = model_.decide_sites(x, sigma, first_active(positive_, negative_, sigma));
+    report_.sites = model_.site_choices();
+    // A probe is one call of one row.
+    report.unet_calls = report.unet_rows = probes;
+  }
 
   const Prompts prompts{positive_, negative_};
   auto denoised = Evaluation(model_, prompts, options_, run_, step, report, x).run(keep_uncond);

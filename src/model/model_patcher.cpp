@@ -3,22 +3,26 @@
 #include <algorithm>
 #include <utility>
 
+#include "latent.h"
+#include "site_list.h"
+
 namespace sag {
 
 namespace {
 
 // What the conditioning gives the UNet for the first image of a batch.
 Conditioning of_first_image(const Conditioning& cond) {
-  const auto first = [](const torch::Tensor& t) { return t.defined() ? t.narrow(0, 0, 1) : t; };
+  // What has no rows is left to the check of conditionings.
+  const auto first = [](const torch::Tensor& t) {
+    return t.defined() && t.dim() > 0 && t.size(0) > 0 ? t.narrow(0, 0, 1) : t;
+  };
   Conditioning one{.context = first(cond.context), .y = first(cond.y)};
   for (const auto& [name, t] : cond.extra) one.extra[name] = first(t);
   return one;
 }
 
 SiteChoice choose_site(const UNet& unet, const AttentionSite& site) {
-  const auto sites = unet.attention_sites();
-  const auto has_it = [&](const auto& info) { return info.name == site.name(); };
-  if (site.name() == "middle" && std::none_of(sites.begin(), sites.end(), has_it))
+  if (site.name() == "middle" && sites_called(unet.attention_sites(), site.name()).empty())
     return find_middle_attention(unet).value_or(SiteChoice{.asked = site.name()});
   return {site.name(), resolve_attention_site(unet, site), "it was named"};
 }
@@ -41,6 +45,8 @@ std::int64_t ModelPatcher::decide_sites(const torch::Tensor& x, double sigma,
                                         const Conditioning& cond) {
   const auto is_open = [](const SiteChoice& choice) { return choice.site.empty(); };
   if (std::none_of(choices_.begin(), choices_.end(), is_open)) return 0;
+  check_latent(x, "x", "ModelPatcher::decide_sites");
+  const torch::NoGradGuard no_grad;
   const auto input = denoiser_.unet_input(x.narrow(0, 0, 1), sigma, of_first_image(cond));
   const auto choice = find_middle_attention(probe_attention_sites(unet(), input));
   for (std::size_t i = 0; i < choices_.size(); ++i)

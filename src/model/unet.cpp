@@ -139,13 +139,14 @@ SiteChoice find_middle_attention(std::span<const AttentionSiteShape> probed) {
                     "[find_middle_attention] site must be named for this UNet, as no single "
                     "self-attention has the fewest tokens. Its self-attentions are ",
                     text, ".");
+  // A probe cannot look at sites that share their name, so it does not know which has the fewest.
+  for (const auto& site : sites)
+    TORCH_CHECK_VALUE(
+        !own_name(sites, site).empty(), "[find_middle_attention] site \"", site.name,
+        "\" must have a name or a path of its own, but several have this name: ", text, ".");
   const auto& chosen = *std::find_if(probed.begin(), probed.end(), has_fewest);
-  const auto& name = own_name(sites, chosen.site);
-  TORCH_CHECK_VALUE(!name.empty(), "[find_middle_attention] site \"", chosen.site.name,
-                    "\" must have a name or a path of its own, but several have this name: ", text,
-                    ".");
   return {
-      kMiddle, name,
+      kMiddle, own_name(sites, chosen.site),
       c10::str("it has the fewest tokens, ", fewest, ", of ", probed.size(), " self-attentions")};
 }
 

@@ -16,7 +16,8 @@ DenoiseFunction denoise_with(CfgGuider& guider, const SamplerInfo& sampler,
   return [&](const torch::Tensor& x, double sigma) {
     auto denoised =
         sampler.needs_uncond ? guider.predict_both(x, sigma) : Denoised(guider(x, sigma));
-    if (options.evaluated) options.evaluated(guider.report().evaluations.back());
+    // A copy: what is called may ask the guider, whose report then moves.
+    if (options.evaluated) options.evaluated(EvaluationReport(guider.report().evaluations.back()));
     return denoised;
   };
 }
@@ -50,6 +51,9 @@ torch::Tensor sample(CfgGuider& guider, const torch::Tensor& noise, const Sample
   const auto& model = guider.model();
   const auto sigmas = run_sigmas(model.model_sampling(), options);
   check_latent(noise, "noise", "sample");
+  TORCH_CHECK_VALUE(
+      options.seeds.empty() || static_cast<std::int64_t>(options.seeds.size()) == noise.size(0),
+      "[sample] seeds must be one per image, ", noise.size(0), ", got ", options.seeds.size(), ".");
   const auto here = [&](const torch::Tensor& t) {
     return t.defined() ? t.to(model.unet().device()) : t;
   };

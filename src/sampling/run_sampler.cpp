@@ -31,7 +31,7 @@ torch::Tensor checked_latent(const torch::Tensor& latent, const char* name,
                     " must be on the device of noise, ", noise.device(), ", got ", latent.device(),
                     ".");
   check_finite(latent, name, caller);
-  return at_least_fp32(latent);
+  return latent.to(noise.scalar_type());
 }
 
 // Returns the mask as [images or 1, 1, height, width].
