@@ -17,8 +17,11 @@ namespace {
 
 torch::Tensor read_tensor(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("cannot read " + path);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  return torch::pickle_load(bytes).toTensor();
+  const auto value = torch::pickle_load(bytes);
+  if (!value.isTensor()) throw std::runtime_error(path + " must hold one tensor");
+  return value.toTensor();
 }
 
 void write_tensor(const std::string& path, const torch::Tensor& tensor) {
