@@ -8,8 +8,8 @@ namespace sag_sample {
 /// and that takes from its stack only what it put there. It knows the opcodes that Python and
 /// LibTorch save tensors with, and refuses all others, and lists and dicts that hold themselves.
 ///
-/// LibTorch frees nested values, and reads the names of types, by recursion: a file of a few
-/// megabytes could otherwise overflow our stack.
+/// LibTorch's own reader crashes on the others: a damaged file of a few bytes makes it take values
+/// that are not there, and one of a few megabytes makes it recurse until the stack overflows.
 void check_pickle(std::string_view pickle);
 
 }  // namespace sag_sample
