@@ -958,7 +958,7 @@ class Command(Case):
             found = open_source(options).network.sites()
             out, _ = self.export(source, f"sites-{len(found)}", *rest, "--site", f"#{found[0][0]}")
             listed = re.findall(
-                r"^(\S+) +#(\d+)", self.sample("--model", out, "--list-sites"), re.M
+                r"^[* ] (\S+) +#(\d+)", self.sample("--model", out, "--list-sites"), re.M
             )
             wanted = [(short_name(path), str(ordinal)) for ordinal, path in found]
             self.assertEqual(listed, wanted, source)
