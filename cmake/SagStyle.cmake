@@ -32,6 +32,10 @@ function(sag_add_tidy_tests target)
   list(FILTER sources INCLUDE REGEX "\\.cpp$")
   string(REGEX REPLACE "([][+.*()^$?|\\])" "\\\\\\1" ours "${PROJECT_SOURCE_DIR}")
   set(includes "$<TARGET_PROPERTY:${target},INCLUDE_DIRECTORIES>")
+  # The compiler's own folders must keep their order.
+  string(REGEX REPLACE "([][+.*()^$?|\\])" "\\\\\\1" implicit "${CMAKE_CXX_IMPLICIT_INCLUDE_DIRECTORIES}")
+  list(JOIN implicit "|" implicit)
+  set(includes "$<FILTER:${includes},EXCLUDE,^(${implicit})$>")
   set(our_includes "$<FILTER:${includes},INCLUDE,^${ours}/>")
   # As system headers, or clang-tidy checks all of LibTorch as well.
   set(other_includes "$<FILTER:${includes},EXCLUDE,^${ours}/>")

@@ -179,8 +179,10 @@ Row<T> choice(const char* name, const char* key, std::span<const std::string_vie
               std::function<Value(const T&)> print) {
   const std::vector<std::string_view> kept(names.begin(), names.end());
   return {{name, key, joined(names), help},
-          [=](T& t, const Given& given) { parse(t, read_choice(given, kept)); },
-          print};
+          [kept, parse = std::move(parse)](T& t, const Given& given) {
+            parse(t, read_choice(given, kept));
+          },
+          std::move(print)};
 }
 
 template <typename T>

@@ -33,7 +33,7 @@ torch::Device parse_device(const std::string& name) {
     known = error == std::errc() && stop == end && index >= 0;
   }
   if (!known) throw UsageError(fmt::format("--device must be cpu, cuda or cuda:N, got {}.", name));
-  const auto devices = static_cast<int>(torch::cuda::device_count());
+  const auto devices = torch::cuda::device_count();
   if (devices == 0) throw UsageError(fmt::format("--device {}: there is no CUDA device.", name));
   if (index >= devices) {
     throw UsageError(

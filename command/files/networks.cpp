@@ -32,7 +32,7 @@ std::string last_line(const std::exception& error) {
 
 // Not Module::to, which makes floating point numbers of indices too.
 void convert(torch::jit::Module& module, torch::ScalarType dtype) {
-  const auto convert_one = [dtype](torch::Tensor tensor) {
+  const auto convert_one = [dtype](const torch::Tensor& tensor) {
     if (tensor.is_floating_point()) tensor.set_data(tensor.to(dtype));
   };
   for (const auto& parameter : module.parameters()) convert_one(parameter);
