@@ -18,6 +18,18 @@ macro(fault text)
   list(APPEND faults "${file}: ${text}")
 endmacro()
 
+# What a file includes, without quotes and brackets.
+function(read_includes file paths)
+  file(STRINGS "${SOURCE}/${file}" lines REGEX "^[ \t]*#[ \t]*include")
+  set(found "")
+  foreach(line IN LISTS lines)
+    if(line MATCHES "[<\"]([^>\"]+)[>\"]")
+      list(APPEND found "${CMAKE_MATCH_1}")
+    endif()
+  endforeach()
+  set(${paths} "${found}" PARENT_SCOPE)
+endfunction()
+
 # A public header belongs to the room that has the .cpp file of its name, or to the one that is named here; the others
 # include none of ours and are free to all.
 set(room_of_cfg_functions model)
@@ -55,12 +67,8 @@ foreach(file IN LISTS files)
     continue()
   endif()
 
-  file(STRINGS "${SOURCE}/${file}" includes REGEX "^[ \t]*#[ \t]*include")
-  foreach(line IN LISTS includes)
-    if(NOT line MATCHES "[<\"]([^>\"]+)[>\"]")
-      continue()
-    endif()
-    set(path "${CMAKE_MATCH_1}")
+  read_includes("${file}" includes)
+  foreach(path IN LISTS includes)
 
     # Our own headers.
     if(path STREQUAL "sag/sag.h")
@@ -115,12 +123,8 @@ foreach(file IN LISTS command_files)
     endif()
   endif()
 
-  file(STRINGS "${SOURCE}/${file}" includes REGEX "^[ \t]*#[ \t]*include")
-  foreach(line IN LISTS includes)
-    if(NOT line MATCHES "[<\"]([^>\"]+)[>\"]")
-      continue()
-    endif()
-    set(path "${CMAKE_MATCH_1}")
+  read_includes("${file}" includes)
+  foreach(path IN LISTS includes)
     if(path MATCHES "\\.\\.")
       fault("includes ${path}: a header of the command is named from command/")
     elseif(path MATCHES "^sag/")

@@ -11,6 +11,7 @@
 #include "sag/run_sampler.h"
 #include "sag/schedules.h"
 #include "sag/self_attention_guidance.h"
+#include "support/denoise.h"
 #include "support/device.h"
 #include "support/toy_unet.h"
 
@@ -41,10 +42,8 @@ torch::Tensor by_hand(const ModelPatcher& model, const char* sampler, const char
                                  {.discard_penultimate_sigma = info.discards_penultimate_sigma});
   auto guider = toy_guider(model);
   guider.begin_run(sigmas);
-  const DenoiseFunction denoise = [&](const torch::Tensor& x, double sigma) {
-    return info.needs_uncond ? guider.predict_both(x, sigma) : Denoised(guider(x, sigma));
-  };
-  return run_sampler(info.sample, denoise, model.model_sampling(), kNoise, sigmas);
+  return run_sampler(info.sample, test::denoise_with(guider, info), model.model_sampling(), kNoise,
+                     sigmas);
 }
 
 class SampleWith : public testing::TestWithParam<std::string_view> {};
@@ -132,15 +131,9 @@ TEST(Sample, StartsLaterFromALatent) {
 
 // ComfyUI's ddim noises what it keeps from seed + 1.
 TEST(Sample, KeepsWithNoiseOfTheNextSeedsInDdim) {
-  auto guider = toy_guider(toy_model());
   const auto mask = torch::zeros({16, 24}), latent = fill(kNoise.sizes(), .2, .1, 1);
   const std::vector<std::uint64_t> seeds = {5, 9}, next = {6, 10};
   const auto run = [&](const char* sampler, torch::Tensor inpaint_noise) {
-    torch::Tensor x;
-    const auto keep_first = [&](const SamplerProgress& progress) {
-      if (progress.step == 0) x = progress.denoised.clone();
-      return true;
-    };
     auto patched = toy_model();
     std::vector<torch::Tensor> seen;
     patched.set_pre_cfg_function([&](const CfgArgs& args) {
@@ -154,8 +147,7 @@ TEST(Sample, KeepsWithNoiseOfTheNextSeedsInDdim) {
             .latent = latent,
             .denoise_mask = mask,
             .inpaint_noise = std::move(inpaint_noise),
-            .seeds = seeds,
-            .callback = keep_first});
+            .seeds = seeds});
     return seen.front();
   };
   const auto noise = SeededNoise(next).draw({4, 16, 24}, torch::kCPU);

@@ -11,7 +11,6 @@
 
 #include "model/conditioning_checks.h"
 #include "model/latent.h"
-#include "model/open_site.h"
 #include "sag/attention_scope.h"
 
 namespace sag {
@@ -204,11 +203,21 @@ Pass pass_of(std::vector<Item>& batch, double sigma, StepContext& step) {
   return pass;
 }
 
+// A hook without a site would never run, and nobody would notice.
+void check_sites(const std::vector<InstalledHook>& active) {
+  for (const auto& hook : active)
+    TORCH_CHECK_VALUE(!hook.site.empty(),
+                      "[calc_cond_batch] the sites of all active hooks must be decided "
+                      "(ModelPatcher::decide_sites, or name them), got an undecided \"middle\".");
+}
+
 torch::Tensor evaluate(const ModelPatcher& model, const std::vector<Item>& batch, const Pass& pass,
                        double sigma) {
   std::vector<torch::Tensor> x;
   for (const auto& item : batch) x.push_back(item.x);
-  return run_hooked(active_hooks(model.attention_hooks(), *pass.step), pass, [&] {
+  auto hooks = active_hooks(model.attention_hooks(), *pass.step);
+  check_sites(hooks);
+  return run_hooked(std::move(hooks), pass, [&] {
     return model.denoiser()(at::cat(x), sigma, joined_conditioning(batch));
   });
 }
@@ -255,19 +264,11 @@ void check_requests(std::span<const CondRequest> requests, const CalcCondBatchOp
   for (const auto& request : requests) check_latent(request.x, "x", "calc_cond_batch");
 }
 
-// A hook without a site would never run, and nobody would notice.
-void check_sites(const ModelPatcher& model, const StepContext& step) {
-  TORCH_CHECK_VALUE(!has_open_site(model, step),
-                    "[calc_cond_batch] the sites of all active hooks must be decided "
-                    "(ModelPatcher::decide_sites, or name them), got an undecided \"middle\".");
-}
-
 }  // namespace
 
 CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest> requests,
                           double sigma, StepContext& step, const CalcCondBatchOptions& options) {
   check_requests(requests, options);
-  check_sites(model, step);
   const torch::NoGradGuard no_grad;
   CondBatch result;
   std::vector<Sum> sums(requests.size());

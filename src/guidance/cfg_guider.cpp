@@ -7,7 +7,6 @@
 
 #include "model/conditioning_checks.h"
 #include "model/latent.h"
-#include "model/open_site.h"
 #include "sag/calc_cond_batch.h"
 
 namespace sag {
@@ -246,6 +245,14 @@ class Evaluation {
   // For each post-CFG function: the prediction of its early rows, or undefined.
   std::vector<torch::Tensor> early_;
 };
+
+// Whether a hook that is active in this evaluation has no site yet. An idle one needs none.
+bool has_open_site(const ModelPatcher& model, const StepContext& step) {
+  const auto& hooks = model.attention_hooks();
+  return std::any_of(hooks.begin(), hooks.end(), [&](const InstalledHook& hook) {
+    return hook.site.empty() && (!hook.options.active || hook.options.active(step));
+  });
+}
 
 const Conditioning& first_active(const std::vector<Conditioning>& positive,
                                  const std::vector<Conditioning>& negative, double sigma) {

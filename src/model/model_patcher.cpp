@@ -21,12 +21,6 @@ Conditioning of_first_image(const Conditioning& cond) {
   return one;
 }
 
-SiteChoice choose_site(const UNet& unet, const AttentionSite& site) {
-  if (site.name() == "middle" && sites_called(unet.attention_sites(), site.name()).empty())
-    return find_middle_attention(unet).value_or(SiteChoice{.asked = site.name()});
-  return {site.name(), resolve_attention_site(unet, site), "it was named"};
-}
-
 }  // namespace
 
 ModelPatcher::ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling)

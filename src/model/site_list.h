@@ -12,6 +12,11 @@ namespace sag {
 std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>& sites,
                                             const std::string& name);
 
+/// Returns the site that a hook gets, and why: by name or, for "middle", by the names of the UNet's
+/// sites. Its `site` is empty where only a probe can tell. Throws ValueError, with the list of
+/// sites, when there is none or more than one.
+SiteChoice choose_site(const UNet& unet, const AttentionSite& site);
+
 /// Returns all that a site is called: "middle.0.0 (middle_block.1.transformer_blocks.0.attn1, #6)".
 std::string describe_site(const AttentionSiteInfo& site);
 

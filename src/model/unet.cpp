@@ -80,21 +80,25 @@ std::string only_name(const UNet& unet, const std::vector<AttentionSiteInfo>& fo
 
 }  // namespace
 
-std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) {
+SiteChoice choose_site(const UNet& unet, const AttentionSite& site) {
   const auto sites = unet.attention_sites();
   const auto note = unet.note_on_sites();
   const auto found = sites_called(sites, site.name());
-  if (found.empty() && site.name() == kMiddle) {
-    const auto choice = find_middle_attention(unet);
-    TORCH_CHECK_VALUE(choice, "[resolve_attention_site] site must be named for this UNet, as the ",
-                      "names of its sites do not say which is the middle block's. ",
-                      list_sites(sites));
-    return choice->site;
-  }
+  if (found.empty() && site.name() == kMiddle)
+    return find_middle_attention(unet).value_or(SiteChoice{.asked = kMiddle});
   TORCH_CHECK_VALUE(!found.empty(),
                     "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
                     site.name(), "\". ", list_sites(sites), note.empty() ? "" : " ", note);
-  return only_name(unet, found, site.name());
+  return {site.name(), only_name(unet, found, site.name()), "it was named"};
+}
+
+std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) {
+  const auto choice = choose_site(unet, site);
+  TORCH_CHECK_VALUE(!choice.site.empty(),
+                    "[resolve_attention_site] site must be named for this UNet, as the names of "
+                    "its sites do not say which is the middle block's. ",
+                    list_sites(unet.attention_sites()));
+  return choice.site;
 }
 
 std::optional<SiteChoice> find_middle_attention(const UNet& unet) {

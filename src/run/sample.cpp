@@ -1,8 +1,5 @@
 #include "sag/sample.h"
 
-#include <functional>
-#include <numeric>
-
 #include "sag/run_sampler.h"
 #include "sag/schedules.h"
 #include "sampling/run.h"
