@@ -96,8 +96,14 @@ class Case(unittest.TestCase):
 
 
 MODULES = """
+    import functools
     import torch
     import torch.nn.functional as F
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def attend(self, tokens, attention=scaled_dot_product_attention):
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
     class Attention(torch.nn.Module):
         def __init__(self):
@@ -181,6 +187,27 @@ MODULES = """
             super().__init__()
             layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
             self.mid_block = torch.nn.TransformerEncoder(layer, 2)
+
+    class Named(Net):
+        def __init__(self):
+            super().__init__()
+            self.mid_block.forward = functools.partial(attend, self.mid_block)
+
+    class Scripted(Net):
+        def __init__(self):
+            super().__init__()
+            self.mid_block = torch.jit.trace(self.mid_block, torch.ones(1, 4, 8))
+
+    class TorchCompiled(Net):
+        def __init__(self):
+            super().__init__()
+            self.mid_block = torch.compile(self.mid_block)
+            self.text.compile()
+
+    class PartlyScripted(Net):
+        def __init__(self):
+            super().__init__()
+            self.text = torch.jit.script(self.text)
 
     class Bare(torch.nn.Module):
         def __init__(self):
@@ -838,6 +865,23 @@ class OwnModules(Case):
             "with need_weights=False", self.mistake(f"{self.name}:Weighing", *self.ARGUMENTS)
         )
 
+    def test_attention_that_was_imported_by_name_or_compiled(self):
+        plain, _ = self.export(f"{self.name}:Net", "looked-up", *self.ARGUMENTS)
+        inputs = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), torch.randn(2, 5, 6)
+        expected = torch.jit.load(str(plain / "unet.ts"))(*inputs)
+        for made in ("Named", "TorchCompiled"):
+            out, model = self.export(f"{self.name}:{made}", made, *self.ARGUMENTS)
+            self.assertEqual(model["site"], "mid_block")
+            self.assertTrue(torch.jit.load(str(out / "unet.ts"))(*inputs).equal(expected))
+
+    def test_scripted_parts(self):
+        _, model = self.export(f"{self.name}:PartlyScripted", "partly", *self.ARGUMENTS)
+        self.assertEqual(model["site"], "mid_block")
+        self.assertIn(
+            'attention of "mid_block" cannot be seen',
+            self.mistake(f"{self.name}:Scripted", *self.ARGUMENTS),
+        )
+
     def test_traces_that_differ_leave_nothing(self):
         for made in ("Branching", "Timed", "Large", "Random"):
             with self.subTest(made):
@@ -871,7 +915,7 @@ class OwnModules(Case):
         name, fits = self.name, self.ARGUMENTS
         self.assertIn("finite", self.mistake(f"{name}:Overflowing", *fits))
         self.assertIn("must return a tensor, got tuple", self.mistake(f"{name}:Pair", *fits))
-        self.assertIn("no self-attention", self.mistake(f"{name}:Deaf", *fits))
+        self.assertIn("No self-attention", self.mistake(f"{name}:Deaf", *fits))
         self.assertIn("no weights here", self.mistake(f"{name}:broken", *fits))
         self.assertIn("must return a torch.nn.Module, got str", self.mistake(f"{name}:text", *fits))
         self.assertIn("own_modules.py has no nothing", self.mistake(f"{name}:nothing", *fits))

@@ -1,5 +1,6 @@
 """attention.py and package.py of the exporter, without compiling anything."""
 
+import functools
 import pathlib
 import tempfile
 import unittest
@@ -7,9 +8,10 @@ import unittest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as by_name
 
 import aoti_fixture
-from sag_export.attention import marked, self_attentions
+from sag_export.attention import marked, scripted_attentions, self_attentions
 from sag_export.package import write_package, write_weights
 
 MIDDLE = "middle_block.1.transformer_blocks.0.attn1"
@@ -46,9 +48,43 @@ class Sdpa(nn.Module):
         return F.scaled_dot_product_attention(t, context, value=context)
 
 
+class Simple(nn.Module):
+    def forward(self, t):
+        return F.scaled_dot_product_attention(t, t, t)
+
+
 class Unfused(nn.Module):
     def forward(self, t):
         return (t @ t.transpose(1, 2)).softmax(-1) @ t
+
+
+class Holding(nn.Module):
+    """Has the function under a name of its own."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, t):
+        return self.function(t, t, t)
+
+
+def by_default(query, key, value, function=by_name):
+    return function(query, key, value)
+
+
+# The ways in which a module may come by scaled_dot_product_attention.
+NAMES = {
+    "imported by name": lambda *qkv: by_name(*qkv),
+    "looked up": lambda *qkv: F.scaled_dot_product_attention(*qkv),
+    "held": by_name,
+    "default argument": by_default,
+    "partial": functools.partial(by_name, is_causal=True),
+    "all by keyword": lambda q, k, v: by_name(value=v, key=k, query=q),
+    "torch._C": torch._C._nn.scaled_dot_product_attention,
+    "torch.ops": torch.ops.aten.scaled_dot_product_attention,
+    "an overload": torch.ops.aten.scaled_dot_product_attention.default,
+}
 
 
 class Raising(nn.Module):
@@ -147,6 +183,33 @@ class Marked(unittest.TestCase):
         with torch.no_grad():
             torch.testing.assert_close(program.module()(*inputs.values()), expected)
         self.assertTrue(torch.backends.mha.get_fastpath_enabled())
+
+    def test_sees_the_function_under_any_name(self):
+        for name, function in NAMES.items():
+            module = nn.Sequential(Sdpa(), Holding(function), Sdpa()).eval()
+            inputs = {"t": torch.randn(2, 4, 8)}
+            expected = module(*inputs.values())
+            with self.subTest(name):
+                found = self_attentions(module, tuple(inputs.values()))
+                self.assertEqual(found, [(0, "0"), (1, "1"), (2, "2")])
+                sites, program = called_sites(module, inputs, ["1"])
+                self.assertEqual(sites, ["1"])
+                torch.testing.assert_close(program.module()(*inputs.values()), expected)
+                with torch.no_grad(), marked(module, ["1"]) as ordinals:
+                    traced = torch.jit.trace(module, *inputs.values(), check_trace=False)
+                self.assertEqual(ordinals, {"1": 1})
+                self.assertEqual(str(traced.inlined_graph).count("sag::attention"), 1)
+                torch.testing.assert_close(traced(*inputs.values()), expected)
+
+    def test_names_the_scripted_parts_whose_attention_it_cannot_see(self):
+        scripted = torch.jit.script(nn.Sequential(Simple(), Simple()))
+        traced = torch.jit.trace(Sdpa(), torch.randn(1, 4, 8))
+        harmless = torch.jit.script(nn.Linear(8, 8))
+        module = nn.Sequential(harmless, Sdpa(), nn.Sequential(scripted), traced)
+        self.assertEqual(scripted_attentions(module), ["2.0", "3"])
+        module = nn.Sequential(harmless, Sdpa())
+        self.assertEqual(scripted_attentions(module), [])
+        self.assertEqual(self_attentions(module, (torch.randn(1, 4, 8),)), [(0, "1")])
 
     def test_is_undone(self):
         plain = F.scaled_dot_product_attention

@@ -5,9 +5,11 @@ name of its site. What is exported while it is marked keeps that call, where the
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 # As in src/attention/attention_op.cpp; tests/ops_library_test.py compares them.
 SCHEMA = (
@@ -128,13 +130,14 @@ def without_fast_path():
 
 @contextlib.contextmanager
 def _every_attention(module, replacement):
-    """While active, F.scaled_dot_product_attention calls replacement(plain, ordinal, path, inputs,
-    args, kwargs). The path and the inputs are those of the innermost module that runs; args begin
-    with query, key and value."""
-    plain = F.scaled_dot_product_attention
+    """While active, every call of scaled_dot_product_attention, under whatever name the module
+    holds it, becomes replacement(plain, ordinal, path, inputs, args, kwargs). The path and the
+    inputs are those of the innermost module that runs; args begin with query, key and value.
+
+    The attention in a scripted part is not seen: see scripted_attentions."""
     running, count = [("", ())], 0
 
-    def attention(query, key, value, *args, **kwargs):
+    def attention(plain, query, key, value, *args, **kwargs):
         nonlocal count
         ordinal, count = count, count + 1
         path, inputs = running[-1]
@@ -152,14 +155,61 @@ def _every_attention(module, replacement):
             part.register_forward_hook(leave, always_call=True),
         )
 
-    hooks = [hook for path, part in module.named_modules() for hook in watch(part, path)]
-    # Replaced in torch.nn.functional, where diffusers, ComfyUI and most others look it up when they
-    # call it.
-    F.scaled_dot_product_attention = attention
+    # Those that torch.jit made take no hooks.
+    parts = [p for p in module.named_modules() if not isinstance(p[1], torch.jit.ScriptModule)]
+    hooks = [hook for path, part in parts for hook in watch(part, path)]
     try:
-        with without_fast_path():
+        with without_fast_path(), _Attentions(attention):
             yield
     finally:
-        F.scaled_dot_product_attention = plain
         for hook in hooks:
             hook.remove()
+
+
+class _Attentions(TorchFunctionMode):
+    """Calls attention(plain, *args, **kwargs) where scaled_dot_product_attention is called. It
+    does not matter how a caller came by that function: PyTorch itself asks the mode."""
+
+    NAMES = (
+        F.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    )
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.NAMES:
+            return self.attention(func, *args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self._inside_multi_head():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _inside_multi_head(self):
+        """F.multi_head_attention_forward asks the mode in the place of everything that it calls,
+        and it alone looks its attention up by name in torch.nn.functional."""
+        plain = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = functools.partial(self.attention, plain)
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = plain
+
+
+def scripted_attentions(module):
+    """The dotted paths of the parts that torch.jit made, and that have an attention: no Python runs
+    in them, so it cannot be seen there, nor marked."""
+    names = ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product")
+    parts = [
+        (path, part)
+        for path, part in module.named_modules()
+        if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "forward")
+    ]
+    found = [path for path, part in parts if any(n in str(part.inlined_graph) for n in names)]
+    # Only the outermost ones.
+    return [path for path in found if not any(path.startswith(f"{p}.") for p in found)]

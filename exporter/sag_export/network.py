@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from sag_export.attention import self_attentions
+from sag_export.attention import scripted_attentions, self_attentions
 from sag_export.mistake import Mistake
 
 
@@ -54,7 +54,14 @@ class Network:
         return (2 * step + 1, 3 * step - 1), (2 * step, 3 * step)
 
     def sites(self):
-        """Its self-attentions as [(ordinal, dotted path)]."""
+        """Its self-attentions as [(ordinal, dotted path)]. Throws Mistake if there are others that
+        Python does not see: they would be left out of the numbering, too."""
+        for path in scripted_attentions(self.module):
+            raise Mistake(
+                f'The attention of "{path}" cannot be seen, because that part is TorchScript: '
+                "return the module as it is without torch.jit.script and torch.jit.trace, or save "
+                'the whole as TorchScript yourself (docs/models.md, "Files you already have").'
+            )
         return self_attentions(self.module, tuple(self.example(1, *self.small_sizes()[0]).values()))
 
     def convolution_share(self):

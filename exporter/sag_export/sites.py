@@ -40,9 +40,11 @@ def choose(wanted, sites):
     sites: [(ordinal, path)]."""
     if not sites:
         raise Mistake(
-            "The network has no self-attention that could be hooked: it must call "
-            "scaled_dot_product_attention, as torch.nn.MultiheadAttention does with "
-            "need_weights=False."
+            "No self-attention was found: no module that was given one tensor of tokens called "
+            "scaled_dot_product_attention with as many keys as queries. "
+            "(torch.nn.MultiheadAttention calls it with need_weights=False. A softmax between two "
+            "products is found in a TorchScript file that you trace yourself: docs/models.md, "
+            '"Files you already have".)'
         )
     middle = middle_sites(sites)
     if not wanted:

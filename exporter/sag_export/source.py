@@ -264,7 +264,18 @@ def call_factory(spec):
         )
     if not isinstance(made, torch.nn.Module):
         raise Mistake(f"{spec} must return a torch.nn.Module, got {type(made).__name__}.")
-    return made
+    return without_compile(made)
+
+
+def without_compile(module):
+    """The module as it was before torch.compile, whose wrappers cannot be traced."""
+    for name, part in list(module.named_children()):
+        plain = without_compile(part)
+        if plain is not part:
+            setattr(module, name, plain)
+    # What module.compile() sets.
+    module._compiled_call_impl = None
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
 
 
 def open_source(options):
