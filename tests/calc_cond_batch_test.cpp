@@ -150,12 +150,12 @@ TEST_P(CalcCondBatch, EvaluatesAnAreaForItselfAndFeathersIt) {
   EXPECT_LT(max_diff(batch.denoised[0].narrow(3, 0, 16), outside.narrow(3, 0, 16)), 1e-6);
 }
 
-// Inpainting checkpoints take the masked picture this way.
-class ConcatUNet final : public UNet {
+// Adds a further picture to the latent, and further tokens to the context.
+class ExtraUNet final : public UNet {
  public:
-  explicit ConcatUNet(torch::Device device) : toy_(device) {}
+  explicit ExtraUNet(torch::Device device) : toy_(device) {}
   torch::Tensor forward(const UNetInput& input) const override {
-    return toy_.forward({.x = input.x + input.extra.at("concat").mean(1, true),
+    return toy_.forward({.x = input.x + input.extra.at("hint").mean(1, true),
                          .timesteps = input.timesteps,
                          .context = input.context + input.extra.at("tokens").mean({1, 2, 3})});
   }
@@ -168,20 +168,62 @@ class ConcatUNet final : public UNet {
 };
 
 TEST_P(CalcCondBatch, CropsPicturesToTheArea) {
-  const ModelPatcher inpainting(std::make_shared<ConcatUNet>(device()), ModelSampling::discrete());
-  const auto with = [&](const torch::Tensor& x, const torch::Tensor& concat,
-                        const std::optional<Area>& area) {
+  const ModelPatcher extra(std::make_shared<ExtraUNet>(device()), ModelSampling::discrete());
+  const ModelPatcher concat(std::make_shared<test::ConcatUNet>(device()),
+                            ModelSampling::discrete());
+  const auto picture = fill({2, 5, 16, 24}, .2, .9, 2).to(device());
+  for (const auto* inpainting : {&extra, &concat}) {
+    const auto with = [&](const torch::Tensor& x, const torch::Tensor& picture,
+                          const std::optional<Area>& area) {
+      auto cond = prompt(1);
+      cond.area = area;
+      if (inpainting == &extra)
+        cond.extra = {{"hint", picture}, {"tokens", torch::ones({1, 2, 3, 4}, device())}};
+      else
+        cond.concat = picture;
+      StepContext step(4, 0, x.size(2), x.size(3));
+      const std::vector<CondRequest> requests = {{.x = x, .conds = {cond}}};
+      return calc_cond_batch(*inpainting, requests, 4, step, {}).denoised.front();
+    };
+    const auto part = with(x(), picture, Area{16, 8, 0, 16}).narrow(3, 16, 8);
+    const auto alone = with(x().narrow(3, 16, 8).contiguous(), picture.narrow(3, 16, 8), {});
+    EXPECT_LT(max_diff(part, alone), 1e-5);
+  }
+}
+
+TEST_P(CalcCondBatch, GivesEachConditioningItsOwnFurtherChannels) {
+  const ModelPatcher inpainting(std::make_shared<test::ConcatUNet>(device()),
+                                ModelSampling::discrete());
+  const auto with = [&](const torch::Tensor& concat) {
     auto cond = prompt(1);
-    cond.area = area;
-    cond.extra = {{"concat", concat}, {"tokens", torch::ones({1, 2, 3, 4}, device())}};
-    StepContext step(4, 0, x.size(2), x.size(3));
-    const std::vector<CondRequest> requests = {{.x = x, .conds = {cond}}};
-    return calc_cond_batch(inpainting, requests, 4, step, {}).denoised.front();
+    cond.concat = concat;
+    return cond;
   };
-  const auto concat = fill({2, 5, 16, 24}, .2, .9, 2).to(device());
-  const auto part = with(x(), concat, Area{16, 8, 0, 16}).narrow(3, 16, 8);
-  const auto alone = with(x().narrow(3, 16, 8).contiguous(), concat.narrow(3, 16, 8), {});
-  EXPECT_LT(max_diff(part, alone), 1e-5);
+  const auto evaluate = [&](const std::vector<CondRequest>& requests, std::int64_t max_rows) {
+    StepContext step(4, 0, 16, 24);
+    return calc_cond_batch(inpainting, requests, 4, step, {.max_rows = max_rows});
+  };
+  // One row for all images, and one for each.
+  const auto shared = with(fill({1, 5, 16, 24}, .2, .9, 2).to(device()));
+  const auto own = with(fill({2, 5, 16, 24}, .3, .1, 1).to(device()));
+  const auto fewer = with(fill({1, 2, 16, 24}, .3, .1, 1).to(device()));
+  const auto alone = [&](const Conditioning& cond) {
+    return evaluate({{.x = x(), .conds = {cond}}}, 0).denoised.front();
+  };
+  // The toy's own formula, with x scaled but not the further channels.
+  const auto sum = x() + own.concat.mean(1, true) * std::sqrt(17.0);
+  const auto expected = x() + this->alone(sum, prompt(1)) - sum;
+  EXPECT_LT(max_diff(alone(own), expected), 1e-4);
+  for (const std::int64_t max_rows : {0, 1, 3}) {
+    const auto batch =
+        evaluate({{.x = x(), .conds = {shared}}, {.x = x(), .conds = {own}}}, max_rows);
+    EXPECT_EQ(batch.unet_calls, max_rows == 0 ? 1 : max_rows == 1 ? 4 : 2);
+    EXPECT_LT(max_diff(batch.denoised[0], alone(shared)), 1e-5);
+    EXPECT_LT(max_diff(batch.denoised[1], alone(own)), 1e-5);
+  }
+  const auto apart = evaluate({{.x = x(), .conds = {own}}, {.x = x(), .conds = {fewer}}}, 0);
+  EXPECT_EQ(apart.unet_calls, 2);
+  EXPECT_LT(max_diff(apart.denoised[1], alone(fewer)), 1e-5);
 }
 
 TEST_P(CalcCondBatch, ClipsAreasAndLeavesUncoveredCells0) {

@@ -228,6 +228,12 @@ TEST_F(CfgGuiderRefuses, WhatDoesNotFitTheLatentOrTheOtherPrompts) {
                  }),
                  "[CfgGuider] the y of all conditionings must have one width, got 2816 and 2560.");
   expect_refused(prompt([](auto& cond) {
+                   cond.concat = torch::ones({1, 5, 16, 24});
+                 }),
+                 toy_prompt(-1),
+                 "[CfgGuider] the concat of all conditionings must have as many channels, also "
+                 "those of the negatives, got 5 and 0.");
+  expect_refused(prompt([](auto& cond) {
                    cond.context = torch::ones({3, 2, 1});
                  }),
                  toy_prompt(-1), "context must have 1 row, got shape [3, 2, 1]");

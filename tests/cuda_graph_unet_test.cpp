@@ -102,6 +102,28 @@ TEST_F(CudaGraph, GivesTheNumbersOfTheEagerUNet) {
   EXPECT_TRUE(report.eager.empty());
 }
 
+TEST_F(CudaGraph, TakesFurtherChannels) {
+  const std::shared_ptr<const UNet> inpainting = std::make_shared<test::ConcatUNet>(device());
+  const auto sample = [](const std::shared_ptr<const UNet>& unet) {
+    const auto with = [](double prompt, double phase) {
+      auto cond = toy_prompt(prompt, device());
+      cond.concat = fill({1, 5, 16, 24}, 0.4, phase, 2.0).to(device());
+      return cond;
+    };
+    const auto model =
+        apply_self_attention_guidance({unet, ModelSampling::discrete()}, {.scale = 0.75});
+    const std::vector<double> sigmas = {10, 4, 1.5, 0.5, 0};
+    CfgGuider guider(model, {with(1, 0.1)}, {with(-1, 0.9)}, {.cond_scale = 7.0});
+    guider.begin_run(sigmas);
+    return sample_euler(std::ref(guider), fill({1, 4, 16, 24}, 0.7, 0.3, 15.0).to(device()),
+                        sigmas);
+  };
+  const auto graphs = std::make_shared<CudaGraphUNet>(inpainting);
+  EXPECT_TRUE(sample(graphs).equal(sample(inpainting)));
+  EXPECT_EQ(graphs->report().captures, 2);
+  EXPECT_EQ(graphs->report().replays, 8);
+}
+
 TEST_F(CudaGraph, GivesTheNumbersOfATorchScriptUNet) {
   for (const auto dtype : {torch::kFloat, torch::kHalf}) {
     const std::shared_ptr<const UNet> file = TorchScriptUNet::load(

@@ -10,13 +10,13 @@
 namespace sag {
 namespace {
 
-/// Returns its input scaled, and keeps what it was given.
+/// Returns the latent's channels of its input, and keeps what it was given.
 class Echo final : public UNet {
  public:
   explicit Echo(torch::ScalarType dtype) : dtype_(dtype) {}
   torch::Tensor forward(const UNetInput& input) const override {
     seen = input;
-    return wrong_shape ? input.x.narrow(2, 0, 1) : input.x;
+    return wrong_shape ? input.x.narrow(2, 0, 1) : input.x.narrow(1, 0, 4);
   }
   std::vector<AttentionSiteInfo> attention_sites() const override { return {}; }
   torch::Device device() const override { return torch::kCPU; }
@@ -57,6 +57,19 @@ TEST(Denoiser, BringsEveryTensorToTheUNet) {
       << "the arithmetic around the UNet stays in fp32";
 }
 
+// ComfyUI: `apply_model` scales x alone.
+TEST(Denoiser, AppendsFurtherChannelsAsTheyAre) {
+  const auto unet = std::make_shared<Echo>(torch::kHalf);
+  const auto x = torch::randn({3, 4, 8, 8}), concat = torch::rand({1, 5, 8, 8}, torch::kDouble);
+  const auto denoised =
+      Denoiser(unet, ModelSampling::discrete())(x, 3.0, {.concat = concat}).to(torch::kDouble);
+  EXPECT_EQ(unet->seen.x.sizes().vec(), (std::vector<std::int64_t>{3, 9, 8, 8}));
+  EXPECT_EQ(unet->seen.x.scalar_type(), torch::kHalf);
+  EXPECT_TRUE(unet->seen.x.narrow(1, 4, 5).equal(concat.to(torch::kHalf).expand({3, 5, 8, 8})));
+  EXPECT_TRUE(unet->seen.x.narrow(1, 0, 4).equal((x / std::sqrt(10.0)).to(torch::kHalf)));
+  EXPECT_EQ(denoised.sizes(), x.sizes());
+}
+
 TEST(Denoiser, PromotesHalfAndKeepsDouble) {
   const Denoiser denoiser(std::make_shared<Echo>(torch::kFloat), ModelSampling::flow({}));
   EXPECT_EQ(denoiser(torch::randn({1, 4, 8, 8}).to(torch::kHalf), 0.5, {}).scalar_type(),
@@ -92,6 +105,7 @@ TEST(Denoiser, ChecksItsArguments) {
   EXPECT_THROW(denoiser(x, 0, {}), c10::ValueError);
   EXPECT_THROW(denoiser(x, NAN, {}), c10::ValueError);
   EXPECT_THROW(denoiser(x, 1, {.context = torch::zeros({3, 4, 5})}), c10::ValueError);
+  EXPECT_THROW(denoiser(x, 1, {.concat = torch::zeros({2, 5, 8, 9})}), c10::ValueError);
   unet->wrong_shape = true;
   EXPECT_THROW(denoiser(x, 1, {}), c10::ValueError);
 }

@@ -1,5 +1,5 @@
-// Several positives and negatives with strengths, areas, masks, ranges and token counts: the
-// prediction and the attention map, against loops over cells.
+// Several positives and negatives with strengths, areas, masks, ranges, token counts and further
+// channels: the prediction and the attention map, against loops over cells.
 
 #include <random>
 
@@ -90,8 +90,9 @@ torch::Tensor average(const std::vector<Conditioning>& conds, const torch::Tenso
 torch::Tensor average_prediction(const Denoiser& denoiser, const std::vector<Conditioning>& conds,
                                  const torch::Tensor& x) {
   return average(conds, x, x.size(1), [&](const Conditioning& cond) {
-    Conditioning prompt{.context = cond.context};
-    return denoiser(crop(x, area_of(cond, x)), kSigma, prompt);
+    const auto area = area_of(cond, x);
+    Conditioning prompt{.context = cond.context, .concat = crop(cond.concat, area)};
+    return denoiser(crop(x, area), kSigma, prompt);
   });
 }
 
@@ -119,8 +120,11 @@ torch::Tensor toy_map(const torch::Tensor& x) {
 }
 
 torch::Tensor average_map(const std::vector<Conditioning>& conds, const torch::Tensor& x) {
-  return average(conds, x, 1,
-                 [&](const Conditioning& cond) { return toy_map(crop(x, area_of(cond, x))); });
+  return average(conds, x, 1, [&](const Conditioning& cond) {
+    // ConcatUNet adds them after x was scaled.
+    const auto seen = x + cond.concat.mean(1, true) * std::sqrt(kSigma * kSigma + 1);
+    return toy_map(crop(seen, area_of(cond, x)));
+  });
 }
 
 /// Conditionings as users combine them, from a seed.
@@ -153,7 +157,9 @@ class RandomConditionings {
  private:
   Conditioning one(const torch::Tensor& x) {
     const auto height = x.size(2), width = x.size(3);
-    Conditioning cond{.context = torch::full({1, integer(1, 6), 1}, number(-2, 2))};
+    const auto images = integer(0, 1) ? x.size(0) : 1;
+    Conditioning cond{.context = torch::full({1, integer(1, 6), 1}, number(-2, 2)),
+                      .concat = fill({images, 5, height, width}, .4, number(0, 3), 2)};
     if (integer(0, 1)) cond.strength = number(0.2, 3);
     // The area may reach over the edge.
     if (integer(0, 1)) {
@@ -179,8 +185,8 @@ class SeveralConditionings : public testing::TestWithParam<std::tuple<const char
 
   torch::Device device{std::get<0>(GetParam())};
   RandomConditionings random{std::get<1>(GetParam())};
-  ModelPatcher model{std::make_shared<test::ToyUNet>(device), ModelSampling::discrete()};
-  Denoiser reference{std::make_shared<test::ToyUNet>(), ModelSampling::discrete()};
+  ModelPatcher model{std::make_shared<test::ConcatUNet>(device), ModelSampling::discrete()};
+  Denoiser reference{std::make_shared<test::ConcatUNet>(), ModelSampling::discrete()};
 };
 
 TEST_P(SeveralConditionings, AreAveragedPerCell) {

@@ -67,7 +67,7 @@ class SAG_API CfgGuider {
   /// result is the unconditional prediction, guided: this is how to draw an unconditional picture.
   /// Throws ValueError when both are empty, on a scale that is not finite, on conditionings with
   /// NaN or infinity (checked here, not in every evaluation) or a mask outside 0 … 1, and on
-  /// contexts or y of different widths.
+  /// contexts or y of different widths, or concat of different channels.
   CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
             std::vector<Conditioning> negative, const CfgGuiderOptions& options = {});
 

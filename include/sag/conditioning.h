@@ -20,6 +20,11 @@ struct Conditioning {
   torch::Tensor context = {};
   /// Vector for the whole picture (SDXL: pooled text and sizes), [1 or images, features].
   torch::Tensor y = {};
+  /// Further channels of the network's x, [1 or images, channels, height, width] of the latent's
+  /// size: what an inpainting UNet (mask, then the latent of the masked picture) or
+  /// instruct-pix2pix (latent of the picture) sees beside the latent. They stand after it, as they
+  /// are, and are cropped to `area`. ComfyUI: `c_concat`.
+  torch::Tensor concat = {};
   /// Further inputs of the UNet by argument name, each [1 or images, …]. Where the argument is a
   /// dict, list or tuple of tensors, "argument.key" and "argument.0" name its entries. Pictures of
   /// the latent's height and width, [1 or images, channels, height, width], are cropped to `area`;
@@ -37,5 +42,12 @@ struct Conditioning {
   /// See sigma_start.
   double sigma_end = 0.0;
 };
+
+/// Returns what a UNet that guidance was distilled into (LCM: `time_cond_proj_dim`) takes for the
+/// scale of the guidance that it shall imitate, [1, size] fp32: sines and then cosines of 1000 ·
+/// (guidance_scale − 1) at size / 2 frequencies. Give it as `extra["timestep_cond"]`. Throws
+/// ValueError when the scale is not finite or size is less than 4. diffusers:
+/// `get_guidance_scale_embedding`.
+SAG_API torch::Tensor guidance_scale_embedding(double guidance_scale, std::int64_t size);
 
 }  // namespace sag

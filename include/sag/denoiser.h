@@ -20,9 +20,9 @@ class SAG_API Denoiser {
 
   /// Returns the denoised latent, the shape of x, fp32 (fp64 for fp64 x), from one UNet call.
   /// x: [rows, channels, height, width], floating, on the UNet's device. Of `cond` it uses only the
-  /// tensors for the UNet (context, y, extra); `calc_cond_batch` handles strength, area, mask and
-  /// range. Throws ValueError or TypeError on other shapes, dtypes and devices, and if sigma is not
-  /// finite or <= 0.
+  /// tensors for the UNet (context, y, concat, extra); `calc_cond_batch` handles strength, area,
+  /// mask and range. Throws ValueError or TypeError on other shapes, dtypes and devices, and if
+  /// sigma is not finite or <= 0.
   torch::Tensor operator()(const torch::Tensor& x, double sigma, const Conditioning& cond) const;
 
   /// Returns what the UNet is called with for these arguments. Throws like operator().

@@ -16,7 +16,8 @@ namespace sag {
 
 /// The arguments of one UNet call, rows first.
 struct UNetInput {
-  /// [rows, channels, height, width], scaled for the network, in the UNet's dtype.
+  /// [rows, channels, height, width], scaled for the network, in the UNet's dtype: the latent, and
+  /// the channels of `Conditioning::concat` after it.
   torch::Tensor x = {};
   /// [rows] fp32.
   torch::Tensor timesteps = {};
@@ -45,8 +46,8 @@ struct AttentionSiteInfo {
 class SAG_API UNet {
  public:
   virtual ~UNet();
-  /// Returns the raw network output, [rows, channels, height, width]. Must not write to its inputs,
-  /// and must return a tensor that its next call does not overwrite.
+  /// Returns the raw network output, [rows, channels, height, width], with the latent's channels.
+  /// Must not write to its inputs, and must return a tensor that its next call does not overwrite.
   virtual torch::Tensor forward(const UNetInput& input) const = 0;
   /// Returns the self-attentions that hooks can be set on, in order of execution.
   virtual std::vector<AttentionSiteInfo> attention_sites() const = 0;

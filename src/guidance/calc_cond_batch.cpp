@@ -22,8 +22,9 @@ struct Item {
   const Conditioning* cond = nullptr;
   // All but `begin`.
   RowGroup rows;
-  // Cropped to the area: the rows' noisy latent, and the conditioning's further inputs.
-  torch::Tensor x;
+  // Cropped to the area: the rows' noisy latent, and the conditioning's further channels and
+  // inputs.
+  torch::Tensor x, concat;
   std::map<std::string, torch::Tensor> extra;
 };
 
@@ -97,6 +98,7 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma,
       const auto area =
           cond.area ? std::optional(clipped(*cond.area, height, width)) : std::nullopt;
       const auto weight = weight_of(cond, area, x);
+      const auto concat = cond.concat.defined() ? crop(cond.concat, area) : cond.concat;
       const auto extra = crop_pictures(cond.extra, area, x);
       for (std::int64_t image = 0; image < images; image += rows_at_once) {
         const auto count = std::min(rows_at_once, images - image);
@@ -107,7 +109,7 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma,
                             .owner = request.owner,
                             .area = area,
                             .weight = images_of(weight, image, count)};
-        items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area), extra});
+        items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area), concat, extra});
       }
     }
   }
@@ -132,7 +134,7 @@ bool fits_together(const Item& a, const Item& b) {
   const auto same_extra = [](const auto& p, const auto& q) {
     return p.first == q.first && same_tail(p.second, q.second);
   };
-  return a.x.sizes().slice(1) == b.x.sizes().slice(1) &&
+  return a.x.sizes().slice(1) == b.x.sizes().slice(1) && same_tail(a.concat, b.concat) &&
          contexts_fit(a.cond->context, b.cond->context) && same_tail(a.cond->y, b.cond->y) &&
          std::equal(a.extra.begin(), a.extra.end(), b.extra.begin(), b.extra.end(), same_extra);
 }
@@ -185,6 +187,7 @@ Conditioning joined_conditioning(const std::vector<Item>& batch) {
     return context.defined() ? context.repeat({1, tokens / context.size(1), 1}) : context;
   });
   joined.y = join(batch, [](const Item& item) { return item.cond->y; });
+  joined.concat = join(batch, [](const Item& item) { return item.concat; });
   for (const auto& [name, tensor] : batch.front().extra)
     joined.extra[name] = join(batch, [&name](const Item& item) { return item.extra.at(name); });
   return joined;

@@ -50,8 +50,8 @@ bool post_cfg_needs_uncond(const ModelPatcher& model, const StepContext& step) {
   });
 }
 
-// No UNet takes contexts, or vectors y, of two widths. An error here is clearer than one in its
-// layers.
+// No UNet takes contexts, or vectors y, of two widths, or sometimes more channels and sometimes
+// fewer. An error here is clearer than one in its layers.
 void check_one_width(const std::vector<Conditioning>& conds) {
   std::int64_t context_width = -1, y_width = -1;
   const auto check = [](const torch::Tensor& t, std::int64_t& width, const char* what) {
@@ -61,9 +61,16 @@ void check_one_width(const std::vector<Conditioning>& conds) {
                       " of all conditionings must have one width, got ", width, " and ", t.size(-1),
                       ".");
   };
+  const auto channels = [](const Conditioning& cond) {
+    return cond.concat.defined() ? cond.concat.size(1) : 0;
+  };
   for (const auto& cond : conds) {
     check(cond.context, context_width, "context");
     check(cond.y, y_width, "y");
+    TORCH_CHECK_VALUE(channels(cond) == channels(conds.front()),
+                      "[CfgGuider] the concat of all conditionings must have as many channels, "
+                      "also those of the negatives, got ",
+                      channels(conds.front()), " and ", channels(cond), ".");
   }
 }
 

@@ -47,6 +47,14 @@ void check_y(const torch::Tensor& y, const char* caller) {
                     y.sizes(), ".");
 }
 
+void check_concat(const torch::Tensor& concat, const char* caller) {
+  TORCH_CHECK_VALUE(concat.dim() == 4 && concat.size(1) > 0, "[", caller,
+                    "] concat must have shape [rows, channels, height, width], got ",
+                    concat.sizes(), ".");
+  TORCH_CHECK_TYPE(concat.is_floating_point(), "[", caller, "] concat must be floating, got ",
+                   concat.scalar_type(), ".");
+}
+
 void check_finite(const torch::Tensor& t, const char* what, const char* caller) {
   if (!t.defined() || !t.is_floating_point()) return;
   TORCH_CHECK_VALUE(t.isfinite().all().item<bool>(), "[", caller, "] ", what,
@@ -65,6 +73,7 @@ Conditioning to_device(Conditioning cond, torch::Device device) {
   };
   move(cond.context);
   move(cond.y);
+  move(cond.concat);
   move(cond.mask);
   for (auto& [name, tensor] : cond.extra) move(tensor);
   return cond;
@@ -88,6 +97,13 @@ void check_conditioning(const Conditioning& cond, std::int64_t images, std::int6
     check_y(cond.y, caller);
     check_rows(cond.y, images, "y", caller);
   }
+  if (cond.concat.defined()) {
+    check_concat(cond.concat, caller);
+    check_rows(cond.concat, images, "concat", caller);
+    TORCH_CHECK_VALUE(cond.concat.size(2) == height && cond.concat.size(3) == width, "[", caller,
+                      "] concat must have the latent's height and width, ", height, " x ", width,
+                      ", got shape ", cond.concat.sizes(), ".");
+  }
   for (const auto& [name, tensor] : cond.extra) {
     TORCH_CHECK_VALUE(tensor.defined(), "[", caller, "] ", extra_name(name), " must be a tensor.");
     check_rows(tensor, images, extra_name(name).c_str(), caller);
@@ -104,8 +120,10 @@ void check_conditioning(const Conditioning& cond, std::int64_t images, std::int6
 void check_conditioning_values(const Conditioning& cond, const char* caller) {
   if (cond.context.defined()) check_context(cond.context, caller);
   if (cond.y.defined()) check_y(cond.y, caller);
+  if (cond.concat.defined()) check_concat(cond.concat, caller);
   check_finite(cond.context, "context", caller);
   check_finite(cond.y, "y", caller);
+  check_finite(cond.concat, "concat", caller);
   for (const auto& [name, tensor] : cond.extra)
     check_finite(tensor, extra_name(name).c_str(), caller);
   if (!cond.mask.defined() || cond.mask.numel() == 0) return;

@@ -31,8 +31,8 @@ void check_conditioning(const Conditioning& cond, std::int64_t images, std::int6
                         std::int64_t width, const char* caller);
 
 /// Throws ValueError or TypeError, naming `caller`, when a tensor of the conditioning holds NaN or
-/// infinity, when the mask holds a value outside 0 … 1, or when context or y have the wrong number
-/// of dimensions. Waits for the device, so call it before the first step.
+/// infinity, when the mask holds a value outside 0 … 1, or when context, y or concat have the wrong
+/// number of dimensions. Waits for the device, so call it before the first step.
 void check_conditioning_values(const Conditioning& cond, const char* caller);
 
 }  // namespace sag

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <utility>
 
+#include <ATen/ATen.h>
+
 #include "conditioning_checks.h"
 #include "latent.h"
 
@@ -24,6 +26,11 @@ torch::Tensor to_rows(const torch::Tensor& t, std::int64_t rows, const UNet& une
 bool is_on(const torch::Tensor& t, torch::Device device) {
   return t.device().type() == device.type() &&
          (!device.has_index() || t.device().index() == device.index());
+}
+
+// ComfyUI: `apply_model` appends c_concat to x after it was scaled.
+torch::Tensor with_concat(const torch::Tensor& x, const torch::Tensor& concat, const UNet& unet) {
+  return concat.defined() ? at::cat({x, to_rows(concat, x.size(0), unet)}, 1) : x;
 }
 
 void check_x(const torch::Tensor& x, double sigma, const UNet& unet) {
@@ -51,7 +58,7 @@ UNetInput Denoiser::unet_input(const torch::Tensor& x, double sigma,
   auto scaled = sampling_.calculate_input(sigma, wide).to(unet_->dtype());
   // A network may write into its input.
   if (scaled.is_alias_of(x)) scaled = scaled.clone();
-  UNetInput input{.x = scaled,
+  UNetInput input{.x = with_concat(scaled, cond.concat, *unet_),
                   .timesteps = torch::full({rows}, sampling_.timestep(sigma),
                                            wide.options().dtype(torch::kFloat)),
                   .context = to_rows(cond.context, rows, *unet_),

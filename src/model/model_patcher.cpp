@@ -16,7 +16,8 @@ Conditioning of_first_image(const Conditioning& cond) {
   const auto first = [](const torch::Tensor& t) {
     return t.defined() && t.dim() > 0 && t.size(0) > 0 ? t.narrow(0, 0, 1) : t;
   };
-  Conditioning one{.context = first(cond.context), .y = first(cond.y)};
+  Conditioning one{
+      .context = first(cond.context), .y = first(cond.y), .concat = first(cond.concat)};
   for (const auto& [name, t] : cond.extra) one.extra[name] = first(t);
   return one;
 }

@@ -55,6 +55,25 @@ class ToyUNet final : public UNet {
   torch::ScalarType dtype_;
 };
 
+/// The toy as an inpainting UNet: it takes the latent's four channels and any number of further
+/// ones, whose mean it adds to the latent.
+class ConcatUNet final : public UNet {
+ public:
+  explicit ConcatUNet(torch::Device device = torch::kCPU) : toy_(device) {}
+
+  torch::Tensor forward(const UNetInput& input) const override {
+    auto plain = input;
+    plain.x = input.x.narrow(1, 0, 4) + input.x.narrow(1, 4, input.x.size(1) - 4).mean(1, true);
+    return toy_.forward(plain);
+  }
+  std::vector<AttentionSiteInfo> attention_sites() const override { return toy_.attention_sites(); }
+  torch::Device device() const override { return toy_.device(); }
+  torch::ScalarType dtype() const override { return toy_.dtype(); }
+
+ private:
+  ToyUNet toy_;
+};
+
 /// A toy with several self-attentions, one after the other, over 8 × 8 and 4 × 4 cells in turn.
 class ManySitesUNet final : public UNet {
  public:
