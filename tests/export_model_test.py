@@ -743,8 +743,12 @@ class Pipelines(Case):
             self.mistake(self.edited("sd1", "lcm", unet, time_cond_proj_dim=256)),
         )
         self.assertIn(
-            "cannot be read as a UNet2DConditionModel",
+            "does not fit the UNet2DConditionModel of its config.json: 2 tensors",
             self.mistake(self.edited("sd1", "wide", unet, block_out_channels=[8, 8])),
+        )
+        self.assertIn(
+            "cannot be read as a UNet2DConditionModel",
+            self.mistake(self.edited("sd1", "odd", unet, block_out_channels=[9, 8])),
         )
         self.assertIn(
             "Only CLIP's text encoders",

@@ -132,6 +132,12 @@ def parse(arguments):
     )
     add("--unet-only", action="store_true", help="leave out the text encoder and the VAE")
     add(
+        "--variant",
+        metavar="NAME",
+        help="the variant of the weights to read (fp16, ema, ...), in the parts that have it [the "
+        "plain weights, or the only variant]",
+    )
+    add(
         "--prediction",
         choices=list(CONSTANTS),
         help="what the UNet predicts [what the pipeline's scheduler says; its constants are kept]",
@@ -205,7 +211,8 @@ def main():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    # What the libraries would say is checked here, and said in a sentence.
+    logging.disable(logging.CRITICAL)
     try:
         with needed_packages(PROGRAM):
             # Takes seconds: it imports PyTorch.

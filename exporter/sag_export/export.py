@@ -39,6 +39,8 @@ def complete(options):
             "--context, --y and --multiple are for MODULE:FACTORY; "
             "the config.json of a UNet says them."
         )
+    if ":" in options.source and options.variant:
+        raise Mistake("--variant is for folders: MODULE:FACTORY reads its weights itself.")
     if options.y and not options.context:
         raise Mistake(
             "--y needs --context: a forward takes x, timesteps, context and y, in this order."

@@ -3,7 +3,6 @@ a function of the user makes."""
 
 import dataclasses
 import importlib
-import json
 import os
 import pathlib
 import sys
@@ -14,8 +13,8 @@ import torch
 from sag_export import description, text, unet
 from sag_export.mistake import Mistake
 from sag_export.network import Network, first_line
-
-WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+from sag_export.weight_files import check_variant, read_json
+from sag_export.weights import check_module, load_part
 
 
 @dataclasses.dataclass
@@ -30,49 +29,29 @@ class Source:
     text_models: tuple = ()
 
 
-def read_json(path):
-    try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Mistake(
-            f'"{path}" is not a JSON file that can be read: {first_line(error)}'
-        ) from error
-    if not isinstance(content, dict):
-        raise Mistake(f'"{path}" must hold a JSON object.')
-    return content
-
-
-def load(kind, folder, **options):
-    """`kind`: a class of diffusers or transformers. The weights may exist as fp16 variant only."""
-    names = (
-        [entry.name for entry in pathlib.Path(folder).iterdir()]
-        if pathlib.Path(folder).is_dir()
-        else []
-    )
-    weights = [name for name in names if name.startswith(WEIGHTS) and not name.endswith(".json")]
-    if weights and all(".fp16." in name for name in weights):
-        options["variant"] = "fp16"
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    # A damaged file may raise anything.
-    except Exception as error:
-        raise Mistake(
-            f'"{folder}" cannot be read as a {kind.__name__}: {first_line(error)}'
-        ) from error
-
-
 def read_unet_config(folder):
     config = read_json(pathlib.Path(folder) / "config.json")
     unet.check_supported(config)
     return config
 
 
-def load_unet(folder, dtype, device):
+def load_unet(folder, options):
     import diffusers
 
-    kind = read_unet_config(folder)["_class_name"]
-    module = load(getattr(diffusers, kind), folder, torch_dtype=dtype, low_cpu_mem_usage=False)
-    return module.to(device).eval().requires_grad_(False)
+    kind = getattr(diffusers, read_unet_config(folder)["_class_name"])
+    return load_part(kind, folder, options.torch_dtype, options).to(options.device)
+
+
+def load_tokenizer(folder):
+    import transformers
+
+    try:
+        return transformers.CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    # A damaged file may raise anything.
+    except Exception as error:
+        raise Mistake(
+            f'"{folder}" cannot be read as CLIP\'s tokenizer: {first_line(error)}'
+        ) from error
 
 
 def from_unet_folder(folder, options):
@@ -83,7 +62,8 @@ def from_unet_folder(folder, options):
             "--prediction is needed: the folder of a UNet does not say what the network predicts; "
             "the folder of its pipeline does."
         )
-    network = unet.wrap(load_unet(folder, options.torch_dtype, options.device))
+    check_variant([(folder, "diffusers")], options.variant)
+    network = unet.wrap(load_unet(folder, options))
     return Source(folder.resolve().name, network, {"prediction": options.prediction})
 
 
@@ -104,17 +84,26 @@ def from_pipeline(folder, options):
             f'"{folder}" has no scheduler that says what the network predicts; give --prediction.'
         )
     source = Source(folder.resolve().name, None, prediction)
+    # Before gigabytes are read.
+    check_variant(weight_folders(folder, parts, options.unet_only), options.variant)
     if not options.unet_only:
-        add_texts(source, folder, parts)
-        add_vae(source, folder, parts)
+        add_texts(source, folder, parts, options)
+        add_vae(source, folder, parts, options)
     tokens = (
         text.tokens_of(source.tokenizers[0], source.text_models[0]) if source.text_models else 77
     )
-    source.network = unet.wrap(
-        load_unet(folder / "unet", options.torch_dtype, options.device), tokens
-    )
+    source.network = unet.wrap(load_unet(folder / "unet", options), tokens)
     check_parts_fit(source)
     return source
+
+
+def weight_folders(folder, parts, unet_only):
+    """The parts that are read, each with its library."""
+    wanted = {"unet": "diffusers"}
+    if not unet_only:
+        texts = ("text_encoder", "text_encoder_2")
+        wanted |= {"vae": "diffusers", "vqvae": "diffusers", **dict.fromkeys(texts, "transformers")}
+    return [(folder / key, library) for key, library in wanted.items() if key in parts]
 
 
 def check_has_unet(folder, index):
@@ -131,7 +120,7 @@ def check_has_unet(folder, index):
     )
 
 
-def add_texts(source, folder, parts):
+def add_texts(source, folder, parts, options):
     import transformers
 
     wanted = [key for key in ("text_encoder", "text_encoder_2", "text_encoder_3") if key in parts]
@@ -145,24 +134,24 @@ def add_texts(source, folder, parts):
             "--uncond."
         )
     for key, kind in zip(wanted, kinds, strict=True):
-        model = load(
+        model = load_part(
             getattr(transformers, kind),
             folder / key,
+            torch.float32,
+            options,
             attn_implementation="eager",
-            dtype=torch.float32,
         )
         if getattr(model.config, "use_attention_mask", False):
             raise Mistake(
                 "A text encoder that hides the padding (use_attention_mask) cannot be exported; "
                 "try --unet-only."
             )
-        source.text_models += (model.eval().requires_grad_(False),)
-        source.tokenizers += (
-            load(transformers.CLIPTokenizerFast, folder / key.replace("text_encoder", "tokenizer")),
-        )
+        source.text_models += (model,)
+        tokenizer = folder / key.replace("text_encoder", "tokenizer")
+        source.tokenizers += (load_tokenizer(tokenizer),)
 
 
-def add_vae(source, folder, parts):
+def add_vae(source, folder, parts, options):
     import diffusers
 
     key = next((key for key in ("vae", "vqvae") if key in parts), None)
@@ -173,10 +162,7 @@ def add_vae(source, folder, parts):
             "Only an AutoencoderKL can be exported as decoder, but the pipeline has a "
             f"{parts[key]}; try --unet-only."
         )
-    vae = load(
-        diffusers.AutoencoderKL, folder / key, torch_dtype=torch.float32, low_cpu_mem_usage=False
-    )
-    source.vae = vae.eval().requires_grad_(False)
+    source.vae = load_part(diffusers.AutoencoderKL, folder / key, torch.float32, options)
 
 
 def check_parts_fit(source):
@@ -222,6 +208,7 @@ def from_factory(spec, options):
         if getattr(options, name) is None:
             raise Mistake(f"--{name} is needed to export a module of your own.")
     module = call_factory(spec)
+    check_module(spec, module)
     if not any(p.is_floating_point() for p in module.parameters()):
         raise Mistake(f"{spec} must return a module with floating point parameters.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
