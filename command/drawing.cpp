@@ -16,9 +16,9 @@ void add_comparison(std::vector<Cell>& cells, const Drawn& drawn) {
   const auto guided = to_images(drawn.pictures);
   for (std::size_t i = 0; i < cells.size(); ++i) cells[i].pictures = {unguided[i], guided[i]};
   for (const auto& [header, mask] : drawn.masks) {
-    const auto heat =
-        to_heat(mask.defined() ? mask : torch::zeros({drawn.pictures.size(0), 1, 1, 1}),
-                guided.front().width, guided.front().height);
+    const auto heat = to_heat(
+        mask.defined() ? mask : torch::zeros({drawn.pictures.size(0), 1, 1, 1}, torch::kFloat),
+        guided.front().width, guided.front().height);
     for (std::size_t i = 0; i < cells.size(); ++i) {
       cells[i].pictures.push_back(heat_overlay(guided[i], heat[i]));
     }

@@ -154,7 +154,7 @@ Sampled sample_batches(const GuidedModel& model, const std::vector<Batch>& batch
   for (const auto& batch : batches) images += static_cast<std::int64_t>(batch.pictures.size());
   auto sizes = batches.front().noise.sizes().vec();
   sizes[0] = images;
-  Sampled sampled = {.latents = torch::zeros(sizes)};
+  Sampled sampled = {.latents = torch::zeros(sizes, torch::kFloat)};
   for (const auto& batch : batches) sample_batch(model, batch, plan, progress, sampled);
   return sampled;
 }

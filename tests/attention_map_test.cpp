@@ -149,6 +149,26 @@ TEST(AttentionMapCpu, LeavesAutocastAside) {
   EXPECT_TRUE(torch::equal(map, expected));
 }
 
+// Where the processor can, PyTorch then makes fp32 products in bf16.
+TEST(AttentionMapCpu, IsExactWhateverTheProcessSaysOfFp32Products) {
+  torch::manual_seed(6);
+  const auto q = 3 * torch::randn({1, 4, 331, 64}), k = torch::randn({1, 4, 331, 64});
+  const auto expected = attention_map(q.to(torch::kDouble), k.to(torch::kDouble));
+  const auto off = [&] { return max_diff(attention_map(q, k), expected); };
+  EXPECT_LT(off(), 1e-4);
+  auto& context = at::globalContext();
+  const auto matmul = [](auto backend) { return std::pair(backend, at::Float32Op::MATMUL); };
+  for (const auto& [backend, op] : {matmul(at::Float32Backend::MKLDNN),
+                                    std::pair(at::Float32Backend::GENERIC, at::Float32Op::ALL)})
+    for (const auto precision : {at::Float32Precision::BF16, at::Float32Precision::TF32}) {
+      const auto before = context.float32Precision(backend, op);
+      context.setFloat32Precision(backend, op, precision);
+      EXPECT_LT(off(), 1e-4);
+      EXPECT_EQ(attention_map(q, k).scalar_type(), torch::kFloat);
+      context.setFloat32Precision(backend, op, before);
+    }
+}
+
 // While it exists, counts the memory that tensors on the CPU take.
 class CpuMemory final : public c10::Allocator {
  public:

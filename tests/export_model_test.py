@@ -840,6 +840,24 @@ class OwnModules(Case):
                 )
             )
 
+    def test_what_a_modules_file_sets_for_the_process_stays_out_of_the_file(self):
+        self.addCleanup(torch.set_default_dtype, torch.float32)
+        self.addCleanup(torch.set_default_device, None)
+        text = "torch.set_default_dtype(torch.float64)\ntorch.set_default_device('meta')\n"
+        name = self.module(
+            "own_defaults",
+            f"import torch\nfrom own_modules import Net as Made\n{text}"
+            # Without it the weights would have no values.
+            "def Net():\n    with torch.device('cpu'):\n        return Made()\n",
+        )
+        out, _ = self.export(f"{name}:Net", "defaults", *self.ARGUMENTS, "--dtype", "fp32")
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        inputs = torch.randn(3, 4, 8, 6), torch.tensor([1.0, 2.0, 3.0]), torch.randn(3, 5, 6)
+        got = torch.jit.load(str(out / "unet.ts"))(*inputs)
+        self.assertEqual(got.dtype, torch.float32)
+        self.assertTrue(got.isfinite().all())
+
     def test_an_attention_in_no_module_of_its_own_goes_by_its_ordinal(self):
         bare = self.ARGUMENTS[:-2]  # without a context
         _, model = self.export(f"{self.name}:Bare", "bare", *bare, "--site", "#0")

@@ -164,5 +164,8 @@ def export_model(options):
     with new_folder(options.out, options.force) as folder:
         say(f"reading {options.source}")
         source = open_source(options)
+        # A module's own file may have set them, for this process and not for those that run it.
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
         write(source, folder, options)
     say(f"wrote {options.out} in {time.time() - start:.0f} s")

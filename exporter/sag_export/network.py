@@ -34,11 +34,14 @@ class Network:
         random = torch.Generator().manual_seed(seed)
 
         def tensor(*shape):
-            return torch.randn(shape, generator=random).to(weight.device, weight.dtype)
+            drawn = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
+            return drawn.to(weight.device, weight.dtype)
 
         inputs = {"x": tensor(rows, self.shape[0], height, width)}
         first, last = (20.0, 980.0) if seed else (900.0, 100.0)
-        inputs["timesteps"] = torch.linspace(first, last, rows, device=weight.device)
+        inputs["timesteps"] = torch.linspace(
+            first, last, rows, dtype=torch.float32, device=weight.device
+        )
         if self.context:
             inputs["context"] = tensor(rows, *self.context)
         if self.features:

@@ -17,9 +17,9 @@ namespace sag {
 /// unset means 1 / sqrt(head_dim).
 ///
 /// The queries × keys matrix never exists: working memory grows with queries + keys only. Products
-/// and sums are fp32, whatever the autocast and TF32 settings, and in a fixed order, so the result
-/// is the same in every run. Works on the current stream without waiting for it and can be captured
-/// in a CUDA graph.
+/// and sums are fp32 or more, whatever the process's autocast, TF32 and matmul precision, and in a
+/// fixed order, so the result is the same in every run. Works on the current stream without waiting
+/// for it and can be captured in a CUDA graph.
 ///
 /// On CUDA, fp16 and bf16 use tensor core kernels (working memory: 8 bytes per query and head, 4
 /// per key and head) if head_dim is a multiple of 8 up to 256, the innermost stride 1, every row

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #ifdef SAG_WITH_CUDA
@@ -70,14 +71,26 @@ torch::Tensor column_sums_of_heads(const torch::Tensor& q, const torch::Tensor& 
   return sums;
 }
 
+// In which the products and sums are made, fp32 or more. On the CPU a process may have its fp32
+// products made in bf16 or TF32 (set_float32_matmul_precision), and no guard turns that off for one
+// thread, but fp64 is never touched.
+torch::ScalarType exact_dtype(const torch::Tensor& q) {
+  if (q.scalar_type() == torch::kDouble || !q.is_cpu())
+    return at::promote_types(q.scalar_type(), torch::kFloat);
+  const auto precision =
+      at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  const bool rounds =
+      precision == at::Float32Precision::BF16 || precision == at::Float32Precision::TF32;
+  return rounds ? torch::kDouble : torch::kFloat;
+}
+
 // On any device, whatever the layout: a block is some heads of an image or, if the scores of one
 // head do not fit into a block, some query rows of one.
 torch::Tensor column_sums_in_blocks(const torch::Tensor& q, const torch::Tensor& k, double scale) {
   // TF32 keeps 10 bits of a score, too few to decide a mask.
   const at::NoTF32Guard exact_fp32;
   const auto images = q.size(0), heads = q.size(1), queries = q.size(2), tokens = k.size(2);
-  const auto options =
-      q.options().dtype(q.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat);
+  const auto options = q.options().dtype(exact_dtype(q));
   const auto row_bytes = tokens * static_cast<std::int64_t>(options.dtype().itemsize());
   const auto block_rows = (q.is_cpu() ? kCpuBlockBytes : kBlockBytes) / row_bytes;
   const auto heads_per_block = std::clamp<std::int64_t>(block_rows / queries, 1, heads);
@@ -114,7 +127,9 @@ torch::Tensor attention_map(const torch::Tensor& q, const torch::Tensor& k,
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const torch::NoGradGuard no_grad;
   const auto head_scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
-  return column_sums(q, k, head_scale).mean(1);
+  return column_sums(q, k, head_scale)
+      .mean(1)
+      .to(at::promote_types(q.scalar_type(), torch::kFloat));
 }
 
 namespace {

@@ -101,7 +101,7 @@ class BrownianPath {
  private:
   torch::Tensor descend(double time) const {
     double left = 0, right = end_;
-    auto w_left = torch::zeros(shape_), w_right = draw(0) * std::sqrt(end_);
+    auto w_left = torch::zeros(shape_, torch::kFloat), w_right = draw(0) * std::sqrt(end_);
     for (std::uint64_t node = 1;;) {
       if (time == left) return w_left;
       if (time == right) return w_right;
@@ -121,7 +121,7 @@ class BrownianPath {
 
   // Unit noise of a place in the tree.
   torch::Tensor draw(std::uint64_t node) const {
-    auto noise = torch::empty(shape_);
+    auto noise = torch::empty(shape_, torch::kFloat);
     for (std::size_t i = 0; i < seeds_.size(); ++i) {
       auto generator = at::detail::createCPUGenerator(scramble(scramble(seeds_[i]) ^ node));
       noise[static_cast<std::int64_t>(i)].normal_(0.0, 1.0, generator);
