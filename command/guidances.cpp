@@ -13,9 +13,18 @@ namespace {
 
 using Sag = sag::SelfAttentionGuidanceOptions;
 
+// A number of the picture's tokens.
+Row<Sag> tokens_number(const char* name, const char* key, std::int64_t sag::PictureTokens::*field,
+                       Range<std::int64_t> range, const char* help) {
+  return {{name, key, "N", help},
+          [=](Sag& sag, const Given& given) { sag.tokens.*field = read_number(given, range); },
+          [=](const Sag& sag) { return Value(sag.tokens.*field); }};
+}
+
 const OptionTable<Sag>& sag_options() {
   constexpr Range<std::int64_t> kTaps = {
       .low = 0, .high = 65535, .what = "an odd whole number, or 0", .odd_or_zero = true};
+  constexpr auto kOthers = whole(sag::PictureTokens::kRest, 1'000'000);
   static const OptionTable<Sag> table(
       "Self-attention guidance",
       {number("--sag-scale", "scale", &Sag::scale, kFinite, "X", "How strongly to steer; 0 is off")
@@ -43,6 +52,16 @@ const OptionTable<Sag>& sag_options() {
               "Guide every Nth step: 1/N of the extra rows, and less of the effect"),
        flag("--sag-one-pass", "one_pass", &Sag::one_pass,
             "Perturb with what the step before blurred, in one call of the UNet"),
+       tokens_number("--sag-tokens-before", "tokens_before", &sag::PictureTokens::before, kOthers,
+                     "Tokens before the picture's (class token, registers, text); -1: the rest")
+           .from_model(),
+       tokens_number("--sag-tokens-after", "tokens_after", &sag::PictureTokens::after, kOthers,
+                     "Tokens after the picture's; -1: the rest")
+           .from_model(),
+       tokens_number("--sag-reduction", "reduction", &sag::PictureTokens::reduction,
+                     whole(0, 65535),
+                     "Latent cells along a side of a token; 0: as the number of tokens says")
+           .from_model(),
        mark<Sag>("--sag-shuffle", "Control: blur as much, at random places").hide(),
        mark<Sag>("--no-sag", "Sample without self-attention guidance")});
   return table;
@@ -73,10 +92,23 @@ void check_window(const Sag& sag) {
   }
 }
 
+void check_tokens(const sag::PictureTokens& tokens) {
+  constexpr auto kRest = sag::PictureTokens::kRest;
+  if (tokens.before == kRest && tokens.after == kRest) {
+    throw UsageError("Only one of --sag-tokens-before and --sag-tokens-after can be -1, the rest.");
+  }
+  if ((tokens.before == kRest || tokens.after == kRest) && tokens.reduction == 0) {
+    throw UsageError(fmt::format(
+        "{} -1, the rest, needs --sag-reduction, which says how many tokens the picture has.",
+        tokens.before == kRest ? "--sag-tokens-before" : "--sag-tokens-after"));
+  }
+}
+
 Guidance decide_sag(const Choices& choices, const std::string& site) {
   auto sag = sag_options().decide(choices);
   sag.site = site;
   check_window(sag);
+  check_tokens(sag.tokens);
   const bool shuffle = choices.contains("--sag-shuffle");
   auto options = sag_options().report(sag);
   options.emplace_back("shuffle", shuffle);
@@ -89,7 +121,7 @@ Guidance decide_sag(const Choices& choices, const std::string& site) {
           .options = std::move(options),
           .apply = [sag, shuffle](const sag::ModelPatcher& model) {
             return sag::apply_self_attention_guidance(
-                shuffle ? shuffle_tokens(model, sag.site) : model, sag);
+                shuffle ? shuffle_tokens(model, sag.site, sag.tokens) : model, sag);
           }};
 }
 

@@ -12,6 +12,7 @@
 #include <torch/torch.h>
 
 #include "sag/attention_hook.h"
+#include "sag/blur.h"
 #include "sag/cfg_guider.h"
 #include "sag/model_patcher.h"
 #include "sag/sample.h"
@@ -100,6 +101,44 @@ TEST(FlowUNet, IsGuidedAtASiteThatIsNamed) {
   const auto input = test::flow_input(1);
   const Conditioning prompt{.context = input.context, .extra = input.extra};
   expect_guided_at(model, prompt, "model.mid.1", input.x, {0.9, 0.6, 0.3, 0}, {1, 2, 6, 4});
+}
+
+// A class token before the picture's tokens, a text of any length behind them.
+TEST(Transformer, IsGuidedByWhatThePicturesTokensGiveToEachOther) {
+  const ModelPatcher model(TorchScriptUNet::from_module(test::make_transformer()),
+                           ModelSampling::discrete());
+  torch::manual_seed(7);
+  const auto x = 4 * torch::randn({2, 4, 8, 12});
+  for (const std::int64_t words : {3, 7}) {
+    const Conditioning prompt{.context = torch::randn({1, words, test::kTransformerTextWidth})};
+    const Conditioning negative{.context = torch::randn({1, words, test::kTransformerTextWidth})};
+    auto guided = apply_self_attention_guidance(
+        model, {.site = "blocks.1",
+                .tokens = {.before = 1, .after = PictureTokens::kRest, .reduction = 2}});
+    torch::Tensor expected;
+    guided.set_attn1_replace(
+        [&](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
+          for (const auto& rows : pass.rows(Branch::uncond)) {
+            const auto q = pass.select(rows, call.q).to(torch::kDouble),
+                       k = pass.select(rows, call.k).to(torch::kDouble);
+            // 2 heads of 4.
+            const auto p = (q.matmul(k.transpose(2, 3)) / 2).softmax(-1);
+            const auto map = p.narrow(2, 1, 24).narrow(3, 1, 24).sum(2).mean(1);
+            expected = upsample_attention_map(map / map.mean(1, true), 8, 12) > 1;
+          }
+          return next(call);
+        },
+        "blocks.1");
+    CfgGuider guider(guided, {prompt}, {negative}, {.cond_scale = 3});
+    EXPECT_TRUE(guider(x, 4).isfinite().all().item<bool>());
+    ASSERT_EQ(guider.report().guided(), 1) << guider.report().skipped().begin()->first;
+    EXPECT_TRUE(guider.report().evaluations.front().guidances.front().mask.equal(expected));
+
+    CfgGuider plain(apply_self_attention_guidance(model, {.site = "blocks.1"}), {prompt},
+                    {negative}, {.cond_scale = 3});
+    plain(x, 4);
+    EXPECT_EQ(plain.report().guided(), 0);
+  }
 }
 
 TEST(PictureUNet, ListsItsSites) {

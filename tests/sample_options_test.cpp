@@ -124,6 +124,32 @@ TEST(SampleOptions, SaysWhatANumberMustBe) {
   EXPECT_EQ(mistake_in_more({"--out", ""}), "--out must not be empty.");
 }
 
+TEST(SampleOptions, SayWhereThePicturesTokensAre) {
+  const auto settings =
+      decide_settings(tensors_with({"--sag-tokens-before", "1", "--sag-tokens-after", "-1",
+                                    "--sag-reduction", "2"}),
+                      nullptr);
+  EXPECT_EQ(sag_option(settings, "tokens_before"), Value(std::int64_t{1}));
+  EXPECT_EQ(sag_option(settings, "tokens_after"), Value(std::int64_t{-1}));
+  EXPECT_EQ(sag_option(settings, "reduction"), Value(std::int64_t{2}));
+
+  const auto refused = [](const std::vector<std::string>& arguments) {
+    try {
+      decide_settings(tensors_with(arguments), nullptr);
+    } catch (const UsageError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(refused({"--sag-tokens-before", "-1"}),
+            "--sag-tokens-before -1, the rest, needs --sag-reduction, which says how many tokens "
+            "the picture has.");
+  EXPECT_EQ(
+      refused({"--sag-tokens-before", "-1", "--sag-tokens-after", "-1", "--sag-reduction", "2"}),
+      "Only one of --sag-tokens-before and --sag-tokens-after can be -1, the rest.");
+  EXPECT_THAT(mistake_in_more({"--sag-tokens-before", "-2"}), HasSubstr("between -1 and"));
+}
+
 // A name that is given twice would be one option on the command line and in `Choices`.
 TEST(SampleOptions, AreStatedOnce) {
   std::set<std::string> seen;

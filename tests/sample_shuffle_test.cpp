@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "sag/attention.h"
+#include "sag/attention_scope.h"
 #include "sag/cfg_guider.h"
 #include "support/toy_unet.h"
 
@@ -47,6 +49,30 @@ TEST(Shuffle, DrawsANewOrderForEveryStepAndImage) {
     std::sort(order.begin(), order.end());
     for (std::size_t i = 0; i < order.size(); ++i) EXPECT_EQ(order[i], i) << "a token is lost";
   }
+}
+
+// Tokens 0 and 17 stay, and those between change places.
+TEST(Shuffle, LeavesTokensBesideThePicturesWhereTheyAre) {
+  using namespace sag;
+  ModelPatcher model(std::make_shared<ToyUNet>(), ModelSampling::discrete());
+  const auto q = torch::arange(18, torch::kFloat).reshape({1, 1, 18, 1});
+  torch::Tensor seen;
+  auto shuffled = shuffle_tokens(model, "middle", {.before = 1, .after = 1});
+  shuffled.set_attn1_replace(
+      [&](const AttentionCall& call, const Pass&, const NextAttention& next) {
+        seen = call.k.flatten();
+        return next(call);
+      },
+      "middle");
+  StepContext step(4, 0, 16, 16);
+  const Pass pass{.sigma = 4, .height = 16, .width = 16, .groups = {{.count = 1}}, .step = &step};
+  const auto out = run_hooked(active_hooks(shuffled.attention_hooks(), step), pass,
+                              [&] { return attention(q, q, q, {.site = "middle.0.0"}); });
+  EXPECT_LT((out - attention(q, q, q)).abs().max().item<double>(), 1e-5);
+  EXPECT_EQ(seen[0].item<double>(), 0);
+  EXPECT_EQ(seen[17].item<double>(), 17);
+  EXPECT_FALSE(seen.equal(q.flatten()));
+  EXPECT_TRUE(std::get<0>(seen.sort()).equal(q.flatten()));
 }
 
 }  // namespace

@@ -1,5 +1,9 @@
 #include "sag/token_grid.h"
 
+#include <cstdint>
+#include <optional>
+#include <vector>
+
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
@@ -43,32 +47,107 @@ TEST(TokenGridOf, SizesTheReferenceIsRightOn) {
     const auto& size = entry.at("params");
     const std::int64_t tokens = size.at("n"), height = size.at("lh"), width = size.at("lw");
     const auto grid = token_grid(tokens, height, width);
-    EXPECT_EQ(grid.rows * grid.cols, tokens) << size;
-    if (grid.rows != halved(height, 3) || grid.cols != halved(width, 3)) continue;
+    if (!grid) continue;
+    EXPECT_EQ(grid->rows * grid->cols, tokens) << size;
+    if (grid->rows != halved(height, 3) || grid->cols != halved(width, 3)) continue;
     const auto& theirs = entry.at("value");
     if (theirs.is_null() || theirs == std::vector<double>{18, 8}) continue;
-    EXPECT_EQ(theirs, (std::vector<double>{double(grid.rows), double(grid.cols)})) << size;
+    EXPECT_EQ(theirs, (std::vector<double>{double(grid->rows), double(grid->cols)})) << size;
     ++right;
   }
   EXPECT_EQ(right, 3);
 }
 
-TEST(TokenGridOf, ActivationsResizedByAnotherFactorHaveTheNearestShape) {
-  // Kohya's deep shrink, factor 2.
+TEST(TokenGridOf, ActivationsResizedByAnotherFactor) {
+  // Kohya's deep shrink, factor 2 and 1.5.
   EXPECT_EQ(token_grid(24, 64, 96), (TokenGrid{4, 6}));
+  EXPECT_EQ(token_grid(6 * 8, 72, 96), (TokenGrid{6, 8}));
   EXPECT_EQ(token_grid(11 * 13, 65, 77), (TokenGrid{11, 13}));
-  // A prime has no better grid.
-  EXPECT_EQ(token_grid(7, 64, 64), (TokenGrid{1, 7}));
-  EXPECT_EQ(token_grid(7, 96, 12), (TokenGrid{7, 1}));
 }
 
-TEST(TokenGridOf, NeverFails) {
-  for (std::int64_t tokens = 1; tokens <= 300; ++tokens)
-    for (const auto& [height, width] :
-         {std::pair<std::int64_t, std::int64_t>{64, 64}, {5, 90}, {33, 64}, {1, 1}}) {
-      const auto grid = token_grid(tokens, height, width);
-      ASSERT_EQ(grid.rows * grid.cols, tokens);
-    }
+// A layer of stride `stride` that rounds the size of its result up or down.
+struct Layer {
+  std::int64_t stride;
+  bool up;
+
+  std::int64_t operator()(std::int64_t side) const {
+    return up ? (side + stride - 1) / stride : side / stride;
+  }
+};
+using Chain = std::vector<Layer>;
+
+// Patches or a stem, and up to four halvings, each rounded its own way.
+std::vector<Chain> chains() {
+  std::vector<Chain> chains;
+  for (const std::int64_t stem : {1, 2, 3, 4, 5, 7, 8, 14, 16})
+    for (const bool stem_up : {false, true})
+      for (int halvings = 0; halvings <= 4; ++halvings)
+        for (int ups = 0; ups < 1 << halvings; ++ups) {
+          Chain chain = {{stem, stem_up}};
+          for (int k = 0; k < halvings; ++k) chain.push_back({2, (ups >> k) % 2 == 1});
+          chains.push_back(chain);
+        }
+  return chains;
+}
+
+TEST(TokenGridOf, EveryChainOfStridesIsFound) {
+  std::int64_t found = 0;
+  for (const auto& chain : chains())
+    for (std::int64_t height = 5; height <= 200; ++height)
+      for (std::int64_t width = 5; width <= 200; ++width) {
+        TokenGrid grid{height, width};
+        std::int64_t stride = 1;
+        for (const auto& layer : chain) {
+          grid = {layer(grid.rows), layer(grid.cols)};
+          stride *= layer.stride;
+        }
+        if (grid.rows == 0 || grid.cols == 0) continue;
+        const auto tokens = grid.rows * grid.cols;
+        ASSERT_EQ(token_grid(tokens, height, width, stride), grid) << height << " x " << width;
+        ASSERT_EQ(token_grid(tokens, height, width), grid) << height << " x " << width;
+        ++found;
+      }
+  EXPECT_GT(found, 5'000'000);
+}
+
+TEST(TokenGridOf, OtherNumbersHaveNone) {
+  // Class token, registers, text, beside 16 x 16, 8 x 8 and 32 x 32 tokens.
+  for (const std::int64_t extra : {-1, 1, 2, 4, 5, 8, 16, 77, 154, 256, 333}) {
+    EXPECT_EQ(token_grid(256 + extra, 16, 16), std::nullopt) << extra;
+    EXPECT_EQ(token_grid(256 + extra, 32, 32), std::nullopt) << extra;
+    EXPECT_EQ(token_grid(1024 + extra, 64, 64), std::nullopt) << extra;
+    EXPECT_EQ(token_grid(64 + extra, 64, 64), std::nullopt) << extra;
+  }
+  // More tokens than cells, primes, and other shapes than the latent's.
+  EXPECT_EQ(token_grid(65, 8, 8), std::nullopt);
+  EXPECT_EQ(token_grid(7, 64, 64), std::nullopt);
+  EXPECT_EQ(token_grid(8 * 16, 64, 64), std::nullopt);
+  EXPECT_EQ(token_grid(16 * 16, 64, 96), std::nullopt);
+}
+
+// How often tokens beside the picture's make a number that is a grid by accident, of all latents of
+// 16 ... 128 cells a side and these reductions.
+double share_of_accidents(std::int64_t extra, std::vector<std::int64_t> reductions) {
+  std::int64_t accidents = 0, all = 0;
+  for (const auto f : reductions)
+    for (std::int64_t height = 16; height <= 128; ++height)
+      for (std::int64_t width = 16; width <= 128; ++width) {
+        const auto picture = ((height + f - 1) / f) * ((width + f - 1) / f);
+        accidents += token_grid(picture + extra, height, width).has_value();
+        ++all;
+      }
+  return static_cast<double>(accidents) / static_cast<double>(all);
+}
+
+// docs/hooks.md names these shares.
+TEST(TokenGridOf, AccidentsAreRareWhereThereAreManyTokens) {
+  for (const std::int64_t extra : {1, 4, 8}) EXPECT_EQ(share_of_accidents(extra, {1, 2, 4}), 0);
+  for (const std::int64_t extra : {16, 77, 154, 256, 333})
+    EXPECT_LT(share_of_accidents(extra, {1, 2, 4}), 0.003) << extra;
+  // In a UNet's middle there are few tokens, and more numbers are some grid.
+  EXPECT_LT(share_of_accidents(1, {8, 16}), 0.008);
+  EXPECT_LT(share_of_accidents(77, {8, 16}), 0.034);
+  EXPECT_LT(share_of_accidents(4, {8, 16}), 0.25);
 }
 
 TEST(TokenGridOf, PositiveNumbersOnly) {
@@ -76,6 +155,47 @@ TEST(TokenGridOf, PositiveNumbersOnly) {
   EXPECT_THROW(token_grid(4, -8, 8), c10::ValueError);
   EXPECT_THROW(token_grid(4, 8, 0), c10::ValueError);
   EXPECT_THROW(token_grid(4, std::int64_t{1} << 62, 8), c10::ValueError);
+  EXPECT_THROW(token_grid(4, 8, 8, -1), c10::ValueError);
+}
+
+constexpr auto kRest = PictureTokens::kRest;
+
+TEST(FindPictureTokens, CountsFromBothEnds) {
+  EXPECT_EQ(find_picture_tokens(256, 16, 16, {}), (TokenRange{0, 256}));
+  EXPECT_EQ(find_picture_tokens(257, 16, 16, {.before = 1}), (TokenRange{1, 256}));
+  EXPECT_EQ(find_picture_tokens(338, 16, 16, {.before = 5, .after = 77}), (TokenRange{5, 256}));
+  EXPECT_EQ(find_picture_tokens(257, 16, 16, {.before = 2}), std::nullopt);
+  EXPECT_EQ(find_picture_tokens(3, 16, 16, {.before = 1, .after = 2}), std::nullopt);
+}
+
+TEST(FindPictureTokens, TakesATextOfAnyLength) {
+  for (const std::int64_t text : {0, 1, 77, 192, 256, 300}) {
+    EXPECT_EQ(find_picture_tokens(text + 64, 16, 16, {.before = kRest, .reduction = 2}),
+              (TokenRange{text, 64}));
+    EXPECT_EQ(find_picture_tokens(text + 65, 16, 16, {.before = kRest, .after = 1, .reduction = 2}),
+              (TokenRange{text, 64}));
+    EXPECT_EQ(find_picture_tokens(text + 65, 16, 16, {.before = 1, .after = kRest, .reduction = 2}),
+              (TokenRange{1, 64}));
+  }
+  EXPECT_EQ(find_picture_tokens(63, 16, 16, {.before = kRest, .reduction = 2}), std::nullopt);
+  EXPECT_EQ(find_picture_tokens(64, 16, 16, {.before = 1, .after = kRest, .reduction = 2}),
+            std::nullopt);
+  // 8 x 8 or 9 x 9?
+  EXPECT_EQ(find_picture_tokens(177, 17, 17, {.before = kRest, .reduction = 2}), std::nullopt);
+}
+
+TEST(FindPictureTokens, HoldsTheReductionAgainstTheNumber) {
+  EXPECT_EQ(find_picture_tokens(64, 16, 16, {.reduction = 2}), (TokenRange{0, 64}));
+  EXPECT_EQ(find_picture_tokens(64, 16, 16, {.reduction = 4}), std::nullopt);
+}
+
+TEST(FindPictureTokens, RefusesWhatItCannotUnderstand) {
+  EXPECT_THROW(find_picture_tokens(64, 16, 16, {.before = -2}), c10::ValueError);
+  EXPECT_THROW(find_picture_tokens(64, 16, 16, {.before = kRest}), c10::ValueError);
+  EXPECT_THROW(find_picture_tokens(64, 16, 16, {.before = kRest, .after = kRest, .reduction = 2}),
+               c10::ValueError);
+  EXPECT_THROW(find_picture_tokens(64, 16, 16, {.reduction = -1}), c10::ValueError);
+  EXPECT_THROW(find_picture_tokens(0, 16, 16, {}), c10::ValueError);
 }
 
 }  // namespace

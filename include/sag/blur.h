@@ -21,10 +21,12 @@ SAG_API torch::Tensor gaussian_blur_2d(const torch::Tensor& x, std::int64_t kern
                                        double sigma);
 
 /// Returns attention maps as pictures: each on its token grid, resized to `height` × `width` by
-/// nearest neighbour. attn_map: [B, tokens] floating → [B, 1, height, width].
-/// Throws ValueError or TypeError on other arguments. ComfyUI: `create_blur_map`.
+/// nearest neighbour. attn_map: [B, tokens] floating → [B, 1, height, width]. reduction: how many
+/// latent cells a token covers along a side, 0: whatever `token_grid` finds.
+/// Throws ValueError or TypeError on other arguments, ValueError also when the tokens are no grid
+/// of `height` × `width`. ComfyUI: `create_blur_map`.
 SAG_API torch::Tensor upsample_attention_map(const torch::Tensor& attn_map, std::int64_t height,
-                                             std::int64_t width);
+                                             std::int64_t width, std::int64_t reduction = 0);
 
 /// What is blurred, and how much.
 struct BlurMapOptions {
@@ -40,7 +42,7 @@ struct BlurMapOptions {
 ///
 /// x0: [B, C, H, W] floating. attn_map: [B, tokens] as `attention_map` returns it, or [B, 1, H, W]
 /// as `upsample_attention_map` does. The map is compared with the threshold in its own dtype, fp32.
-/// Throws ValueError or TypeError on other arguments.
+/// Throws ValueError or TypeError on other arguments, and where `upsample_attention_map` does.
 /// Source: Hong et al. 2023, section 4.2; ComfyUI: `create_blur_map`.
 SAG_API torch::Tensor create_blur_map(const torch::Tensor& x0, const torch::Tensor& attn_map,
                                       const BlurMapOptions& options = {});

@@ -10,6 +10,7 @@
 #include "sag/attention_hook.h"
 #include "sag/export.h"
 #include "sag/model_patcher.h"
+#include "sag/token_grid.h"
 
 namespace sag {
 
@@ -36,9 +37,10 @@ struct SelfAttentionGuidanceStep {
 ///
 /// denoised: the CFG result; x: the noisy latent; uncond_denoised: the unconditional prediction at
 /// x; all [B, C, H, W]. attn_map: what `attention_map` returned for the unconditional rows of the
-/// same UNet call, [B, tokens], or [B, 1, H, W]. predict_uncond: one more unconditional prediction,
-/// at the same σ. It is not called, and `denoised` is returned as it is, if scale or blur_sigma is
-/// 0 or a side of the latent is 4 or less.
+/// same UNet call, [B, tokens], a grid of the latent (`token_grid`), or [B, 1, H, W].
+/// predict_uncond: one more unconditional prediction, at the same σ. It is not called, and
+/// `denoised` is returned as it is, if scale or blur_sigma is 0 or a side of the latent is 4 or
+/// less.
 ///
 /// The formula holds for every prediction type, because it uses predictions of the clean latent.
 /// Throws ValueError or TypeError on other arguments. Exceptions of `predict_uncond` pass through.
@@ -83,6 +85,14 @@ struct SelfAttentionGuidanceOptions {
   /// The self-attention to watch: {"middle", 0, 0}, "model.mid.1", "#6"; "middle" finds that of the
   /// middle block, whatever names the UNet uses, and the guider's report says which one and why.
   AttentionSite site = "middle";
+  /// Where the picture's tokens are in that attention, if it has others, too: {.before = 1} for a
+  /// class token, {.after = 77} for a text that follows, {.before = PictureTokens::kRest,
+  /// .reduction = 2} for a text of any length before patches of 2 × 2.
+  ///
+  /// The map is then what the picture's tokens give to each other: the softmax is over all keys,
+  /// the sums are those of the picture's queries and keys, divided by their mean. So a threshold of
+  /// 1 is still the average token of the picture, however much attention the others draw.
+  PictureTokens tokens = {};
 };
 
 /// Returns a clone of `model` that guides itself: a hook records the attention map of the
@@ -90,7 +100,8 @@ struct SelfAttentionGuidanceOptions {
 /// `self_attention_guidance`.
 ///
 /// Where it cannot guide (no unconditional prediction, a side of the latent 4 or less, the site did
-/// not run), the CFG result stays, and the guider's report says why. Outside the window, and with
+/// not run, its tokens are no grid of the latent), the CFG result stays, and the guider's report
+/// says why. Outside the window, and with
 /// scale or blur_sigma 0, it evaluates nothing and does not change a bit. At cond_scale 1 it has
 /// the unconditional rows evaluated while it is active. With several negatives, their maps are
 /// averaged per latent cell with the weights of the prediction, before the comparison. If applied

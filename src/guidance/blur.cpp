@@ -95,7 +95,7 @@ torch::Tensor gaussian_blur_2d(const torch::Tensor& x, std::int64_t kernel_size,
 }
 
 torch::Tensor upsample_attention_map(const torch::Tensor& attn_map, std::int64_t height,
-                                     std::int64_t width) {
+                                     std::int64_t width, std::int64_t reduction) {
   TORCH_CHECK_VALUE(
       attn_map.dim() == 2 && attn_map.numel() > 0,
       "[upsample_attention_map] attn_map must have shape [B, tokens], none of them 0, got ",
@@ -103,8 +103,12 @@ torch::Tensor upsample_attention_map(const torch::Tensor& attn_map, std::int64_t
   TORCH_CHECK_TYPE(attn_map.is_floating_point(),
                    "[upsample_attention_map] attn_map must be floating, got ",
                    attn_map.scalar_type(), ".");
-  const auto grid = token_grid(attn_map.size(1), height, width);
-  return at::upsample_nearest2d(attn_map.view({-1, 1, grid.rows, grid.cols}), {height, width});
+  const auto grid = token_grid(attn_map.size(1), height, width, reduction);
+  TORCH_CHECK_VALUE(grid,
+                    "[upsample_attention_map] the tokens of attn_map must be a grid of the picture "
+                    "(token_grid), got ",
+                    attn_map.size(1), " tokens for ", height, " x ", width, ".");
+  return at::upsample_nearest2d(attn_map.reshape({-1, 1, grid->rows, grid->cols}), {height, width});
 }
 
 torch::Tensor create_blur_map(const torch::Tensor& x0, const torch::Tensor& attn_map,

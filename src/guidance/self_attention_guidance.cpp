@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -12,6 +13,7 @@
 #include "model/latent.h"
 #include "sag/attention_map.h"
 #include "sag/blur.h"
+#include "token_checks.h"
 
 namespace sag {
 namespace {
@@ -71,6 +73,7 @@ void check_options(const SelfAttentionGuidanceOptions& options) {
       options.kernel_size == 0 || (options.kernel_size > 0 && options.kernel_size % 2 == 1), where,
       "kernel_size must be odd, or 0 to be as wide as blur_sigma needs, got ", options.kernel_size,
       ".");
+  check_picture_tokens(options.tokens, "apply_self_attention_guidance");
   TORCH_CHECK_VALUE(options.interval >= 1, where, "interval must be at least 1, got ",
                     options.interval, ".");
   TORCH_CHECK_VALUE(options.sigma_end <= options.sigma_start, where,
@@ -111,18 +114,64 @@ bool records_in(const SelfAttentionGuidanceOptions& options, const StepContext& 
          !too_small(step.height(), step.width());
 }
 
-// Returns the map of some rows; undefined if there are not as many queries as keys.
-torch::Tensor map_of(const AttentionCall& call, const Pass& pass, const RowGroup& rows) {
-  if (call.probabilities.defined()) {
-    const auto probabilities = pass.select(rows, call.probabilities);
-    if (probabilities.size(2) != probabilities.size(3)) return {};
-    return attention_map(probabilities);
-  }
-  const auto q = pass.select(rows, call.q), k = pass.select(rows, call.k);
-  return q.size(2) == k.size(2) ? attention_map(q, k, call.scale) : torch::Tensor();
+// The tokens of an attention that a map is made of, or why there are none.
+struct WatchedTokens {
+  TokenRange queries = {}, keys = {};
+  std::string fault = {};
+};
+
+WatchedTokens watched_tokens(std::int64_t queries, std::int64_t keys, const Pass& pass,
+                             const PictureTokens& where) {
+  const auto range = find_picture_tokens(keys, pass.height, pass.width, where);
+  if (range && queries == keys) return {*range, *range};
+  // Some attentions have further keys, but no queries, beside the picture's.
+  const bool others = where.before != 0 || where.after != 0;
+  if (range && others && queries == range->count) return {{0, queries}, *range};
+
+  WatchedTokens none;
+  const auto size = c10::str(pass.height, " x ", pass.width);
+  if (queries != keys)
+    none.fault = c10::str(
+        "the attention of the site is not self-attention: it has ", queries, " queries and ", keys,
+        " keys",
+        keys > queries ? " (if the picture's are among them, the option tokens says which)" : "");
+  else if (others || where.reduction != 0)
+    none.fault = c10::str("the attention of the site has ", keys,
+                          " tokens, and what the option tokens says of them is no grid of the ",
+                          size, " latent");
+  else
+    none.fault = c10::str("the attention of the site has ", keys, " tokens, no grid of the ", size,
+                          " latent: the option tokens says which are the picture's");
+  return none;
 }
 
-void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass) {
+// Returns what the queries and keys of the picture give to each other.
+torch::Tensor map_of_picture(const torch::Tensor& map, const TokenRange& keys) {
+  if (keys.count == map.size(1)) return map;
+  const auto picture = map.narrow(1, keys.begin, keys.count);
+  // The others' share is missing, so the mean is less than 1. In fp64, its last bits in fp32 do not
+  // depend on the order of the sum.
+  const auto mean = picture.mean(1, /*keepdim=*/true, torch::kDouble)
+                        .clamp_min(std::numeric_limits<float>::min());
+  return picture / mean.to(picture.scalar_type());
+}
+
+// Returns the map of some rows; undefined, with the reason in `fault`, if there is none.
+torch::Tensor map_of(const AttentionCall& call, const Pass& pass, const RowGroup& rows,
+                     const PictureTokens& where, std::string& fault) {
+  const bool unfused = call.probabilities.defined();
+  const auto q = pass.select(rows, unfused ? call.probabilities : call.q);
+  const auto k = unfused ? torch::Tensor() : pass.select(rows, call.k);
+  const auto tokens = watched_tokens(q.size(2), unfused ? q.size(3) : k.size(2), pass, where);
+  fault = tokens.fault;
+  if (!fault.empty()) return {};
+  const auto queries = q.narrow(2, tokens.queries.begin, tokens.queries.count);
+  return map_of_picture(unfused ? attention_map(queries) : attention_map(queries, k, call.scale),
+                        tokens.keys);
+}
+
+void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass,
+                const PictureTokens& where) {
   if (pass.groups.empty()) {
     pass.step->skipped(owner, "it is not known which rows a call of the site's attention has");
     return;
@@ -132,9 +181,10 @@ void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass)
     return;
   }
   for (const auto& rows : pass.rows(Branch::uncond)) {
-    const auto map = map_of(call, pass, rows);
+    std::string fault;
+    const auto map = map_of(call, pass, rows, where, fault);
     if (!map.defined()) {
-      pass.step->skipped(owner, "the attention of the site is not self-attention");
+      pass.step->skipped(owner, fault);
       return;
     }
     pass.step->record(owner, rows, map);
@@ -143,12 +193,12 @@ void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass)
 
 // Brings every recorded map to its place in the latent and averages them per cell, with the weights
 // of their predictions. Cells that no map covers stay 0.
-torch::Tensor combine_maps(const std::vector<StepContext::Record>& records,
-                           const torch::Tensor& x) {
+torch::Tensor combine_maps(const std::vector<StepContext::Record>& records, const torch::Tensor& x,
+                           std::int64_t reduction) {
   const auto& first = records.front();
   const bool plain = records.size() == 1 && !first.rows.area && !first.rows.weight.defined() &&
                      first.rows.count == x.size(0);
-  if (plain) return upsample_attention_map(first.map, x.size(2), x.size(3));
+  if (plain) return upsample_attention_map(first.map, x.size(2), x.size(3), reduction);
 
   const auto options = first.map.options();
   auto sum = at::zeros({x.size(0), 1, x.size(2), x.size(3)}, options),
@@ -161,7 +211,7 @@ torch::Tensor combine_maps(const std::vector<StepContext::Record>& records,
           .narrow(3, area.x, area.width);
     };
     const auto weight = rows.weight.defined() ? rows.weight.to(options) : at::ones({1}, options);
-    part(sum).add_(upsample_attention_map(map, area.height, area.width) * weight);
+    part(sum).add_(upsample_attention_map(map, area.height, area.width, reduction) * weight);
     part(weights).add_(weight);
   }
   return at::where(weights != 0, sum / weights, 0.0);
@@ -186,11 +236,11 @@ std::optional<EarlyRows> early_rows(const Owner& owner, const SelfAttentionGuida
 
 // Returns the map of this evaluation, [images, 1, height, width]; undefined if there is none, and
 // then `args.step` says why.
-torch::Tensor recorded_map(const Owner& owner, const PostCfgArgs& args) {
+torch::Tensor recorded_map(const Owner& owner, const PostCfgArgs& args, std::int64_t reduction) {
   const auto records = args.step.records(owner);
   if (records.empty()) args.step.skipped(owner, "the attention of the site did not run");
   if (!args.step.skip_reason(owner).empty()) return {};
-  return combine_maps(records, args.x);
+  return combine_maps(records, args.x, reduction);
 }
 
 torch::Tensor guide_exactly(const Owner& owner, const SelfAttentionGuidanceOptions& options,
@@ -242,7 +292,7 @@ torch::Tensor guide(const Owner& owner, const SelfAttentionGuidanceOptions& opti
     args.step.skipped(owner, reason);
     return args.denoised;
   }
-  const auto map = recorded_map(owner, args);
+  const auto map = recorded_map(owner, args, options.tokens.reduction);
   if (!map.defined()) return args.denoised;
   return options.one_pass ? guide_in_one_pass(owner, options, args, map)
                           : guide_exactly(owner, options, args, map);
@@ -260,8 +310,9 @@ ModelPatcher apply_self_attention_guidance(const ModelPatcher& model,
 
   auto patched = model.clone();
   patched.set_attn1_replace(
-      [owner](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
-        record_map(owner, call, pass);
+      [owner, tokens = options.tokens](const AttentionCall& call, const Pass& pass,
+                                       const NextAttention& next) {
+        record_map(owner, call, pass, tokens);
         return next(call);
       },
       options.site, {.active = active, .capturable = true});

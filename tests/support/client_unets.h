@@ -1,6 +1,6 @@
 #pragma once
 
-// Two small UNets as other people build them, whose names are neither ComfyUI's nor diffusers'.
+// Small networks as other people build them, whose names are neither ComfyUI's nor diffusers'.
 
 #include <cstdint>
 #include <memory>
@@ -134,6 +134,59 @@ inline UNetInput flow_input(std::int64_t rows = 2, std::int64_t height = 8,
           .timesteps = torch::linspace(0.1, 0.9, rows),
           .context = torch::randn({rows, 4, kFlowContextWidth}),
           .extra = {{"context_mask", mask}}};
+}
+
+inline constexpr std::int64_t kTransformerWidth = 8, kTransformerTextWidth = 5;
+
+/// Builds the TorchScript file of a transformer, forward(x, timesteps, context): 4 channels,
+/// patches of 2 × 2, and two blocks "blocks.0" and "blocks.1" of self-attention over a class token,
+/// the picture's tokens and those of the text, in this order.
+inline torch::jit::Module make_transformer() {
+  torch::manual_seed(6);
+  const auto unit = std::make_shared<torch::jit::CompilationUnit>();
+  const auto module = [&](const std::string& name) {
+    torch::jit::Module owner(c10::QualifiedName("__torch__." + name), unit, /*shouldMangle=*/true);
+    owner.register_attribute("training", c10::BoolType::get(), false);
+    return owner;
+  };
+  const auto weight = [](torch::jit::Module& owner, const std::string& name,
+                         const std::vector<std::int64_t>& sizes) {
+    owner.register_parameter(name, torch::randn(sizes) * 0.5, /*is_buffer=*/false);
+  };
+  auto blocks = module("Blocks");
+  for (const char* name : {"0", "1"}) {
+    auto block = module("Block");
+    weight(block, "qkv", {3 * kTransformerWidth, kTransformerWidth});
+    weight(block, "out", {kTransformerWidth, kTransformerWidth});
+    block.define(R"(
+def heads(self, t: Tensor) -> Tensor:
+    return torch.transpose(torch.reshape(t, [t.size(0), t.size(1), 2, t.size(2) // 2]), 1, 2)
+def forward(self, h: Tensor) -> Tensor:
+    n = torch.layer_norm(h, [h.size(2)])
+    q, k, v = torch.chunk(torch.linear(n, self.qkv), 3, -1)
+    a = torch.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(v))
+    return h + torch.linear(torch.flatten(torch.transpose(a, 1, 2), 2), self.out)
+)");
+    blocks.register_module(name, block);
+  }
+  auto transformer = module("Transformer");
+  transformer.register_module("blocks", blocks);
+  weight(transformer, "patch", {kTransformerWidth, 4, 2, 2});
+  weight(transformer, "text", {kTransformerWidth, kTransformerTextWidth});
+  weight(transformer, "class_token", {1, 1, kTransformerWidth});
+  weight(transformer, "unpatch", {kTransformerWidth, 4, 2, 2});
+  transformer.define(R"(
+def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    p = torch.conv2d(x, self.patch, None, [2, 2])
+    picture = torch.transpose(torch.flatten(p, 2), 1, 2)
+    first = self.class_token.expand(x.size(0), -1, -1) + 0.001 * torch.reshape(timesteps, [-1, 1, 1])
+    h = torch.cat([first, picture, torch.linear(context, self.text)], 1)
+    h = getattr(self.blocks, "0").forward(h)
+    h = getattr(self.blocks, "1").forward(h)
+    h = torch.slice(h, 1, 1, 1 + picture.size(1))
+    return torch.conv_transpose2d(torch.reshape(torch.transpose(h, 1, 2), p.shape), self.unpatch, None, [2, 2])
+)");
+  return transformer;
 }
 
 /// Attention of one head over a picture's places, q, k and v from a 1 x 1 convolution.
