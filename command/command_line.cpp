@@ -120,7 +120,7 @@ bool is_other_format(const std::string& path) {
   return std::find(kOthers.begin(), kOthers.end(), extension) != kOthers.end();
 }
 
-void never_both(bool a, bool b, const char* sentence) {
+void never_both(bool a, bool b, const std::string& sentence) {
   if (a && b) throw UsageError(sentence);
 }
 
@@ -186,6 +186,10 @@ void check_combinations(const Choices& choices) {
   never_both(texts, given("--cond") || given("--uncond"),
              "--prompt and --unconditional cannot be given together with --cond and --uncond.");
   never_both(given("--negative"), !given("--prompt"), "--negative needs a --prompt.");
+  for (const char* option : {"--prompt-weights", "--clip-skip"}) {
+    never_both(given(option), !texts,
+               fmt::format("{} needs a --prompt or --unconditional.", option));
+  }
   check_tensors(choices);
   check_guidances(choices);
 }

@@ -10,6 +10,7 @@
 #include "errors.h"
 #include "files/networks.h"
 #include "input_tensors.h"
+#include "prompt.h"
 #include "sag/noise.h"
 
 namespace sag_sample {
@@ -68,8 +69,12 @@ Batch tensor_batch(const InputTensors& tensors, std::size_t images, double cfg,
 // Encodes every text once, for latents of one size.
 class Texts {
  public:
-  Texts(const std::string& encoder, const LatentSize& size, torch::Device device)
-      : size_(size), device_(device) {
+  Texts(const std::string& encoder, const PictureOptions& options, const LatentSize& size,
+        torch::Device device)
+      : weights_(options.prompt_weights),
+        clip_skip_(options.clip_skip),
+        size_(size),
+        device_(device) {
     if (!encoder.empty()) encoder_.emplace(encoder);
   }
 
@@ -79,7 +84,9 @@ class Texts {
   const sag::Conditioning& cond(const std::string& text) {
     auto& cond = conds_[text];
     if (!encoder_ || cond.context.defined()) return cond;
-    const auto encoded = encoder_->encode(text, size_.height, size_.width);
+    const auto pieces =
+        weights_ ? parse_prompt(text) : std::vector<PromptPiece>{{.text = text, .weight = 1.0}};
+    const auto encoded = encoder_->encode(pieces, clip_skip_, size_.height, size_.width);
     cond.context = encoded.context.to(device_);
     if (encoded.y.defined()) cond.y = encoded.y.to(device_);
     if (!encoded.cut.empty()) {
@@ -93,6 +100,8 @@ class Texts {
   const std::vector<std::string>& notes() const { return notes_; }
 
  private:
+  bool weights_;
+  std::optional<std::int64_t> clip_skip_;
   LatentSize size_;
   torch::Device device_;
   std::optional<TextEncoder> encoder_;
@@ -140,7 +149,7 @@ std::vector<Batch> text_batches(const std::vector<Picture>& pictures, const std:
 
 void add_text_batches(Inputs& inputs, const PictureOptions& options, const Network& network,
                       double cfg, torch::Device device) {
-  Texts texts(network.files.text_encoder, inputs.size, device);
+  Texts texts(network.files.text_encoder, options, inputs.size, device);
   if (!texts.can_encode() && !options.prompts.empty()) {
     throw UsageError(
         network.has_directory

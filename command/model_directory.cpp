@@ -86,6 +86,7 @@ ModelFiles read_files(JsonObject files, const std::string& directory) {
 }
 
 void read_defaults(JsonObject defaults, Choices& choices) {
+  read_options(defaults, picture_options(), choices);
   read_options(defaults, sampling_options(), choices);
   read_options(defaults, guider_options(), choices);
   for (const auto& kind : guidance_kinds()) {

@@ -68,6 +68,16 @@ Row<UNetFileOptions> channels_last() {
       [](const UNetFileOptions&) { return Value("auto"); });
 }
 
+Row<PictureOptions> prompt_weights() {
+  static constexpr std::array<std::string_view, 2> kNames = {"on", "off"};
+  return choice<PictureOptions>(
+      "--prompt-weights", "prompt_weights", kNames,
+      "on: (red:1.3) in a prompt gives red the weight 1.3, (red) 1.1, and \\( is a parenthesis, as "
+      "in ComfyUI; off: parentheses are text",
+      [](PictureOptions& o, const std::string& name) { o.prompt_weights = name == "on"; },
+      [](const PictureOptions& o) { return Value(o.prompt_weights ? "on" : "off"); });
+}
+
 }  // namespace
 
 const OptionTable<SourceOptions>& source_options() {
@@ -168,6 +178,12 @@ const OptionTable<PictureOptions>& picture_options() {
        any_text("--negative", "negative", &P::negative, "TEXT",
                 "What the prompts are guided away from")
            .by_default("an empty text"),
+       prompt_weights(),
+       number("--clip-skip", "clip_skip", &P::clip_skip, whole(1, 1024), "N",
+              "Take the context from the text encoder's N-th layer from the end: 1 is the last, as "
+              "in A1111 (in ComfyUI -1); diffusers' clip_skip is N - 1, for SDXL N - 2")
+           .from_model()
+           .by_default("1; SD 2 and SDXL: 2"),
        number("--unconditional", "", &P::unconditional, whole(0, 4096), "N",
               "Draw N pictures of no prompt, with the seeds from --seed on"),
        number("--batch", "", &P::batch, whole(1, 4096), "N",

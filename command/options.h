@@ -38,6 +38,10 @@ struct LatentSize {
 struct PictureOptions {
   std::vector<std::string> prompts = {};
   std::string negative = {};
+  /// Whether parentheses weigh what they hold.
+  bool prompt_weights = true;
+  /// The text encoder's layer, counted from its end; nothing: the encoder's own.
+  std::optional<std::int64_t> clip_skip = {};
   std::int64_t unconditional = 0;
   std::optional<std::int64_t> batch = {};
   std::uint64_t seed = 0;

@@ -24,7 +24,8 @@ sag::UNetInput probe_input(const PictureOptions& pictures, const Network& networ
   auto context = conditional ? tensors.cond : tensors.uncond;
   auto y = conditional ? tensors.cond_y : tensors.uncond_y;
   if (!context.defined() && !network.files.text_encoder.empty()) {
-    const auto text = TextEncoder(network.files.text_encoder).encode("", size.height, size.width);
+    const auto text =
+        TextEncoder(network.files.text_encoder).encode({}, {}, size.height, size.width);
     context = text.context;
     y = text.y;
   }

@@ -413,6 +413,85 @@ TEST_F(SampleCommand, SaysWhatOfAPromptIsLeftOut) {
   EXPECT_EQ(report("report.json")["notes"], nlohmann::json::array({note}));
 }
 
+TEST_F(SampleCommand, WeighsPartsOfPromptsAndChoosesTheLayer) {
+  const auto model = make_model();
+  torch::jit::Module encoder("TextEncoder");
+  // Row i of the context is that of the i-th piece.
+  encoder.define(R"(
+def encode(self, text: str):
+    raise ValueError("not this one")
+def encode_pieces(self, pieces: List[str], weights: List[float], clip_skip: int):
+    context = torch.zeros([1, 4, 32])
+    for i in range(len(pieces)):
+        context[0, i] = torch.linspace(-1., 1., 32) * weights[i] * float(len(pieces[i]))
+    return context + 0.1 * float(clip_skip)
+def cut_pieces(self, pieces: List[str]):
+    return " ".join(pieces[4:])
+def clip_skip_range(self):
+    return 1, 5
+)");
+  encoder.save(model + "/text_encoder.ts");
+  // Pieces by length and weight.
+  const auto context = [](const std::vector<std::pair<double, double>>& pieces, double clip_skip) {
+    auto tensor = torch::zeros({1, 4, 32});
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+      tensor[0][static_cast<std::int64_t>(i)] =
+          torch::linspace(-1, 1, 32) * (pieces[i].first * pieces[i].second);
+    }
+    return tensor + 0.1 * clip_skip;
+  };
+  const auto expect = [&](std::vector<std::string> texts, const torch::Tensor& cond,
+                          const torch::Tensor& uncond) {
+    texts.insert(texts.end(), {"--model", model, "--save-latent", path("texts.pt")});
+    const auto finished = run(texts);
+    ASSERT_EQ(finished.code, 0) << finished.err;
+    const auto by_tensors = run({"--model", model, "--cond", save("cond.pt", cond), "--uncond",
+                                 save("uncond.pt", uncond), "--save-latent", path("tensors.pt")});
+    ASSERT_EQ(by_tensors.code, 0) << by_tensors.err;
+    EXPECT_TRUE(latent("texts.pt").equal(latent("tensors.pt")));
+  };
+  const auto empty = context({}, 0);
+  expect({"--prompt", "a (red:1.5) cat"}, context({{2, 1}, {3, 1.5}, {4, 1}}, 0), empty);
+  expect({"--prompt", "cat", "--negative", "(red) \\(x\\)", "--clip-skip", "3"},
+         context({{3, 1}}, 3), context({{3, 1.1}, {4, 1}}, 3));
+  expect({"--prompt", "a (red:1.5) cat", "--prompt-weights", "off"}, context({{15, 1}}, 0), empty);
+  EXPECT_THAT(sentence(1, {"--model", model, "--prompt", "x", "--clip-skip", "6", "--json",
+                           path("report.json")}),
+              HasSubstr("--clip-skip must be between 1 and 5 for this model, got 6."));
+  const auto cut = run({"--model", model, "--prompt", "a(b)c(d)e(f)", "--json", path("json")});
+  ASSERT_EQ(cut.code, 0) << cut.err;
+  EXPECT_THAT(cut.out, HasSubstr("left out: e f\n"));
+
+  std::ofstream(model + "/model.json")
+      << R"({"format": 1, "prediction": "eps", "sample": {"shape": [4, 16, 16]},
+      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts"},
+      "defaults": {"steps": 2, "clip_skip": 2}})";
+  expect({"--prompt", "cat"}, context({{3, 1}}, 2), context({}, 2));
+  expect({"--prompt", "cat", "--clip-skip", "1"}, context({{3, 1}}, 1), context({}, 1));
+}
+
+TEST_F(SampleCommand, TextEncodersThatTakeATextOnlySayWhatTheyCannot) {
+  const auto model = make_model();
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.end(), {"--model", model, "--json", path("report.json")});
+    return more;
+  };
+  EXPECT_THAT(sentence(1, with({"--prompt", "a (red:1.3) cat"})),
+              HasSubstr("cannot weigh parts of a prompt, as the parentheses around \"red\" ask"));
+  EXPECT_THAT(sentence(1, with({"--prompt", "cat", "--clip-skip", "2"})),
+              HasSubstr("gives no other layer, as --clip-skip asks for"));
+  EXPECT_FALSE(fs::exists(path("report.json")));
+  const auto latent_of = [&](const std::string& prompt, const std::string& weights) {
+    const auto finished = run({"--model", model, "--prompt", prompt, "--prompt-weights", weights,
+                               "--save-latent", path("latent.pt")});
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    return latent("latent.pt");
+  };
+  const auto expected = latent_of("a (red) cat", "off");
+  EXPECT_TRUE(latent_of("a \\(red\\) cat", "on").equal(expected));
+  EXPECT_TRUE(latent_of("a (x", "on").equal(latent_of("a (x", "off")));
+}
+
 TEST_F(SampleCommand, TextEncodersOfAnotherFormAreRefused) {
   const auto model = make_sdxl_model();
   const auto with = [&](const char* code) {

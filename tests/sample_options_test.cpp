@@ -282,6 +282,20 @@ TEST(SampleSettings, RefusesConstantsOfAnotherPredictionAndBadDevices) {
             "--sag-start must be at least --sag-end (2), got 1.");
 }
 
+TEST(SampleSettings, TextOptionsNeedATextOfTheRightKind) {
+  for (const std::string option : {"--prompt-weights", "--clip-skip"}) {
+    EXPECT_EQ(mistake_in_more({option, option == "--clip-skip" ? "2" : "off"}),
+              option + " needs a --prompt or --unconditional.");
+  }
+  EXPECT_THAT(mistake_in_more({"--prompt", "a", "--clip-skip", "0"}),
+              HasSubstr("--clip-skip must be a whole number between 1 and"));
+  EXPECT_THAT(mistake_in_more({"--prompt", "a", "--prompt-weights", "yes"}),
+              HasSubstr("--prompt-weights must be one of on, off"));
+  EXPECT_FALSE(pictures_of({"--unconditional", "1", "--prompt-weights", "off"}).prompt_weights);
+  EXPECT_EQ(pictures_of({"--prompt", "a", "--clip-skip", "2"}).clip_skip, 2);
+  EXPECT_TRUE(pictures_of({"--prompt", "a"}).prompt_weights);
+}
+
 TEST(SampleSettings, GuidancesAreAList) {
   const auto settings = decide_settings(tensors_with({}), nullptr);
   ASSERT_EQ(settings.guidances.size(), 1u);

@@ -1,9 +1,11 @@
 #include "files/networks.h"
 
+#include <algorithm>
+#include <cstddef>
 #include <utility>
-#include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <torch/script.h>
 
 #include "errors.h"
@@ -46,6 +48,12 @@ torch::ScalarType dtype_of(const torch::jit::Module& module) {
   return torch::kFloat;
 }
 
+// The module itself counts.
+std::size_t count_arguments(const torch::jit::Module& module, const char* method) {
+  const auto found = module.find_method(method);
+  return found ? found->function().getSchema().arguments().size() : 0;
+}
+
 bool is_floating(const c10::IValue& value, std::int64_t dims) {
   return value.isTensor() && value.toTensor().dim() == dims && value.toTensor().size(0) == 1 &&
          value.toTensor().is_floating_point();
@@ -55,13 +63,14 @@ bool is_floating(const c10::IValue& value, std::int64_t dims) {
 
 TextEncoder::TextEncoder(const std::string& path)
     : path_(path), module_(load(path, "text encoder")) {
-  const auto encode = module_->find_method("encode");
-  const auto arguments = encode ? encode->function().getSchema().arguments().size() : 0;
+  const auto arguments = count_arguments(*module_, "encode");
   if (arguments != 2 && arguments != 4) {
     throw UsageError(fmt::format(
         "The text encoder \"{}\" has no method encode(str) or encode(str, int, int).", path));
   }
   takes_size_ = arguments == 4;
+  takes_pieces_ = count_arguments(*module_, "encode_pieces") == arguments + 2 &&
+                  module_->find_method("cut_pieces") && module_->find_method("clip_skip_range");
   convert(*module_, torch::kFloat);
 }
 
@@ -76,30 +85,73 @@ c10::IValue TextEncoder::call(const char* method, std::vector<c10::IValue> argum
   }
 }
 
-EncodedText TextEncoder::encode(const std::string& text, std::int64_t height,
-                                std::int64_t width) const {
-  std::vector<c10::IValue> arguments = {text};
-  if (takes_size_) arguments.insert(arguments.end(), {height, width});
-  auto context = call("encode", std::move(arguments));
+void TextEncoder::check_gives(const std::vector<PromptPiece>& prompt,
+                              std::optional<std::int64_t> clip_skip) const {
+  constexpr const char* kAgain =
+      "; sag-export writes text encoders that do, so export the model again";
+  if (!takes_pieces_) {
+    const auto weighted = std::find_if(prompt.begin(), prompt.end(),
+                                       [](const auto& piece) { return piece.weight != 1.0; });
+    if (weighted != prompt.end()) {
+      throw UsageError(fmt::format(
+          "The text encoder \"{}\" cannot weigh parts of a prompt, as the parentheses around "
+          "\"{}\" ask for{}, or write \\( and \\) for parentheses of the text.",
+          path_, weighted->text, kAgain));
+    }
+    if (clip_skip) {
+      throw UsageError(
+          fmt::format("The text encoder \"{}\" gives no other layer, as --clip-skip asks for{}.",
+                      path_, kAgain));
+    }
+  } else if (clip_skip) {
+    const auto range = call("clip_skip_range", {}).toTuple();
+    const auto low = range->elements()[0].toInt(), high = range->elements()[1].toInt();
+    if (*clip_skip < low || *clip_skip > high) {
+      throw UsageError(fmt::format("--clip-skip must be between {} and {} for this model, got {}.",
+                                   low, high, *clip_skip));
+    }
+  }
+}
+
+EncodedText TextEncoder::checked(c10::IValue result) const {
   c10::IValue y;
-  const bool pair = context.isTuple() && context.toTupleRef().elements().size() == 2;
-  if (takes_size_ && pair) {
-    const auto both = context.toTuple();
-    context = both->elements()[0];
+  if (takes_size_ && result.isTuple() && result.toTupleRef().elements().size() == 2) {
+    const auto both = result.toTuple();
+    result = both->elements()[0];
     y = both->elements()[1];
   }
-  if (!is_floating(context, 3) || (takes_size_ && !is_floating(y, 2))) {
+  if (!is_floating(result, 3) || (takes_size_ && !is_floating(y, 2))) {
     throw RunError(fmt::format("The text encoder \"{}\" must return a tensor [1, tokens, width]{}.",
                                path_, takes_size_ ? " and a tensor [1, features]" : ""));
   }
-  EncodedText encoded = {.context = context.toTensor().to(torch::kCPU, torch::kFloat)};
+  EncodedText encoded = {.context = result.toTensor().to(torch::kCPU, torch::kFloat)};
   if (takes_size_) encoded.y = y.toTensor().to(torch::kCPU, torch::kFloat);
-  if (module_->find_method("cut")) {
-    const auto cut = call("cut", {text});
-    if (!cut.isString()) {
-      throw RunError(fmt::format("The text encoder \"{}\"'s cut must return a text.", path_));
+  return encoded;
+}
+
+EncodedText TextEncoder::encode(const std::vector<PromptPiece>& prompt,
+                                std::optional<std::int64_t> clip_skip, std::int64_t height,
+                                std::int64_t width) const {
+  check_gives(prompt, clip_skip);
+  std::vector<std::string> texts;
+  std::vector<double> weights;
+  for (const auto& piece : prompt) {
+    texts.push_back(piece.text);
+    weights.push_back(piece.weight);
+  }
+  const c10::IValue text =
+      takes_pieces_ ? c10::IValue(texts) : fmt::format("{}", fmt::join(texts, ""));
+  std::vector<c10::IValue> arguments = {text};
+  if (takes_pieces_) arguments.insert(arguments.end(), {weights, clip_skip.value_or(0)});
+  if (takes_size_) arguments.insert(arguments.end(), {height, width});
+  auto encoded = checked(call(takes_pieces_ ? "encode_pieces" : "encode", std::move(arguments)));
+  const char* cut = takes_pieces_ ? "cut_pieces" : "cut";
+  if (module_->find_method(cut)) {
+    const auto rest = call(cut, {text});
+    if (!rest.isString()) {
+      throw RunError(fmt::format("The text encoder \"{}\"'s {} must return a text.", path_, cut));
     }
-    encoded.cut = cut.toStringRef();
+    encoded.cut = rest.toStringRef();
   }
   return encoded;
 }

@@ -2,11 +2,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include <ATen/core/ivalue.h>
 #include <torch/types.h>
+
+#include "prompt_piece.h"
 
 namespace torch::jit {
 struct Module;
@@ -27,22 +30,32 @@ struct EncodedText {
 /// A scripted text encoder: `encode(str) -> Tensor context [1, tokens, width]`, or, given the
 /// latent's height and width too, `encode(str, int, int) -> (Tensor context, Tensor y [1,
 /// features])`. One that cannot read texts of any length has `cut(str) -> str`, the part that does
-/// not fit. Runs on the CPU in fp32.
+/// not fit.
+///
+/// One that weighs parts of a prompt and gives other layers has the same for pieces:
+/// `encode_pieces(str[] pieces, float[] weights, int clip_skip[, int, int])`, with the layer
+/// counted from the end (1: the last; 0: its own), `cut_pieces(str[]) -> str`, and
+/// `clip_skip_range() -> (int, int)`, the lowest and the highest. Runs on the CPU in fp32.
 class TextEncoder {
  public:
   /// Throws UsageError when the file is not such an encoder.
   explicit TextEncoder(const std::string& path);
   ~TextEncoder();
 
-  /// Encodes a text for latents of this height and width. Throws RunError when the encoder fails
-  /// or returns something else.
-  EncodedText encode(const std::string& text, std::int64_t height, std::int64_t width) const;
+  /// Encodes a prompt for latents of this height and width. Throws UsageError when it has weights,
+  /// or a layer is asked for, that the encoder cannot give; RunError when the encoder fails or
+  /// returns something else.
+  EncodedText encode(const std::vector<PromptPiece>& prompt, std::optional<std::int64_t> clip_skip,
+                     std::int64_t height, std::int64_t width) const;
 
  private:
   c10::IValue call(const char* method, std::vector<c10::IValue> arguments) const;
+  void check_gives(const std::vector<PromptPiece>& prompt,
+                   std::optional<std::int64_t> clip_skip) const;
+  EncodedText checked(c10::IValue result) const;
 
   std::string path_;
-  bool takes_size_ = false;
+  bool takes_size_ = false, takes_pieces_ = false;
   std::unique_ptr<torch::jit::Module> module_;
 };
 

@@ -91,6 +91,48 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+def vector_ids(added_tokens) -> dict[str, list[int]]:
+    """The ids that each added token stands for. A textual inversion of several vectors is saved as
+    the tokens <fox>, <fox>_1, <fox>_2 ..., and a prompt names the first, as in diffusers'
+    maybe_convert_prompt. (That one replaces in the text, and so spoils a prompt with both "<fox>"
+    and "<fox>_1", or with one token that is a part of another.)"""
+    known = {token["content"]: token["id"] for token in added_tokens}
+    ids = {}
+    for content, first in known.items():
+        ids[content] = [first]
+        while (following := f"{content}_{len(ids[content])}") in known:
+            ids[content].append(known[following])
+    return ids
+
+
+def normalized_tokens(normalizer, added_tokens, ids) -> dict[str, list[int]]:
+    """The added tokens that are looked for in the normalized text."""
+    tokens = {}
+    for token in added_tokens:
+        content = token["content"]
+        if token["single_word"]:
+            raise Mistake(
+                f'The tokenizer\'s added token "{content}" must be found anywhere, but it is one '
+                'for whole words only ("single_word").'
+            )
+        if not token["normalized"]:
+            continue
+        normal = normalizer.normalize_str(content)
+        if normal in tokens:
+            raise Mistake(
+                f'The tokenizer\'s added token "{content}" is the same as another one in lower '
+                "case; give one of them another name."
+            )
+        tokens[normal] = ids[content]
+    return tokens
+
+
+def longest_first(tokens: dict[str, list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Their code points and their ids."""
+    contents = sorted(tokens, key=len, reverse=True)
+    return [codes(content) for content in contents], [tokens[content] for content in contents]
+
+
 class ClipTokenizer(nn.Module):
     """Texts to ids [1, tokens]: begin, the words' pieces, end, padding. To be scripted."""
 
@@ -101,8 +143,10 @@ class ClipTokenizer(nn.Module):
     merges: dict[int, int]
     byte_ids: list[int]
     last_byte_ids: list[int]
+    raw_added: list[list[int]]
+    raw_added_ids: list[list[int]]
     added: list[list[int]]
-    added_ids: list[int]
+    added_ids: list[list[int]]
     class_starts: list[int]
     classes: list[int]
     lower: dict[int, list[int]]
@@ -135,19 +179,15 @@ class ClipTokenizer(nn.Module):
         for rank, (left, right) in enumerate(description["model"]["merges"]):
             pair = vocabulary[left] * self.vocabulary_size + vocabulary[right]
             self.merges.setdefault(pair, rank * self.vocabulary_size + vocabulary[left + right])
-        normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
-        for token in description["added_tokens"]:
-            content = token["content"]
-            if token["single_word"] or (not token["normalized"] and normalize(content) != content):
-                raise Mistake(
-                    f'The tokenizer\'s added token "{content}" must be found anywhere and in lower '
-                    "case (with the defaults of single_word and normalized)."
-                )
-        longest_first = sorted(
-            description["added_tokens"], key=lambda token: -len(token["content"])
+        tokens_added = description["added_tokens"]
+        ids = vector_ids(tokens_added)
+        # Those that are not normalized are looked for in the text as it is, before the others.
+        self.raw_added, self.raw_added_ids = longest_first(
+            {t["content"]: ids[t["content"]] for t in tokens_added if not t["normalized"]}
         )
-        self.added = [codes(normalize(token["content"])) for token in longest_first]
-        self.added_ids = [token["id"] for token in longest_first]
+        self.added, self.added_ids = longest_first(
+            normalized_tokens(tokenizer.backend_tokenizer.normalizer, tokens_added, ids)
+        )
         self.class_starts, self.classes = class_ranges()
         self.lower, self.decompositions, self.combining, self.compositions = unicode_tables()
         self.contractions = [codes(contraction) for contraction in CONTRACTIONS]
@@ -155,72 +195,124 @@ class ClipTokenizer(nn.Module):
     @torch.jit.export
     def ids(self, text: str) -> Tensor:
         """[1, tokens] int64."""
-        words, _ = self.words(text)
+        return self.weighted_ids([text], [1.0])[0]
+
+    @torch.jit.export
+    def weighted_ids(self, pieces: list[str], weights: list[float]) -> tuple[Tensor, Tensor]:
+        """Ids [1, tokens] int64 of pieces that follow each other, no word going from one into the
+        next, and the weight of every token [1, tokens, 1] fp32. Begin, end and padding weigh 1."""
         ids = [self.begin]
-        for word in words:
-            ids.extend(word)
+        token_weights = [1.0]
+        for i in range(len(pieces)):
+            for word in self.words(pieces[i])[0]:
+                ids.extend(word)
+                token_weights.extend([weights[i]] * len(word))
         ids = ids[: self.tokens - 1]
+        token_weights = token_weights[: self.tokens - 1]
         ids.append(self.end)
         while len(ids) < self.tokens:
             ids.append(self.padding)
-        return torch.tensor([ids], dtype=torch.long)
+        while len(token_weights) < self.tokens:
+            token_weights.append(1.0)
+        return (
+            torch.tensor([ids], dtype=torch.long),
+            torch.tensor(token_weights, dtype=torch.float).reshape(1, -1, 1),
+        )
 
     @torch.jit.export
     def cut(self, text: str) -> str:
         """The part of the text that does not fit, from the beginning of a word, in lower case. ""
         if all of it fits."""
-        words, starts = self.words(text)
-        left = self.tokens - 2
-        for i in range(len(words)):
-            left -= len(words[i])
-            if left < 0:
-                return self.encoded(self.normalized(text)[starts[i] :])
-        return ""
+        return self.cut_pieces([text])
 
     @torch.jit.export
-    def words(self, text: str) -> tuple[list[list[int]], list[int]]:
-        """The ids of every word, and where it begins in the normalized text."""
-        text_codes = self.normalized(text)
+    def cut_pieces(self, pieces: list[str]) -> str:
+        """The same of pieces, with a space before each that is left out whole."""
+        rest = ""
+        left = self.tokens - 2
+        for piece in pieces:
+            words, starts, text = self.words(piece)
+            if left < 0:
+                rest += " " + self.encoded(text)
+            for i in range(len(words)):
+                if left >= 0:
+                    left -= len(words[i])
+                    if left < 0:
+                        rest = self.encoded(text[starts[i] :])
+        return rest
+
+    @torch.jit.export
+    def words(self, text: str) -> tuple[list[list[int]], list[int], list[int]]:
+        """The ids of every word, where it begins in the normalized text, and that text."""
         words: list[list[int]] = []
         starts: list[int] = []
+        normal: list[int] = []
+        raw = self.decoded(text)
         start = 0
-        while start < len(text_codes):
-            added = self.added_at(text_codes, start)
+        for end in range(len(raw) + 1):
+            if end < start:
+                continue
+            added = self.added_at(self.raw_added, raw, end)
+            if added < 0 and end < len(raw):
+                continue
+            self.append_words(raw[start:end], words, starts, normal)
+            if added >= 0:
+                words.append(self.raw_added_ids[added])
+                starts.append(len(normal))
+                start = end + len(self.raw_added[added])
+                normal.extend(raw[end:start])
+        return words, starts, normal
+
+    def append_words(
+        self, raw: list[int], words: list[list[int]], starts: list[int], normal: list[int]
+    ):
+        text = self.normalized(raw)
+        start = 0
+        while start < len(text):
+            added = self.added_at(self.added, text, start)
             end = start + 1
             if added >= 0:
                 end = start + len(self.added[added])
-                words.append([self.added_ids[added]])
-                starts.append(start)
-            elif self.class_at(text_codes[start]) != self.SPACE:
-                end = self.word_end(text_codes, start)
-                words.append(self.merged(text_codes[start:end]))
-                starts.append(start)
+                words.append(self.added_ids[added])
+                starts.append(len(normal) + start)
+            elif self.class_at(text[start]) != self.SPACE:
+                end = self.word_end(text, start)
+                words.append(self.merged(text[start:end]))
+                starts.append(len(normal) + start)
             start = end
-        return words, starts
+        normal.extend(text)
 
     def word_end(self, text: list[int], start: int) -> int:
         """'s 't 're 've 'm 'll 'd, a run of letters, one digit, or a run of other characters that
         are not spaces."""
         for contraction in self.contractions:
-            if text[start : start + len(contraction)] == contraction:
-                return start + len(contraction)
+            end = start + len(contraction)
+            if text[start:end] == contraction and not self.added_within(text, start + 1, end):
+                return end
         kind = self.class_at(text[start])
         end = start + 1
         while (
             kind != self.NUMBER
             and end < len(text)
             and self.class_at(text[end]) == kind
-            and self.added_at(text, end) < 0
+            and self.added_at(self.added, text, end) < 0
         ):
             end += 1
         return end
 
-    def added_at(self, text: list[int], start: int) -> int:
-        """Which of the added tokens (<|endoftext|> for example) begins here; -1 if none does."""
-        for i in range(len(self.added)):
-            added = self.added[i]
-            if text[start] == added[0] and text[start : start + len(added)] == added:
-                return i
+    def added_within(self, text: list[int], start: int, end: int) -> bool:
+        found = False
+        for i in range(start, end):
+            found = found or self.added_at(self.added, text, i) >= 0
+        return found
+
+    def added_at(self, tokens: list[list[int]], text: list[int], start: int) -> int:
+        """Which of these added tokens (<|endoftext|> for example) begins here; -1 if none does."""
+        if start < len(text):
+            for i in range(len(tokens)):
+                token = tokens[i]
+                if text[start] == token[0] and text[start : start + len(token)] == token:
+                    return i
         return -1
 
     def class_at(self, code: int) -> int:
@@ -260,10 +352,10 @@ class ClipTokenizer(nn.Module):
         """Rank · vocabulary size + id of the pair."""
         return self.merges.get(left * self.vocabulary_size + right, 1 << 62)
 
-    def normalized(self, text: str) -> list[int]:
+    def normalized(self, text: list[int]) -> list[int]:
         """Composed (NFC), in lower case, with one space for every run of spaces."""
         normal: list[int] = []
-        for code in self.composed(self.decoded(text)):
+        for code in self.composed(text):
             if self.class_at(code) == self.SPACE:
                 if len(normal) == 0 or normal[-1] != 32:
                     normal.append(32)
