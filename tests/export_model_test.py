@@ -219,6 +219,12 @@ MODULES = """
             out = F.scaled_dot_product_attention(tokens, tokens, tokens)
             return out.transpose(2, 3).reshape(x.shape)
 
+    class BareAndUnfused(Bare):
+        def forward(self, x, timesteps):
+            tokens = x.flatten(2)
+            tokens = (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+            return super().forward(tokens.reshape(x.shape), timesteps)
+
     def scripted():
         return torch.jit.trace(Net(), (torch.ones(2, 4, 8, 8), torch.ones(2), torch.ones(2, 5, 6)))
 
@@ -864,6 +870,9 @@ class OwnModules(Case):
         self.assertEqual(model["site"], "#0")
         aoti = ("--site", "#0", "--format", "aoti", "--rows", "2", "--size", "8x8")
         self.assertIn("in a module with a name", self.mistake(f"{self.name}:Bare", *bare, *aoti))
+        # The library counts attention that is written out, too.
+        said = self.mistake(f"{self.name}:BareAndUnfused", *bare, "--site", "#0")
+        self.assertIn("its number would not be certain", said)
 
     def test_modules_of_pytorchs_own_keep_their_attention(self):
         """In eval mode their fast path calls one op for everything."""

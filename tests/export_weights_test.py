@@ -371,9 +371,11 @@ class FilesThatAreNoWeights(Case):
             "It holds config.json, pytorch_lora_weights.safetensors.",
         )
         shutil.rmtree(self.folder)
-        self.refused("is not a JSON file that can be read")
+        self.refused('config.json" is not there')
         self.folder.mkdir()
-        self.refused("is not a JSON file that can be read")
+        self.refused('config.json" is not there')
+        (self.folder / "config.json").symlink_to("nowhere")
+        self.refused('config.json" is a link to a file that is not there')
 
     def test_pointers_pages_and_half_files(self):
         whole = self.file.read_bytes()

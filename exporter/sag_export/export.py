@@ -149,6 +149,8 @@ def write(source, folder, options):
         torchscript.write_vae(source.vae, folder)
         files.update(decoder="decoder.ts", encoder="encoder.ts")
     site = sites_of.unique_name(sites[0], found)
+    if site.startswith("#"):
+        torchscript.check_ordinal(folder / name, site)
     name = options.name or source.name
     text = description.model_json(name, source.prediction, network, site, files, multiple)
     (folder / "model.json").write_text(text, encoding="utf-8")

@@ -36,6 +36,17 @@ def write_unet(network, path):
     )
 
 
+def check_ordinal(path, site):
+    """Throws Mistake if the library may count the attentions of the file in another way. It finds
+    those that are written out, too, which Python does not see."""
+    if "::softmax(" in str(torch.jit.load(str(path), map_location="cpu").inlined_graph):
+        raise Mistake(
+            f"The attention {site} is in no module of its own, and the network also has a softmax, "
+            "which may belong to another one: its number would not be certain. Put the attention "
+            "into a module that has a name."
+        )
+
+
 @torch.no_grad()
 def write_vae(autoencoder, folder):
     """decoder.ts and encoder.ts."""

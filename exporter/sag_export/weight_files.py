@@ -37,8 +37,12 @@ class Weights:
 
 
 def read_json(path):
+    path = pathlib.Path(path)
+    if not path.is_file():
+        link = " is a link to a file that" if path.is_symlink() else ""
+        raise Mistake(f'"{path}"{link} is not there: download or save the folder again.')
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Mistake(
             f'"{path}" is not a JSON file that can be read: {first_line(error)}'
