@@ -331,7 +331,7 @@ TEST(DiffusersData, HasEveryScheduler) {
 // small_latents of golden/toy.json: ComfyUI throws, because it finds no grid for 1 to 3 tokens;
 // ours guides. Neither guides with a side of 4 or less.
 TEST(SmallLatents, AreGuidedWhereTheReferenceThrows) {
-  const auto& run = test::variant_of(json{{"case", "eps_euler_normal"}}, "reference");
+  const auto run = test::variant_of(json{{"case", "eps_euler_normal"}}, "reference");
   const test::Golden golden(run["file"], torch::kCPU);
   const ModelPatcher plain(test::load_unet(run["unet"], torch::kCPU), test::sampling_of(run));
   const auto guided = apply_self_attention_guidance(plain, {.scale = 0.75});
@@ -359,7 +359,7 @@ TEST(SmallLatents, AreGuidedWhereTheReferenceThrows) {
 // PAG: its own extra pass has the attention of the middle replaced by v. Together with SAG, on a
 // network with many attentions, each contributes what it does alone, whichever was installed first.
 TEST(PerturbedAttention, AddsUpWithSagOnARealUNet) {
-  const auto& run = test::variant_of(json{{"case", "eps_euler_normal"}}, "reference");
+  const auto run = test::variant_of(json{{"case", "eps_euler_normal"}}, "reference");
   const test::Golden golden(run["file"], torch::kCPU);
   const auto in = call_input(run, golden, 0);
   const ModelPatcher base(test::load_unet(run["unet"], torch::kCPU), test::sampling_of(run));

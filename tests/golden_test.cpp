@@ -102,7 +102,7 @@ Repeated repeat(const json& run, const test::Golden& golden, torch::Device devic
 // the unconditional rows).
 void expect_cost(const json& run, const GuiderReport& report) {
   const bool idle = run["variant"] != "no_sag" && run["sag"]["scale"] == 0;
-  const auto& counted = idle ? test::variant_of(run, "no_sag") : run;
+  const auto counted = idle ? test::variant_of(run, "no_sag") : run;
   std::int64_t rows = counted["rows_total"];
   if (run["variant"] == "windowed" && run["cfg"] == 1) {
     const auto outside = static_cast<std::int64_t>(report.evaluations.size()) - report.guided();

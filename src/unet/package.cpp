@@ -153,7 +153,7 @@ void check_format(const Metadata& metadata, const std::string& path) {
 
 // Compiled code may not work with another minor version of LibTorch.
 void check_torch(const Metadata& metadata, const std::string& path) {
-  const auto& compiled = value_of(metadata, "sag.torch", path);
+  const auto compiled = value_of(metadata, "sag.torch", path);
   const auto minor = [](const std::string& version) {
     return version.substr(0, version.find('.', version.find('.') + 1));
   };
@@ -193,7 +193,7 @@ void check_machine(const Metadata& metadata, const std::string& path) {
 }
 
 torch::DeviceType read_device(const Metadata& metadata, const std::string& path) {
-  const auto& device = value_of(metadata, "sag.device", path);
+  const auto device = value_of(metadata, "sag.device", path);
   if (device != "cpu" && device != "cuda")
     refuse(path, c10::str("which was compiled for ", device, ", but only cpu and cuda are known."));
   return device == "cpu" ? torch::kCPU : torch::kCUDA;
