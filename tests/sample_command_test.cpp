@@ -419,7 +419,7 @@ TEST_F(SampleCommand, WeighsPartsOfPromptsAndChoosesTheLayer) {
   // Row i of the context is that of the i-th piece.
   encoder.define(R"(
 def encode(self, text: str):
-    raise ValueError("not this one")
+    return torch.zeros([1, 1])
 def encode_pieces(self, pieces: List[str], weights: List[float], clip_skip: int):
     context = torch.zeros([1, 4, 32])
     for i in range(len(pieces)):

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -45,7 +46,7 @@ TEST(ParsePrompt, ReadsFiniteNumbersAfterTheLastColon) {
   EXPECT_THAT(parsed("(a:b:2.)"), ElementsAre(Piece("a:b", 2.0)));
   for (const char* text : {"a:", "a:abc", "a:1.3 b", "a:1,3", "a:nan", "a:inf", "a:1e999", "a:+-1",
                            "a:0x10", ":1.3", "1.3"}) {
-    EXPECT_THAT(parsed("(" + std::string(text) + ")"), ElementsAre(Piece(text, 1.1)));
+    EXPECT_THAT(parsed(fmt::format("({})", text)), ElementsAre(Piece(text, 1.1)));
   }
 }
 
@@ -77,7 +78,7 @@ TEST(ParsePrompt, LeavesEverythingElseToTheTextEncoder) {
 
 TEST(ParsePrompt, RefusesToNestWithoutEnd) {
   const auto nested = [](std::size_t depth) {
-    return std::string(depth, '(') + "a" + std::string(depth, ')');
+    return fmt::format("{}a{}", std::string(depth, '('), std::string(depth, ')'));
   };
   EXPECT_EQ(parsed(nested(100)).size(), 1U);
   EXPECT_THROW(parse_prompt(nested(101)), UsageError);
