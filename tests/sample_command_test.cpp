@@ -422,7 +422,7 @@ def encode(self, text: str):
     return torch.zeros([1, 1])
 def encode_pieces(self, pieces: List[str], weights: List[float], clip_skip: int):
     context = torch.zeros([1, 4, 32])
-    for i in range(len(pieces)):
+    for i in range(min(len(pieces), 4)):
         context[0, i] = torch.linspace(-1., 1., 32) * weights[i] * float(len(pieces[i]))
     return context + 0.1 * float(clip_skip)
 def cut_pieces(self, pieces: List[str]):
@@ -436,7 +436,7 @@ def clip_skip_range(self):
     auto tensor = torch::zeros({1, 4, 32});
     for (std::size_t i = 0; i < pieces.size(); ++i) {
       tensor[0][static_cast<std::int64_t>(i)] =
-          torch::linspace(-1, 1, 32) * (pieces[i].first * pieces[i].second);
+          torch::linspace(-1, 1, 32) * pieces[i].second * pieces[i].first;
     }
     return tensor + 0.1 * clip_skip;
   };
