@@ -26,8 +26,8 @@ struct ModelFiles {
 /// "unet" is a TorchScript archive, a compiled package (*.pt2) or a folder of packages. "format",
 /// "prediction", "sample" and "files" with its "unet" must be there. The other keys are the options
 /// that options.cpp and guidances.cpp mark with `from_model`, under their keys: those of the
-/// network and of its noise levels at the top, those of sampling in "defaults", and those of each
-/// guidance in an object of its own there.
+/// network and of its noise levels at the top, those of pictures and sampling in "defaults", and
+/// those of each guidance in an object of its own there.
 struct ModelDirectory {
   std::string path, name;
   ModelFiles files;
