@@ -71,6 +71,13 @@ torch::Tensor probabilities_op(const torch::Tensor& probabilities, const torch::
   return run_op(site, call, plain, shape);
 }
 
+void layer_op(const torch::Tensor& input, std::int64_t channels, std::string_view site) {
+  if (auto* scope = current_attention_scope()) scope->enter_layer(site, input.sizes(), channels);
+}
+
+void layer_meta(const torch::Tensor& /*input*/, std::int64_t /*channels*/,
+                std::string_view /*site*/) {}
+
 }  // namespace
 
 // Defined here so that calling it links the registration below.
@@ -90,12 +97,16 @@ TORCH_LIBRARY(sag, m) {
       "attention_probabilities(Tensor probabilities, Tensor value, *, str product=\"matmul\", str "
       "site=\"\") -> Tensor",
       c10::AliasAnalysisKind::CONSERVATIVE));
+  m.def(torch::schema("attention_layer(Tensor input, int channels, *, str site=\"\") -> ()",
+                      c10::AliasAnalysisKind::CONSERVATIVE));
 }
 TORCH_LIBRARY_IMPL(sag, CompositeExplicitAutograd, m) {
   m.impl("attention", sag::attention_op);
   m.impl("attention_probabilities", sag::probabilities_op);
+  m.impl("attention_layer", sag::layer_op);
 }
 TORCH_LIBRARY_IMPL(sag, Meta, m) {
   m.impl("attention", sag::attention_meta);
   m.impl("attention_probabilities", sag::probabilities_meta);
+  m.impl("attention_layer", sag::layer_meta);
 }

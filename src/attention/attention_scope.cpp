@@ -12,15 +12,46 @@ namespace sag {
 SiteCalls::SiteCalls(const StepContext& step)
     : records(step.sigma(), step.step_index(), step.height(), step.width()) {}
 
+SiteCalls& AttentionScopeState::calls_of(std::string_view site) {
+  return sites_.try_emplace(std::string(site), *pass.step).first->second;
+}
+
+void AttentionScopeState::enter_layer(std::string_view site, c10::IntArrayRef input,
+                                      std::int64_t channels) {
+  const std::lock_guard lock(mutex_);
+  auto& calls = calls_of(site);
+  const auto dims = static_cast<std::int64_t>(input.size());
+  const bool known = dims >= 3 && c10::multiply_integers(input) > 0;
+  const auto dim = channels < 0 ? dims + channels : channels;
+  calls.layer_rows = known ? input[0] : 0;
+  calls.layer_places = known ? c10::multiply_integers(input.slice(1)) / input[dim] : 0;
+}
+
+namespace {
+
+// Whether q's first dimension holds windows, where it could also hold heads. Heads have all places
+// of the layer's input as tokens, windows a part of them: the layer's input then is in windows
+// already, or has as many places as the windows of a row together.
+bool are_windows(const SiteCalls& calls, std::int64_t rows, std::int64_t per_row,
+                 std::int64_t tokens) {
+  return (calls.layer_rows == rows * per_row && calls.layer_places == tokens) ||
+         (calls.layer_rows == rows && calls.layer_places == per_row * tokens);
+}
+
+}  // namespace
+
 Pass AttentionScopeState::enter(std::string_view site, c10::IntArrayRef shape) {
   const std::lock_guard lock(mutex_);
-  auto& calls = sites_.try_emplace(std::string(site), *pass.step).first->second;
+  auto& calls = calls_of(site);
   auto of_call = pass;
   const auto size = pass.size(), rows = shape.front();
   // Otherwise a few rows could just as well be a few heads of one row.
   const bool heads_are_apart = shape.size() == 4 && shape[1] > 1;
   if (size == 0 || rows == size || (rows % size == 0 && !heads_are_apart)) {
     ++calls.whole;
+    const auto tokens = shape[shape.size() - 2];
+    if (size > 0 && rows > size && are_windows(calls, size, rows / size, tokens))
+      calls.has_windows = true;
   } else if (heads_are_apart && calls.rows + rows <= size) {
     of_call = pass.part(calls.rows, rows);
     calls.rows += rows;
@@ -37,6 +68,10 @@ namespace {
 // Returns why the maps of a site's calls cannot be used, or an empty string. Calls with some of the
 // heads, folded into rows or not, have more rows than the pass, or the same rows again.
 std::string fault_of(const SiteCalls& calls, std::int64_t size) {
+  // Only the layer's input is known.
+  if (calls.whole == 0 && calls.rows == 0 && !calls.has_unknown_rows) return {};
+  if (calls.has_windows)
+    return "the attention of the site works on windows of the picture, folded into rows";
   if (size == 0 || (calls.whole == 1 && calls.rows == 0 && !calls.has_unknown_rows)) return {};
   if (calls.whole == 0 && calls.rows == size && !calls.has_unknown_rows) return {};
   if (calls.whole == 0 && !calls.has_unknown_rows)

@@ -25,6 +25,10 @@ struct SiteCalls {
   /// Rows of the other calls.
   std::int64_t rows = 0;
   bool has_unknown_rows = false;
+  /// Whether a call worked on windows of the picture, folded into rows.
+  bool has_windows = false;
+  /// The rows of the layer's input, and the places of a row; 0: not known.
+  std::int64_t layer_rows = 0, layer_places = 0;
   /// What hooks recorded in this pass, until it is known whether it is valid.
   StepContext records;
 };
@@ -35,6 +39,8 @@ struct AttentionScopeState final : c10::DebugInfoBase {
   std::vector<InstalledHook> hooks;
   Pass pass;
 
+  /// Says what the layer of the next call of `site` is applied to. `channels`: its dimension.
+  void enter_layer(std::string_view site, c10::IntArrayRef input, std::int64_t channels);
   /// Returns the pass of the next call of `site`, whose q or probabilities have this shape.
   Pass enter(std::string_view site, c10::IntArrayRef shape);
   /// Gives what hooks recorded to `pass.step`, except at sites whose calls do not add up.
@@ -45,6 +51,8 @@ struct AttentionScopeState final : c10::DebugInfoBase {
   std::exception_ptr error() const;
 
  private:
+  SiteCalls& calls_of(std::string_view site);
+
   mutable std::mutex mutex_;
   std::exception_ptr error_;
   std::map<std::string, SiteCalls, std::less<>> sites_;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,14 @@ struct AttentionNode {
   torch::jit::Value* probabilities = nullptr;
   /// How the probabilities are multiplied by v: see the op `sag::attention_probabilities`.
   std::string product = {};
+};
+
+/// What the layer around an attention is applied to.
+struct LayerInput {
+  /// Null: not known.
+  torch::jit::Value* value = nullptr;
+  /// The dimension of its channels, 1 or -1.
+  std::int64_t channels = -1;
 };
 
 /// Returns the attentions in order of execution.

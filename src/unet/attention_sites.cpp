@@ -74,6 +74,21 @@ bool is_self_attention(const AttentionNode& attention, const std::string& path) 
 
 }  // namespace
 
+LayerInput layer_input(const AttentionNode& attention) {
+  static const Ops over_last_dim = {aten::linear, aten::matmul, aten::addmm};
+  static const Ops convolutions = {aten::conv1d, aten::conv2d, aten::_convolution};
+  const auto sources = sources_of(attention.q);
+  if (sources.size() != 1) return {};
+  const Value* source = *sources.begin();
+  const auto is_input_of = [source](const Ops& ops) {
+    return std::any_of(source->uses().begin(), source->uses().end(),
+                       [&](const Use& use) { return ops.contains(use.user->kind()); });
+  };
+  // A picture may also be used without a projection.
+  const bool is_picture = is_input_of(convolutions) || source->node()->kind() == prim::Param;
+  return {const_cast<Value*>(source), is_picture && !is_input_of(over_last_dim) ? 1 : -1};
+}
+
 std::vector<AttentionSiteInfo> self_attention_sites(const FlatGraph& flat) {
   std::vector<AttentionSiteInfo> sites;
   const auto nodes = attention_nodes(*flat.graph);

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "attention_nodes.h"
 #include "flatten.h"
 #include "sag/unet.h"
 
@@ -15,5 +16,9 @@ std::vector<AttentionSiteInfo> self_attention_sites(const FlatGraph& flat);
 /// Returns which of the graph's attentions belong to a site: several if the network splits its
 /// batch.
 std::vector<std::size_t> nodes_of(const FlatGraph& flat, const AttentionSiteInfo& site);
+
+/// Returns what the layer of an attention is applied to: the value that q is projected from, if
+/// there is exactly one.
+LayerInput layer_input(const AttentionNode& attention);
 
 }  // namespace sag

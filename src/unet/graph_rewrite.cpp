@@ -189,11 +189,32 @@ void replace_node(Node* node, Node* replacement) {
   node->destroy();
 }
 
-void hook_attention(const AttentionNode& attention, const std::string& site) {
+namespace {
+
+// Whether a value exists where the node is.
+bool is_known_at(const Value* value, const Node* node) {
+  const Node* origin = value->node();
+  for (const Block* block = node->owningBlock(); block;
+       block = block->owningNode() ? block->owningNode()->owningBlock() : nullptr) {
+    if (origin == block->param_node()) return true;
+    if (origin->owningBlock() == block && origin->kind() != prim::Param)
+      return origin->owningGraph() == node->owningGraph();
+  }
+  return false;
+}
+
+}  // namespace
+
+void hook_attention(const AttentionNode& attention, const std::string& site,
+                    const LayerInput& layer) {
   static const auto fused = c10::Symbol::fromQualString("sag::attention"),
-                    unfused = c10::Symbol::fromQualString("sag::attention_probabilities");
+                    unfused = c10::Symbol::fromQualString("sag::attention_probabilities"),
+                    told = c10::Symbol::fromQualString("sag::attention_layer");
   WithInsertPoint before(attention.node);
   Graph& graph = *attention.node->owningGraph();
+  if (layer.value && is_tensor(layer.value) && is_known_at(layer.value, attention.node))
+    graph.insertNode(graph.create(
+        told, {layer.value, graph.insertConstant(layer.channels), graph.insertConstant(site)}, 0));
   // The importer has filled in every default of the running version, so all of SDPA's inputs are
   // there.
   Node* hooked = attention.probabilities

@@ -13,8 +13,10 @@ namespace sag {
 void replace_node(torch::jit::Node* node, torch::jit::Node* replacement);
 
 /// Replaces a `scaled_dot_product_attention` by `sag::attention` with the same inputs, at `site`,
-/// and the last product of an unfused attention by `sag::attention_probabilities`.
-void hook_attention(const AttentionNode& attention, const std::string& site);
+/// and the last product of an unfused attention by `sag::attention_probabilities`. Where the
+/// layer's input is known, `sag::attention_layer` tells the scope before.
+void hook_attention(const AttentionNode& attention, const std::string& site,
+                    const LayerInput& layer = {});
 
 /// Makes scripted nn.MultiheadAttention and nn.TransformerEncoderLayer take their slow path, step
 /// by step: the fast one is a single op, in which no attention can be hooked.

@@ -210,7 +210,7 @@ std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
     const auto [other, is_new] = names.emplace(site.ordinal, name);
     TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must have one name, got \"",
                       name, "\" and \"", other->second, "\".");
-    for (const auto i : nodes_of(flat, site)) hook_attention(nodes[i], name);
+    for (const auto i : nodes_of(flat, site)) hook_attention(nodes[i], name, layer_input(nodes[i]));
   }
   return graph;
 }
