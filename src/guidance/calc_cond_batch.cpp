@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <map>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -122,20 +121,14 @@ bool same_tail(const torch::Tensor& a, const torch::Tensor& b) {
          (a.sizes().slice(1) == b.sizes().slice(1) && a.scalar_type() == b.scalar_type());
 }
 
-// Repeating tokens leaves cross-attention as it is, so contexts may differ in length, but not so
-// much that the repetition costs more than another call (ComfyUI: `CONDCrossAttn.can_concat`).
-bool contexts_fit(const torch::Tensor& a, const torch::Tensor& b) {
-  if (!a.defined() || !b.defined()) return a.defined() == b.defined();
-  const auto common = std::lcm(a.size(1), b.size(1));
-  return a.size(2) == b.size(2) && common / std::min(a.size(1), b.size(1)) <= 4;
-}
-
+// Contexts of different lengths take a call each. ComfyUI repeats them to one length
+// (`CONDCrossAttn.can_concat`), which cross-attention alone does not notice.
 bool fits_together(const Item& a, const Item& b) {
   const auto same_extra = [](const auto& p, const auto& q) {
     return p.first == q.first && same_tail(p.second, q.second);
   };
   return a.x.sizes().slice(1) == b.x.sizes().slice(1) && same_tail(a.concat, b.concat) &&
-         contexts_fit(a.cond->context, b.cond->context) && same_tail(a.cond->y, b.cond->y) &&
+         same_tail(a.cond->context, b.cond->context) && same_tail(a.cond->y, b.cond->y) &&
          std::equal(a.extra.begin(), a.extra.end(), b.extra.begin(), b.extra.end(), same_extra);
 }
 
@@ -177,15 +170,8 @@ torch::Tensor join(const std::vector<Item>& batch, Get get) {
 }
 
 Conditioning joined_conditioning(const std::vector<Item>& batch) {
-  std::int64_t tokens = 1;
-  for (const auto& item : batch)
-    if (item.cond->context.defined()) tokens = std::lcm(tokens, item.cond->context.size(1));
-
   Conditioning joined;
-  joined.context = join(batch, [&](const Item& item) {
-    const auto& context = item.cond->context;
-    return context.defined() ? context.repeat({1, tokens / context.size(1), 1}) : context;
-  });
+  joined.context = join(batch, [](const Item& item) { return item.cond->context; });
   joined.y = join(batch, [](const Item& item) { return item.cond->y; });
   joined.concat = join(batch, [](const Item& item) { return item.concat; });
   for (const auto& [name, tensor] : batch.front().extra)
