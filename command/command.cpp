@@ -18,6 +18,7 @@
 #include "files/networks.h"
 #include "files/output_file.h"
 #include "files/tensor_file.h"
+#include "further_inputs.h"
 #include "input_tensors.h"
 #include "inputs.h"
 #include "picture/pictures.h"
@@ -88,8 +89,9 @@ SamplingPlan make_plan(const Settings& settings) {
 std::vector<std::string> notes_on(const Settings& settings) {
   const auto& pictures = settings.pictures;
   std::vector<std::string> notes;
-  const bool starts_from_picture = !pictures.image.empty() || !pictures.latent.empty();
-  if (starts_from_picture && pictures.mask.empty() && pictures.sigmas.empty() &&
+  const bool starts =
+      (!pictures.image.empty() || !pictures.latent.empty()) && starts_from_picture(settings);
+  if (starts && pictures.mask.empty() && pictures.sigmas.empty() &&
       settings.sampling.denoise == 1) {
     notes.push_back("nothing is left of the start picture; --denoise 0.6, say, keeps some of it");
   }
@@ -170,8 +172,7 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
                    std::ostream& out) {
   auto outputs = open_outputs(settings.output);
   const auto plan = make_plan(settings);
-  auto inputs =
-      read_inputs(settings.pictures, settings.network, settings.guider.cond_scale, unet->device());
+  auto inputs = read_inputs(settings, unet->device());
   for (auto& note : notes_on(settings)) inputs.notes.push_back(std::move(note));
   const GuidedModel plain = {sag::ModelPatcher(unet, settings.network.noise_levels)};
   const GuidedModel guided = guide(plain.model, settings.guidances);
@@ -198,8 +199,9 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
 }
 
 void load_and_draw(const Settings& settings, std::ostream& out) {
-  // What cannot be written is said before minutes of loading.
+  // What cannot be written, or is missing, is said before minutes of loading.
   static_cast<void>(open_outputs(settings.output));
+  check_further_inputs(settings);
   auto unet = load_unet(settings.network.files.unet, settings.unet);
   if (unet->device().is_cuda() && !settings.device.no_cuda_graph) {
     unet = std::make_shared<sag::CudaGraphUNet>(unet);

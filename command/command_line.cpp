@@ -136,6 +136,9 @@ void check_tensors(const Choices& choices) {
   never_both(sampling_options().decide(choices).denoise < 1, !start,
              "--denoise needs the --latent or --image that it starts from.");
   never_both(given("--mask"), !start, "--mask needs the --latent or --image that it repaints.");
+  never_both(given("--uncond-class"), !given("--class"), "--uncond-class needs --class.");
+  never_both(given("--uncond-class"), given("--cond") && !given("--uncond"),
+             "--uncond-class needs --uncond beside --cond.");
   never_both(given("--inpaint-noise"), !given("--mask"), "--inpaint-noise needs a --mask.");
   const bool sized = given("--channels") || given("--height") || given("--width");
   for (const char* option : {"--noise", "--latent", "--image"}) {

@@ -54,23 +54,31 @@ torch::Tensor read_mask(const std::string& where) {
   return mask;
 }
 
-// The picture as a clean latent, [1, channels, height, width].
-torch::Tensor encode_picture(const std::string& file, const Network& network,
-                             torch::Device device) {
-  const auto picture = from_image(read_png("--image", file));
-  if (network.files.encoder.empty() && network.channels == picture.size(1)) return picture;
-  if (network.files.encoder.empty()) {
-    throw UsageError("--image needs a model with an encoder; --latent takes a latent.");
+// White is 1. The grey of a colour is PIL's, and so diffusers'.
+torch::Tensor read_mask_picture(const std::string& file) {
+  const auto picture = (from_image(read_png("--mask", file)) + 1) / 2;
+  const auto grey = torch::tensor({0.299, 0.587, 0.114}).view({1, 3, 1, 1});
+  return (picture * grey).sum(1, true).clamp(0, 1);
+}
+
+// The mask's picture with a pixel per latent cell. ComfyUI: `prepare_mask`.
+torch::Tensor shrink_mask(const InputTensors& tensors) {
+  namespace F = torch::nn::functional;
+  const auto& mask = tensors.mask_picture;
+  const auto& large = tensors.picture.defined() ? tensors.picture : tensors.latent;
+  const auto height = large.size(2), width = large.size(3);
+  const auto times = mask.size(2) / height;
+  const bool fits = times > 0 && mask.size(2) == times * height && mask.size(3) == times * width;
+  if (!fits || (tensors.picture.defined() && times != 1)) {
+    throw UsageError(fmt::format("--mask must have {}, {} x {}, got {} x {} pixels.",
+                                 tensors.picture.defined()
+                                     ? "the height and width of --image"
+                                     : "a whole multiple of the latent's height and width",
+                                 height, width, mask.size(2), mask.size(3)));
   }
-  const auto latent = Encoder(network.files.encoder, device).run(picture);
-  const auto pixels = picture.sizes(), cells = latent.sizes();
-  if (pixels[2] % cells[2] != 0 || pixels[2] / cells[2] * cells[3] != pixels[3]) {
-    throw UsageError(
-        fmt::format("--image must have a height and width that the model's encoder divides without "
-                    "a remainder, but it made a latent of {} x {} out of {} x {} pixels.",
-                    cells[2], cells[3], pixels[2], pixels[3]));
-  }
-  return latent;
+  const std::vector<std::int64_t> cells = {tensors.latent.size(2), tensors.latent.size(3)};
+  return F::interpolate(
+      mask, F::InterpolateFuncOptions().size(cells).mode(torch::kBilinear).align_corners(false));
 }
 
 const char* name_of_latent(const PictureOptions& options) {
@@ -97,8 +105,25 @@ void check_size(const char* option, const torch::Tensor& tensor, std::int64_t im
 
 }  // namespace
 
-InputTensors read_input_tensors(const PictureOptions& options, const Network& network,
-                                torch::Device device) {
+torch::Tensor encode_picture(const torch::Tensor& picture, const Network& network,
+                             torch::Device device) {
+  if (network.files.encoder.empty() && network.channels == picture.size(1)) return picture;
+  if (network.files.encoder.empty()) {
+    throw UsageError("--image needs a model with an encoder; --latent takes a latent.");
+  }
+  const auto latent = Encoder(network.files.encoder, device).run(picture);
+  const auto pixels = picture.sizes(), cells = latent.sizes();
+  if (pixels[2] % cells[2] != 0 || pixels[2] / cells[2] * cells[3] != pixels[3]) {
+    throw UsageError(
+        fmt::format("--image must have a height and width that the model's encoder divides without "
+                    "a remainder, but it made a latent of {} x {} out of {} x {} pixels.",
+                    cells[2], cells[3], pixels[2], pixels[3]));
+  }
+  return latent;
+}
+
+InputTensors read_input_tensors(const PictureOptions& options, const FurtherOptions& further,
+                                const Network& network, torch::Device device) {
   constexpr const char* kContext = "[images, tokens, width]";
   constexpr const char* kVector = "[images, features]";
   constexpr const char* kLatent = "[images, channels, height, width]";
@@ -109,9 +134,18 @@ InputTensors read_input_tensors(const PictureOptions& options, const Network& ne
       .uncond_y = read_dims("--uncond-y", options.uncond_y, 2, kVector),
       .noise = read_dims("--noise", options.noise, 4, kLatent),
       .latent = read_dims("--latent", options.latent, 4, kLatent),
-      .mask = read_mask(options.mask),
-      .inpaint_noise = read_dims("--inpaint-noise", options.inpaint_noise, 4, kLatent)};
-  if (!options.image.empty()) tensors.latent = encode_picture(options.image, network, device);
+      .inpaint_noise = read_dims("--inpaint-noise", options.inpaint_noise, 4, kLatent),
+      .concat = read_dims("--concat", further.concat, 4, kLatent)};
+  if (!options.image.empty()) {
+    tensors.picture = from_image(read_png("--image", options.image));
+    tensors.latent = encode_picture(tensors.picture, network, device);
+  }
+  if (is_png(options.mask)) {
+    tensors.mask_picture = read_mask_picture(options.mask);
+    tensors.mask = shrink_mask(tensors);
+  } else {
+    tensors.mask = read_mask(options.mask);
+  }
   return tensors;
 }
 
@@ -137,7 +171,7 @@ std::int64_t count_images(const InputTensors& tensors, const PictureOptions& opt
     return images;
   }
   std::int64_t images = options.batch.value_or(1);
-  for (const auto* tensor : {&tensors.latent, &tensors.cond, &tensors.uncond}) {
+  for (const auto* tensor : {&tensors.latent, &tensors.cond, &tensors.uncond, &tensors.concat}) {
     if (tensor->defined()) images = std::max(images, tensor->size(0));
   }
   return images;
@@ -149,6 +183,7 @@ void check_sizes(const InputTensors& tensors, const PictureOptions& options, con
   check_size("--noise", tensors.noise, images, {channels, height, width});
   check_size(name_of_latent(options), tensors.latent, images, {channels, height, width});
   check_size("--inpaint-noise", tensors.inpaint_noise, images, {channels, height, width});
+  check_size("--concat", tensors.concat, images, {-1, height, width});
   check_size("--mask", tensors.mask, images, {1, height, width});
   check_size("--cond", tensors.cond, images, {-1, -1});
   check_size("--uncond", tensors.uncond, images, {-1, -1});

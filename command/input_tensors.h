@@ -13,13 +13,21 @@ namespace sag_sample {
 /// The tensors that the user gives, fp32 on the CPU; undefined where none is given.
 struct InputTensors {
   torch::Tensor cond, uncond, cond_y, uncond_y;
-  torch::Tensor noise, latent, mask, inpaint_noise;
+  torch::Tensor noise, latent, mask, inpaint_noise, concat;
+  /// --image, [1, 3, height, width] in [−1, 1], and --mask as a picture, [1, 1, height, width] in
+  /// 0 … 1.
+  torch::Tensor picture, mask_picture;
 };
 
-/// Reads the tensors; `latent` is what --latent holds, or what the model makes of --image. Throws
-/// UsageError.
-InputTensors read_input_tensors(const PictureOptions& options, const Network& network,
-                                torch::Device device);
+/// Returns pictures [images, 3, height, width] in [−1, 1] as the model's clean latents, fp32 on the
+/// CPU. Throws UsageError when the model cannot encode them.
+torch::Tensor encode_picture(const torch::Tensor& picture, const Network& network,
+                             torch::Device device);
+
+/// Reads the tensors; `latent` is what --latent holds, or what the model makes of --image, and
+/// `mask` what --mask holds, or its picture with a pixel per latent cell. Throws UsageError.
+InputTensors read_input_tensors(const PictureOptions& options, const FurtherOptions& further,
+                                const Network& network, torch::Device device);
 
 /// Returns the size of all latents, which the given ones decide, or else the network. Throws
 /// UsageError when it does not fit the network.

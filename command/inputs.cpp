@@ -9,6 +9,7 @@
 
 #include "errors.h"
 #include "files/networks.h"
+#include "further_inputs.h"
 #include "input_tensors.h"
 #include "prompt.h"
 #include "sag/noise.h"
@@ -47,7 +48,7 @@ void add_latents(Batch& batch, const InputTensors& tensors, const LatentSize& si
 }
 
 // With tensors there is one batch.
-Batch tensor_batch(const InputTensors& tensors, std::size_t images, double cfg,
+Batch tensor_batch(const InputTensors& tensors, std::size_t images, const Settings& settings,
                    torch::Device device) {
   Batch batch;
   for (std::size_t i = 0; i < images; ++i) batch.pictures.push_back(i);
@@ -57,12 +58,16 @@ Batch tensor_batch(const InputTensors& tensors, std::size_t images, double cfg,
     cond.y = rows_of(y, batch.pictures, device);
     return std::vector<sag::Conditioning>{cond};
   };
-  if (tensors.cond.defined()) batch.positive = conds(tensors.cond, tensors.cond_y);
-  // A UNet without text is sampled unconditionally.
+  // A UNet without text is sampled unconditionally. So is a class that nothing is guided away from,
+  // for guidances that need an unconditional prediction.
+  const bool two_classes = settings.further.uncond_label && !tensors.uncond.defined();
+  if (tensors.cond.defined() || two_classes) {
+    batch.positive = conds(tensors.cond, tensors.cond_y);
+  }
   if (tensors.uncond.defined() || !tensors.cond.defined()) {
     batch.negative = conds(tensors.uncond, tensors.uncond_y);
   }
-  batch.cfg = batch.negative.empty() ? 1.0 : cfg;
+  batch.cfg = batch.negative.empty() ? 1.0 : settings.guider.cond_scale;
   return batch;
 }
 
@@ -195,26 +200,31 @@ std::vector<Picture> list_pictures(const PictureOptions& options, std::int64_t i
   return pictures;
 }
 
-Inputs read_inputs(const PictureOptions& options, const Network& network, double cfg,
-                   torch::Device device) {
+Inputs read_inputs(const Settings& settings, torch::Device device) {
+  const auto& options = settings.pictures;
+  const auto& network = settings.network;
   const bool texts = asks_for_texts(options);
   if (!network.files.text_encoder.empty() && !texts && options.cond.empty() &&
       options.uncond.empty()) {
     throw UsageError("Nothing to draw: give --prompt, --unconditional N, or --cond.");
   }
-  const auto tensors = read_input_tensors(options, network, device);
+  auto tensors = read_input_tensors(options, settings.further, network, device);
   Inputs inputs;
   inputs.size = latent_size(tensors, options, network);
   inputs.pictures = list_pictures(options, texts ? 0 : count_images(tensors, options));
   check_sizes(tensors, options, inputs.size, static_cast<std::int64_t>(inputs.pictures.size()));
+  const auto channels = further_channels(tensors, settings, inputs.size, device);
+  if (!starts_from_picture(settings)) tensors.latent = torch::Tensor();
+  if (!blends_mask(settings)) tensors.mask = torch::Tensor();
   if (texts) {
-    add_text_batches(inputs, options, network, cfg, device);
+    add_text_batches(inputs, options, network, settings.guider.cond_scale, device);
   } else {
-    inputs.batches = {tensor_batch(tensors, inputs.pictures.size(), cfg, device)};
+    inputs.batches = {tensor_batch(tensors, inputs.pictures.size(), settings, device)};
   }
   for (auto& batch : inputs.batches) {
     for (const auto picture : batch.pictures) batch.seeds.push_back(inputs.pictures[picture].seed);
     add_latents(batch, tensors, inputs.size, device);
+    add_further_inputs(batch, rows_of(channels, batch.pictures, device), settings);
   }
   return inputs;
 }

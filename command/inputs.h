@@ -49,7 +49,6 @@ std::vector<Picture> list_pictures(const PictureOptions& options, std::int64_t i
 
 /// Reads the tensors, encodes the picture and the prompts and sorts the pictures into batches, on
 /// the device. Throws UsageError.
-Inputs read_inputs(const PictureOptions& options, const Network& network, double cfg,
-                   torch::Device device);
+Inputs read_inputs(const Settings& settings, torch::Device device);
 
 }  // namespace sag_sample

@@ -1,7 +1,9 @@
 #include "model_directory.h"
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
+#include <string_view>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
@@ -85,10 +87,46 @@ ModelFiles read_files(JsonObject files, const std::string& directory) {
   return found;
 }
 
+ConcatInput read_concat(JsonObject object, std::int64_t latent) {
+  static constexpr std::array<std::string_view, 2> kKinds = {"inpaint", "edit"};
+  ConcatInput concat;
+  const auto channels = object.given("channels");
+  concat.channels = read_number(channels, whole(1, 65536));
+  if (object.has("kind")) concat.kind = read_choice(object.given("kind"), kKinds);
+  if (object.has("scale")) concat.scale = read_number(object.given("scale"), kPositive);
+  object.refuse_unknown_keys();
+  const auto needed = concat.kind == "inpaint" ? latent + 1 : latent;
+  if (!concat.kind.empty() && concat.channels != needed) {
+    throw UsageError(fmt::format("{} must be {} for \"{}\" and latents with {} channels, got {}.",
+                                 channels.where, needed, concat.kind, latent, concat.channels));
+  }
+  return concat;
+}
+
+NetworkInputs read_inputs(JsonObject object, std::int64_t latent) {
+  constexpr Range<std::int64_t> kCount = whole(1, 1000000);
+  NetworkInputs inputs;
+  if (object.has("concat")) inputs.concat = read_concat(object.object("concat"), latent);
+  if (object.has("class_labels")) {
+    auto labels = object.object("class_labels");
+    inputs.takes_class = true;
+    if (labels.has("classes")) inputs.classes = read_number(labels.given("classes"), kCount);
+    labels.refuse_unknown_keys();
+  }
+  if (object.has("timestep_cond")) {
+    auto guidance = object.object("timestep_cond");
+    inputs.guidance_size = read_number(guidance.given("size"), whole(4, 65536));
+    guidance.refuse_unknown_keys();
+  }
+  object.refuse_unknown_keys();
+  return inputs;
+}
+
 void read_defaults(JsonObject defaults, Choices& choices) {
   read_options(defaults, picture_options(), choices);
   read_options(defaults, sampling_options(), choices);
   read_options(defaults, guider_options(), choices);
+  read_options(defaults, further_options(), choices);
   for (const auto& kind : guidance_kinds()) {
     if (!defaults.has(kind.key)) continue;
     auto object = defaults.object(kind.key);
@@ -125,6 +163,10 @@ ModelDirectory read_model_directory(const std::string& path) {
   read_network(root, model.choices);
   read_sample(root.object("sample"), model);
   model.files = read_files(root.object("files"), path);
+  if (root.has("inputs")) {
+    const auto latent = latent_size_options().decide(model.choices).channels;
+    model.inputs = read_inputs(root.object("inputs"), latent);
+  }
   if (root.has("defaults")) read_defaults(root.object("defaults"), model.choices);
   root.refuse_unknown_keys();
   return model;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "given.h"
@@ -12,6 +13,26 @@ struct ModelFiles {
   std::string unet = {}, text_encoder = {}, decoder = {}, encoder = {};
 };
 
+/// The channels of a network's input after those of the latent.
+struct ConcatInput {
+  std::int64_t channels = 0;
+  /// "inpaint": the mask, and the latent of the picture without what is repainted. "edit": the
+  /// latent of the picture. Empty: the user's own tensor.
+  std::string kind = {};
+  /// The picture's latents times this are the network's.
+  double scale = 1.0;
+};
+
+/// What a network takes beside the latent, text and sizes.
+struct NetworkInputs {
+  std::optional<ConcatInput> concat = {};
+  bool takes_class = false;
+  /// How many there are; 0: any whole number is one.
+  std::int64_t classes = 0;
+  /// How many numbers the embedded scale of guidance has; 0: it takes none.
+  std::int64_t guidance_size = 0;
+};
+
 /// A model directory: what its `model.json` says.
 ///
 ///     {"format": 1, "name": "emoji",
@@ -20,6 +41,8 @@ struct ModelFiles {
 ///      "site": "middle.0.0",
 ///      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts", "decoder": "decoder.ts",
 ///                "encoder": "encoder.ts"},
+///      "inputs": {"concat": {"channels": 5, "kind": "inpaint", "scale": 1.0},
+///                 "class_labels": {"classes": 10}, "timestep_cond": {"size": 256}},
 ///      "defaults": {"sampler": "euler", "schedule": "karras", "steps": 20, "cfg": 2.0,
 ///                   "sag": {"scale": 1.0, "blur_sigma": 2.0}}}
 ///
@@ -33,6 +56,7 @@ struct ModelDirectory {
   ModelFiles files;
   /// Height and width of the latent must be multiples of it.
   std::int64_t multiple = 1;
+  NetworkInputs inputs;
   Choices choices;
 };
 

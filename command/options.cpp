@@ -200,8 +200,9 @@ const OptionTable<PictureOptions>& picture_options() {
            .by_default("from --seed"),
        text("--latent", "", &P::latent, "T", "Start image, a clean latent"),
        text("--image", "", &P::image, "FILE.png", "Start image, for models with an encoder"),
-       text("--mask", "", &P::mask, "T",
-            "Where to repaint --latent or --image: 1 = repaint, 0 = keep, per latent cell"),
+       text("--mask", "", &P::mask, "FILE.png|T",
+            "Where to repaint --latent or --image: white in a picture of --image's size, or 1 in a "
+            "tensor with a number per latent cell"),
        text("--inpaint-noise", "", &P::inpaint_noise, "T", "Noise for what is kept")
            .by_default("the start noise; ddim: of the next seed"),
        text("--sigmas", "", &P::sigmas, "T",
@@ -240,6 +241,29 @@ const OptionTable<sag::CfgGuiderOptions>& guider_options() {
               "At most N rows (a picture takes two with cfg) go through the UNet at a time; 0: no "
               "limit")},
       {.cond_scale = 7.5, .max_rows = 16});
+  return table;
+}
+
+const OptionTable<FurtherOptions>& further_options() {
+  using F = FurtherOptions;
+  constexpr Range<std::int64_t> kLabel = whole(0, 1000000);
+  static const OptionTable<F> table(
+      "Further inputs (of the networks that take them)",
+      {number("--class", "class", &F::label, kLabel, "N", "Class to draw"),
+       number("--uncond-class", "uncond_class", &F::uncond_label, kLabel, "N",
+              "Class of the unconditional prediction, often one more than the last")
+           .by_default("none, or with a prompt the same class"),
+       text("--concat", "concat", &F::concat, "T",
+            "Channels after those of the latent, [1 or images, channels, height, width]")
+           .by_default("made of --image and --mask, for inpainting and editing"),
+       number("--image-cfg", "image_cfg", &F::image_cfg, kFinite, "X",
+              "Editing: scale of guidance towards --image, beside --cfg towards the prompt; 1: "
+              "both predictions of --cfg see it")
+           .from_model(),
+       number("--embedded-guidance", "embedded_guidance", &F::embedded_guidance, kFinite, "X",
+              "Scale of the guidance that was distilled into the network (LCM)")
+           .from_model()
+           .by_default("the model's, else 8.5")});
   return table;
 }
 
@@ -290,9 +314,9 @@ const OptionGroup& noise_level_options(const std::string& prediction) {
 std::span<const OptionGroup* const> all_options() {
   static const std::vector<const OptionGroup*> all = [] {
     std::vector<const OptionGroup*> groups = {
-        &source_options(),      &network_options(),  &edm_options(),
-        &flow_options(),        &discrete_options(), &picture_options(),
-        &latent_size_options(), &sampling_options(), &guider_options()};
+        &source_options(),   &network_options(), &edm_options(),         &flow_options(),
+        &discrete_options(), &picture_options(), &latent_size_options(), &sampling_options(),
+        &guider_options(),   &further_options()};
     for (const auto& kind : guidance_kinds()) groups.push_back(kind.options);
     groups.insert(groups.end(), {&unet_options(), &device_options(), &output_options()});
     return groups;

@@ -49,6 +49,16 @@ struct PictureOptions {
   std::string noise = {}, latent = {}, image = {}, mask = {}, inpaint_noise = {}, sigmas = {};
 };
 
+/// What only some networks take.
+struct FurtherOptions {
+  /// A class, and that of the unconditional prediction.
+  std::optional<std::int64_t> label = {}, uncond_label = {};
+  /// FILE or FILE:KEY; empty: not given.
+  std::string concat = {};
+  double image_cfg = 1.0;
+  std::optional<double> embedded_guidance = {};
+};
+
 struct DeviceOptions {
   std::optional<std::int64_t> threads = {};
   bool no_cuda_graph = false, tf32 = false;
@@ -73,6 +83,7 @@ const OptionTable<LatentSize>& latent_size_options();
 const OptionTable<PictureOptions>& picture_options();
 const OptionTable<sag::SampleOptions>& sampling_options();
 const OptionTable<sag::CfgGuiderOptions>& guider_options();
+const OptionTable<FurtherOptions>& further_options();
 const OptionTable<UNetFileOptions>& unet_options();
 const OptionTable<DeviceOptions>& device_options();
 const OptionTable<OutputOptions>& output_options();

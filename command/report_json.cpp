@@ -55,6 +55,7 @@ json options_json(const Settings& settings, const Inputs& inputs, const Sampling
   options["steps"] = plan.steps();
   options["sigmas"] = plan.sigmas;
   add(options, guider_options().report(settings.guider));
+  add(options, further_options().report(settings.further));
   add(options, picture_options().report(settings.pictures));
   for (const auto& kind : guidance_kinds()) options[kind.key] = nullptr;
   for (const auto& guidance : settings.guidances) {

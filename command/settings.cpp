@@ -61,6 +61,7 @@ Network decide_network(const Choices& choices, const SourceOptions& source,
     network.files = directory->files;
     network.channels = latent_size_options().decide(directory->choices).channels;
     network.multiple = directory->multiple;
+    network.inputs = directory->inputs;
   }
   return network;
 }
@@ -80,6 +81,7 @@ Settings decide_settings(const Choices& command_line, const ModelDirectory* dire
           .pictures = picture_options().decide(choices),
           .sampling = sampling_options().decide(choices),
           .guider = guider_options().decide(choices),
+          .further = further_options().decide(choices),
           .guidances = decide_guidances(choices, network.site),
           .device = device_options().decide(choices),
           .output = output_options().decide(choices)};

@@ -25,6 +25,7 @@ struct Network {
   std::optional<std::int64_t> channels = {};
   /// Height and width of the latent must be multiples of it.
   std::int64_t multiple = 1;
+  NetworkInputs inputs = {};
 };
 
 /// Everything that a run needs to know, decided.
@@ -35,6 +36,7 @@ struct Settings {
   PictureOptions pictures;
   sag::SampleOptions sampling;
   sag::CfgGuiderOptions guider;
+  FurtherOptions further;
   std::vector<Guidance> guidances;
   DeviceOptions device;
   OutputOptions output;

@@ -18,7 +18,7 @@ namespace {
 // One row of what the tensors and the model give to the UNet.
 sag::UNetInput probe_input(const PictureOptions& pictures, const Network& network,
                            const sag::UNet& unet) {
-  const auto tensors = read_input_tensors(pictures, network, unet.device());
+  const auto tensors = read_input_tensors(pictures, {}, network, unet.device());
   const auto size = latent_size(tensors, pictures, network);
   const bool conditional = tensors.cond.defined();
   auto context = conditional ? tensors.cond : tensors.uncond;
@@ -33,11 +33,21 @@ sag::UNetInput probe_input(const PictureOptions& pictures, const Network& networ
     return t.defined() ? t.narrow(0, 0, 1).to(unet.device(), unet.dtype()) : t;
   };
   const auto on_device = torch::TensorOptions(unet.device());
-  return {
-      .x = torch::zeros({1, size.channels, size.height, size.width}, on_device.dtype(unet.dtype())),
+  const auto& inputs = network.inputs;
+  const auto channels = size.channels + (inputs.concat ? inputs.concat->channels : 0);
+  sag::UNetInput input = {
+      .x = torch::zeros({1, channels, size.height, size.width}, on_device.dtype(unet.dtype())),
       .timesteps = torch::ones({1}, on_device.dtype(torch::kFloat)),
       .context = row(context),
       .y = row(y)};
+  if (inputs.takes_class) {
+    input.extra["class_labels"] = torch::zeros({1}, on_device.dtype(torch::kLong));
+  }
+  if (inputs.guidance_size > 0) {
+    input.extra["timestep_cond"] =
+        torch::zeros({1, inputs.guidance_size}, on_device.dtype(unet.dtype()));
+  }
+  return input;
 }
 
 // What the sites of a UNet work on, and which one "middle" is.

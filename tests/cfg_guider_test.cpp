@@ -264,5 +264,32 @@ TEST_F(CfgGuiderRefuses, LatentsThatAreNoPicturesAndSigmasThatAreNone) {
   EXPECT_EQ(toy.unet->calls, 0);
 }
 
+// ComfyUI: `DualCFGGuider`; diffusers: `image_guidance_scale`. The form that sag-sample gives the
+// guider for --image-cfg.
+TEST(CfgGuider, TwoNegativesGiveThreeWayGuidance) {
+  const ModelPatcher model(std::make_shared<test::ConcatUNet>(), ModelSampling::discrete());
+  const auto x = test::fill({1, 4, 16, 24}, .7, .3, 6);
+  const auto picture = test::fill({1, 4, 16, 24}, .2, .9, 2);
+  const auto with = [](double prompt, const torch::Tensor& concat, double strength) {
+    auto cond = toy_prompt(prompt);
+    cond.concat = concat;
+    cond.strength = strength;
+    return cond;
+  };
+  const auto blind = torch::zeros_like(picture);
+  const auto alone = [&](double prompt, const torch::Tensor& concat) {
+    return model.denoiser()(x, 4, with(prompt, concat, 1));
+  };
+  const auto p = alone(1, picture), i = alone(-1, picture), n = alone(-1, blind);
+  for (const auto& [cfg, image_cfg] :
+       {std::pair(7.5, 1.5), std::pair(5.0, 1.0), std::pair(3.0, 4.0), std::pair(0.5, 2.0)}) {
+    CfgGuider guider(model, {with(1, picture, 1)},
+                     {with(-1, picture, cfg - image_cfg), with(-1, blind, image_cfg - 1)},
+                     {.cond_scale = cfg});
+    const auto expected = n + cfg * (p - i) + image_cfg * (i - n);
+    EXPECT_LT(test::max_diff(guider(x, 4), expected), 1e-4) << cfg << ", " << image_cfg;
+  }
+}
+
 }  // namespace
 }  // namespace sag

@@ -12,7 +12,7 @@ import torch
 
 from sag_export.description import CONSTANTS, model_json
 from sag_export.mistake import Mistake
-from sag_export.network import Network
+from sag_export.network import Concat, Network
 from sag_export.sites import choose, short_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -96,6 +96,13 @@ class ModelJson(unittest.TestCase):
     def test_what_the_exporter_writes_is_read(self):
         """Everything is right but the file of the UNet."""
         self.assertIn("unet.ts", self.refusal())
+        network = Network(torch.nn.Identity(), (4, 8, 8), None, None, classes=3, guidance=8)
+        for concat in (Concat(5, "inpaint"), Concat(4, "edit", 2.5), Concat(1)):
+            network.concat = concat
+            written = json.loads(model_json("", {}, network, "", {}, 1))
+            further = {key: written[key] for key in ("inputs", "defaults")}
+            self.assertEqual(set(further["inputs"]), {"concat", "class_labels", "timestep_cond"})
+            self.assertIn("draws classes: give --class N, 0 to 2", self.refusal(**further))
 
     def test_the_document_names_every_key(self):
         document = (ROOT / "docs/model-json.md").read_text()
@@ -103,6 +110,13 @@ class ModelJson(unittest.TestCase):
         keys = {key for name in CONSTANTS for key in self.known(prediction=name, nonsense=1)}
         keys.update(self.known(sample={**sample, "nonsense": 1}))
         keys.update(self.known(files={"unet": "unet.ts", "nonsense": "x"}))
+        keys.update(self.known(inputs={"nonsense": 1}))
+        for name, needed in (
+            ("concat", {"channels": 5}),
+            ("class_labels", {}),
+            ("timestep_cond", {"size": 8}),
+        ):
+            keys.update(self.known(inputs={name: {**needed, "nonsense": 1}}))
         keys.update(self.known(defaults={"nonsense": 1}))
         keys.update(self.known(defaults={"sag": {"nonsense": 1}}))
         self.assertGreater(len(keys), 30)

@@ -169,6 +169,35 @@ TEST_F(SampleFiles, MissingDirectoriesAndDescriptionsAreNamed) {
   EXPECT_THROW(read_model_directory(path("")), UsageError);
 }
 
+TEST_F(SampleFiles, ReadsWhatElseANetworkTakes) {
+  write("unet.ts", "x");
+  const std::string files = R"("files": {"unet": "unet.ts"})";
+  const auto with = [&](const std::string& inputs) {
+    return model_with(files, files + R"(, "inputs": )" + inputs);
+  };
+  write("model.json", with(R"({"concat": {"channels": 4, "kind": "inpaint", "scale": 2.5},
+                               "class_labels": {"classes": 10}, "timestep_cond": {"size": 256}})"));
+  const auto inputs = read_model_directory(path("")).inputs;
+  ASSERT_TRUE(inputs.concat);
+  EXPECT_EQ(inputs.concat->channels, 4);
+  EXPECT_EQ(inputs.concat->kind, "inpaint");
+  EXPECT_EQ(inputs.concat->scale, 2.5);
+  EXPECT_TRUE(inputs.takes_class);
+  EXPECT_EQ(inputs.classes, 10);
+  EXPECT_EQ(inputs.guidance_size, 256);
+  EXPECT_EQ(mistake(with(R"({"concat": {"channels": 7}, "class_labels": {}})")), "");
+
+  EXPECT_THAT(mistake(with(R"({"concat": {"channels": 5, "kind": "inpaint"}})")),
+              HasSubstr("must be 4 for \"inpaint\" and latents with 3 channels, got 5."));
+  EXPECT_THAT(mistake(with(R"({"concat": {"channels": 4, "kind": "edit"}})")),
+              HasSubstr("must be 3 for \"edit\""));
+  EXPECT_THAT(mistake(with(R"({"concat": {"channels": 4, "kind": "depth"}})")),
+              HasSubstr("must be one of inpaint, edit, got"));
+  EXPECT_THAT(mistake(with(R"({"concat": {"kind": "edit"}})")), HasSubstr("\"channels\""));
+  EXPECT_THAT(mistake(with(R"({"timestep_cond": {"size": 2}})")), HasSubstr("between 4 and"));
+  EXPECT_THAT(mistake(with(R"({"depth": {}})")), HasSubstr("unknown key \"depth\""));
+}
+
 TEST_F(SampleFiles, TensorsComeBackAsSaved) {
   const auto tensor = torch::arange(12, torch::kFloat).reshape({3, 4}).t().slice(0, 1, 3);
   const auto file = write("t.pt", tensor_file_bytes(tensor.to(torch::kDouble)));

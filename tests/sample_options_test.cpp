@@ -10,6 +10,7 @@
 
 #include "command_line.h"
 #include "errors.h"
+#include "further_inputs.h"
 #include "inputs.h"
 #include "model_directory.h"
 #include "options.h"
@@ -259,6 +260,69 @@ TEST(SampleSettings, CommandLineCountsBeforeTheModel) {
   EXPECT_NEAR(network.noise_levels.sigma_max(), 60.0, 1e-3);
   EXPECT_THROW(check_latent_size(network, "The latent", {3, 60, 64}), UsageError);
   EXPECT_THROW(check_latent_size(network, "The latent", {4, 64, 64}), UsageError);
+}
+
+// diffusers' inpainting pipeline with a UNet of nine channels does not blend, and starts from
+// noise.
+TEST(FurtherInputs, AnInpaintingNetworkKeepsTheRestByItself) {
+  const auto settings = [](const char* kind, std::vector<std::string> more) {
+    ModelDirectory model;
+    model.inputs.concat = {.channels = 5, .kind = kind};
+    more.insert(more.begin(), {"--prompt", "a", "--image", "a.png", "--mask", "m.png"});
+    return decide_settings(parse_more(std::move(more)), &model);
+  };
+  const auto painting = settings("inpaint", {});
+  check_further_inputs(painting);
+  EXPECT_TRUE(sees_picture(painting));
+  EXPECT_FALSE(blends_mask(painting));
+  EXPECT_FALSE(starts_from_picture(painting));
+  EXPECT_TRUE(starts_from_picture(settings("inpaint", {"--denoise", "0.5"})));
+  EXPECT_FALSE(blends_mask(settings("inpaint", {"--denoise", "0.5"})));
+
+  const auto by_tensor = settings("inpaint", {"--concat", "t.pt"});
+  check_further_inputs(by_tensor);
+  EXPECT_FALSE(sees_picture(by_tensor));
+  EXPECT_TRUE(blends_mask(by_tensor));
+  EXPECT_TRUE(starts_from_picture(by_tensor));
+
+  const auto editing = settings("edit", {});
+  EXPECT_TRUE(sees_picture(editing));
+  EXPECT_TRUE(blends_mask(editing));
+  EXPECT_TRUE(starts_from_picture(editing)) << "what is blended";
+  EXPECT_THROW(check_further_inputs(settings("inpaint", {"--inpaint-noise", "n.pt"})), UsageError);
+}
+
+TEST(FurtherInputs, EachConditioningGetsItsOwn) {
+  ModelDirectory model;
+  model.inputs = {.concat = ConcatInput{.channels = 2, .kind = "edit"},
+                  .takes_class = true,
+                  .classes = 3,
+                  .guidance_size = 6};
+  const auto batch_with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"--image", "a.png", "--class", "1"});
+    const auto settings = decide_settings(parse_more(std::move(more)), &model);
+    check_further_inputs(settings);
+    Batch batch{.positive = {{}}, .negative = {{}}, .cfg = settings.guider.cond_scale};
+    add_further_inputs(batch, torch::ones({1, 2, 4, 4}), settings);
+    return batch;
+  };
+  const auto plain = batch_with({"--uncond-class", "2", "--embedded-guidance", "3"});
+  ASSERT_EQ(plain.negative.size(), 1u);
+  EXPECT_TRUE(plain.positive[0].concat.equal(plain.negative[0].concat));
+  EXPECT_EQ(plain.positive[0].extra.at("class_labels").scalar_type(), torch::kLong);
+  EXPECT_EQ(plain.positive[0].extra.at("class_labels").item<int>(), 1);
+  EXPECT_EQ(plain.negative[0].extra.at("class_labels").item<int>(), 2);
+  EXPECT_TRUE(
+      plain.positive[0].extra.at("timestep_cond").equal(sag::guidance_scale_embedding(3, 6)));
+
+  const auto three = batch_with({"--cfg", "5", "--image-cfg", "2"});
+  EXPECT_EQ(three.negative[0].extra.at("class_labels").item<int>(), 1);
+  ASSERT_EQ(three.negative.size(), 2u);
+  EXPECT_EQ(three.negative[0].strength, 3);
+  EXPECT_EQ(three.negative[1].strength, 1);
+  EXPECT_EQ(three.negative[0].concat.sum().item<int>(), 32);
+  EXPECT_EQ(three.negative[1].concat.abs().sum().item<int>(), 0);
+  EXPECT_EQ(batch_with({"--cfg", "5", "--image-cfg", "5"}).negative.size(), 1u);
 }
 
 TEST(SampleSettings, RefusesConstantsOfAnotherPredictionAndBadDevices) {

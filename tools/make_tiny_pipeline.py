@@ -6,7 +6,8 @@ sag-export with.
     sag-export /tmp/tiny-sdxl --out /tmp/tiny
 
 Kinds: sd1 (eps), sd2 (v, zero terminal SNR), sdxl (two text encoders, sizes), flow (sd1 with a flow
-scheduler).
+scheduler), inpaint (9 channels), edit (instruct-pix2pix, 8 channels), lcm (an embedded scale of
+guidance).
 """
 
 import argparse
@@ -21,6 +22,7 @@ try:
         DDIMScheduler,
         EulerDiscreteScheduler,
         FlowMatchEulerDiscreteScheduler,
+        LCMScheduler,
         UNet2DConditionModel,
     )
     from transformers import (
@@ -37,7 +39,7 @@ except ModuleNotFoundError as missing:
         "pip install './exporter[diffusers]'"
     )
 
-KINDS = ("sd1", "sd2", "sdxl", "flow")
+KINDS = ("sd1", "sd2", "sdxl", "flow", "inpaint", "edit", "lcm")
 WIDTH = 32
 MERGES = (
     "i n, t h, a n, r e, e r</w>, o n</w>, th e</w>, c a, ca t</w>, an d</w>, re d</w>, ' s</w>, "
@@ -49,7 +51,19 @@ TABLE = {
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
 }
-PIPELINES = {"sdxl": "StableDiffusionXLPipeline"}
+PIPELINES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "inpaint": "StableDiffusionInpaintPipeline",
+    "edit": "StableDiffusionInstructPix2PixPipeline",
+    "lcm": "LatentConsistencyModelPipeline",
+}
+# What differs in the configurations of UNets like sd1's.
+UNETS = {
+    "sd2": {"use_linear_projection": True},
+    "inpaint": {"in_channels": 9},
+    "edit": {"in_channels": 8},
+    "lcm": {"time_cond_proj_dim": 24},
+}
 
 
 def vocabulary():
@@ -107,7 +121,7 @@ def make_unet(kind):
     }
     if kind != "sdxl":
         return UNet2DConditionModel(
-            **heads_and_blocks, cross_attention_dim=WIDTH, use_linear_projection=kind == "sd2"
+            **heads_and_blocks, cross_attention_dim=WIDTH, **UNETS.get(kind, {})
         )
     return UNet2DConditionModel(
         **heads_and_blocks,
@@ -123,6 +137,8 @@ def make_unet(kind):
 def make_scheduler(kind):
     if kind == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if kind == "lcm":
+        return LCMScheduler(**TABLE)
     if kind == "sd2":
         return DDIMScheduler(**TABLE, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     return EulerDiscreteScheduler(**TABLE)

@@ -1,5 +1,6 @@
 #include "picture/png_file.h"
 
+#include <array>
 #include <cstdint>
 #include <fstream>
 #include <iterator>
@@ -66,6 +67,13 @@ Image decode_png(const std::string& bytes) {
     png.fail("Reading");
   }
   return image;
+}
+
+bool is_png(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::array<png_byte, 8> begin = {};
+  file.read(reinterpret_cast<char*>(begin.data()), begin.size());
+  return file && png_sig_cmp(begin.data(), 0, begin.size()) == 0;
 }
 
 Image read_png(const std::string& option, const std::string& path) {

@@ -80,6 +80,14 @@ def size(text):
     return dim(sides[0]), dim(sides[1])
 
 
+def concat(text):
+    if text in ("inpaint", "edit"):
+        return text
+    if not re.fullmatch(r"[1-9]\d{0,4}", text):
+        raise argparse.ArgumentTypeError(f'must be inpaint, edit or a whole number, got "{text}"')
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(1, f"{PROGRAM}: {message}; --help lists the options.\n")
@@ -155,6 +163,15 @@ def parse(arguments):
         type=numbers(3, "CHANNELSxHEIGHTxWIDTH"),
         metavar="CxHxW",
         help="the default latent [the UNet's sample_size]",
+    )
+    add(
+        "--concat",
+        type=concat,
+        metavar="KIND",
+        help="what x holds after the latent's channels: inpaint (a mask, and the latent of the "
+        "picture without what is repainted), edit (the latent of a picture, as in "
+        "instruct-pix2pix), or how many channels of a tensor of your own [what the pipeline and "
+        "the UNet's channels say]",
     )
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     group = parser.add_argument_group("a module of your own (MODULE:FACTORY)")

@@ -30,11 +30,15 @@ def tried(dim):
 
 def dims_of(network, rows, height, width):
     """Name → dims, in the order of forward."""
-    dims = {"x": [rows, network.shape[0], height, width], "timesteps": [rows]}
+    dims = {"x": [rows, network.channels(), height, width], "timesteps": [rows]}
     if network.context:
         dims["context"] = [rows, *network.context]
     if network.features:
         dims["y"] = [rows, network.features]
+    if network.classes is not None:
+        dims["class_labels"] = [rows]
+    if network.guidance:
+        dims["timestep_cond"] = [rows, network.guidance]
     return dims
 
 

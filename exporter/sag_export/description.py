@@ -195,6 +195,23 @@ def check_constant(key, value, text):
         raise Mistake(f'--constant {key} cannot be "{text}".')
 
 
+def inputs_of(network):
+    """What the network takes beside the latent, text and sizes."""
+    inputs = {}
+    if network.concat:
+        concat = network.concat
+        inputs["concat"] = {"channels": concat.channels}
+        if concat.kind:
+            inputs["concat"]["kind"] = concat.kind
+        if concat.scale != 1:
+            inputs["concat"]["scale"] = concat.scale
+    if network.classes is not None:
+        inputs["class_labels"] = {"classes": network.classes} if network.classes else {}
+    if network.guidance:
+        inputs["timestep_cond"] = {"size": network.guidance}
+    return inputs
+
+
 def model_json(name, prediction, network, site, files, multiple):
     description = {
         "format": 1,
@@ -204,4 +221,9 @@ def model_json(name, prediction, network, site, files, multiple):
         "site": site,
         "files": files,
     }
+    if inputs := inputs_of(network):
+        description["inputs"] = inputs
+    if network.guidance:
+        # Guidance was distilled into it.
+        description["defaults"] = {"cfg": 1.0}
     return json.dumps(description, indent=2) + "\n"

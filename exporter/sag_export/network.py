@@ -9,10 +9,22 @@ from sag_export.mistake import Mistake
 
 
 @dataclasses.dataclass
+class Concat:
+    """The further channels of an inpainting UNet and the like."""
+
+    channels: int
+    # What sag-sample fills them with, "inpaint" or "edit"; None: the user's tensor.
+    kind: str | None = None
+    # The latent of the picture times this.
+    scale: float = 1.0
+
+
+@dataclasses.dataclass
 class Network:
     """`module`'s forward takes x [rows, channels, height, width], timesteps [rows] fp32, then
-    context [rows, tokens, width] and y [rows, features] if there are any, and returns a tensor of
-    x's shape."""
+    context [rows, tokens, width], y [rows, features], class_labels [rows] int64 and timestep_cond
+    [rows, guidance] if there are any, and returns a tensor of the latent's shape: x's, without the
+    channels of `concat`."""
 
     module: torch.nn.Module
     # Channels, height and width of the default latent.
@@ -25,6 +37,12 @@ class Network:
     multiple: int = 1
     # With multiples of this one the module takes no detour. Compiled packages take nothing else.
     fastest_multiple: int = 1
+    # What x holds after the latent's channels.
+    concat: Concat | None = None
+    # How many classes there are; 0: any whole number is one. None: it takes no class_labels.
+    classes: int | None = None
+    # How many numbers timestep_cond, the embedded scale of guidance, holds; None: it takes none.
+    guidance: int | None = None
 
     def example(self, rows, height, width, seed=0):
         """Name → random tensor, in the order of forward, with the device and dtype of the module's
@@ -37,7 +55,7 @@ class Network:
             drawn = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
             return drawn.to(weight.device, weight.dtype)
 
-        inputs = {"x": tensor(rows, self.shape[0], height, width)}
+        inputs = {"x": tensor(rows, self.channels(), height, width)}
         first, last = (20.0, 980.0) if seed else (900.0, 100.0)
         inputs["timesteps"] = torch.linspace(
             first, last, rows, dtype=torch.float32, device=weight.device
@@ -46,7 +64,16 @@ class Network:
             inputs["context"] = tensor(rows, *self.context)
         if self.features:
             inputs["y"] = tensor(rows, self.features)
+        if self.classes is not None:
+            labels = torch.randint(self.classes or 1000, (rows,), generator=random)
+            inputs["class_labels"] = labels.to(weight.device)
+        if self.guidance:
+            inputs["timestep_cond"] = tensor(rows, self.guidance)
         return inputs
+
+    def channels(self):
+        """Of x."""
+        return self.shape[0] + (self.concat.channels if self.concat else 0)
 
     def small_sizes(self):
         """Two latent sizes (height, width) that cost little to try. The first one is for tracing:
@@ -86,10 +113,10 @@ class Network:
                 raise Mistake(f"The network fails for {shapes}: {first_line(error)}") from error
         if not isinstance(out, torch.Tensor):
             raise Mistake(f"The network's forward must return a tensor, got {type(out).__name__}.")
-        if out.shape != inputs["x"].shape:
+        expected = [2, self.shape[0], *inputs["x"].shape[2:]]
+        if list(out.shape) != expected:
             raise Mistake(
-                f"The network must return x's shape, {list(inputs['x'].shape)}, "
-                f"got {list(out.shape)}."
+                f"The network must return the latent's shape, {expected}, got {list(out.shape)}."
             )
         if not out.isfinite().all():
             raise Mistake(

@@ -12,7 +12,8 @@ import torch
 
 from sag_export import description, text, unet
 from sag_export.mistake import Mistake
-from sag_export.network import Network, first_line
+from sag_export.network import Concat, Network, first_line
+from sag_export.vae import Scale
 from sag_export.weight_files import check_variant, read_json
 from sag_export.weights import check_module, load_part
 
@@ -56,7 +57,7 @@ def load_tokenizer(folder):
 
 def from_unet_folder(folder, options):
     # An unsupported network is refused before an option is asked for.
-    read_unet_config(folder)
+    concat = unet.concat_kind(read_unet_config(folder), options.concat)
     if options.prediction is None:
         raise Mistake(
             "--prediction is needed: the folder of a UNet does not say what the network predicts; "
@@ -64,12 +65,32 @@ def from_unet_folder(folder, options):
         )
     check_variant([(folder, "diffusers")], options.variant)
     network = unet.wrap(load_unet(folder, options))
+    fill_concat(network, concat, None)
     return Source(folder.resolve().name, network, {"prediction": options.prediction})
+
+
+def fill_concat(network, kind, vae, edits_scaled=False):
+    """Says what fills the channels of Network.concat. `vae`: of the pipeline, if it is exported.
+    edits_scaled: whether an editing network sees the picture's latent as it draws latents."""
+    if kind is None:
+        return
+    if kind == "edit" and vae is None:
+        raise Mistake(
+            "A UNet that edits pictures needs its pipeline's VAE, which says how the picture's "
+            f"latent is scaled: export the whole pipeline, or use --concat "
+            f"{network.concat.channels} and give sag-sample a tensor."
+        )
+    network.concat.kind = kind
+    if kind == "edit" and not edits_scaled:
+        network.concat.scale = Scale(vae.config).plain_factor()
 
 
 def from_pipeline(folder, options):
     index = read_json(folder / "model_index.json")
     check_has_unet(folder, index)
+    concat = unet.concat_kind(
+        read_unet_config(folder / "unet"), options.concat, index.get("_class_name", "")
+    )
     parts = {
         key: value[1]
         for key, value in index.items()
@@ -94,6 +115,7 @@ def from_pipeline(folder, options):
     )
     source.network = unet.wrap(load_unet(folder / "unet", options), tokens)
     check_parts_fit(source)
+    fill_concat(source.network, concat, source.vae, index.get("is_cosxl_edit", False))
     return source
 
 
@@ -226,6 +248,13 @@ def from_factory(spec, options):
     network = Network(
         module, options.sample, options.context, options.y, options.multiple, options.multiple
     )
+    if options.concat is not None:
+        latent = options.sample[0]
+        channels = {"inpaint": latent + 1, "edit": latent}
+        network.concat = Concat(
+            channels.get(options.concat, options.concat),
+            options.concat if options.concat in channels else None,
+        )
     return Source(
         spec.partition(":")[0].rpartition(".")[2], network, {"prediction": options.prediction}
     )

@@ -3,6 +3,8 @@ fp32: some give NaN in half precision."""
 
 import torch
 
+from sag_export.mistake import Mistake
+
 
 class Scale(torch.nn.Module):
     """Between the latents of the UNet and those of the VAE."""
@@ -21,6 +23,14 @@ class Scale(torch.nn.Module):
         self.register_buffer(
             "std", torch.tensor(std if self.normal else [1.0]).reshape(1, -1, 1, 1)
         )
+
+    def plain_factor(self):
+        """What undoes to_unet, where that is a factor alone."""
+        if self.normal or self.shift:
+            raise Mistake(
+                "The VAE of a UNet that edits pictures must scale its latents by a factor alone."
+            )
+        return 1 / self.factor
 
     def to_unet(self, latent):
         if self.normal:
