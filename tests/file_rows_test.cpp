@@ -125,7 +125,7 @@ Run guided_run(const std::shared_ptr<const UNet>& unet, std::int64_t images,
   const ModelPatcher model(unet, ModelSampling::discrete());
   const auto guided = apply_self_attention_guidance(model, {.scale = 1.0, .one_pass = one_pass});
   torch::manual_seed(4);
-  const auto noise = torch::randn({images, 4, 7, 6});
+  const auto noise = torch::randn({images, 4, 7, 6}).to(unet->device());
   const Conditioning prompt{.context = torch::randn({1, 5, test::kContextWidth})},
       negative{.context = torch::randn({1, 5, test::kContextWidth})};
   CfgGuider guider(guided, {prompt}, {negative}, {.cond_scale = 3.0, .max_rows = max_rows});
@@ -170,6 +170,20 @@ TEST_P(BakedRows, GuideAsAFileWithoutThem) {
 
 INSTANTIATE_TEST_SUITE_P(FileRows, BakedRows, testing::ValuesIn(baked()),
                          [](const auto& info) { return info.param.name; });
+
+// Trying happens while a graph is warmed up, and the split calls are captured.
+TEST(FileRows, AreFoundUnderCudaGraphs) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "this machine has no CUDA device";
+  const auto unet = std::make_shared<CudaGraphUNet>(
+      load(traced(baked()[2].fixture, 2), {.device = torch::kCUDA}));
+  const auto run = guided_run(unet, 1),
+             expected = guided_run(TorchScriptUNet::from_module(make_torchscript_unet()), 1);
+  EXPECT_EQ(unet->report().failure, "");
+  EXPECT_GT(unet->report().replays, 0);
+  EXPECT_EQ(run.report.guided(), 3);
+  EXPECT_GT(run.report.filler_rows(), 0);
+  EXPECT_LT(difference(run.samples.cpu(), expected.samples), 1e-2);
+}
 
 // One row and seven, so that a call has up to six rows that nobody asked for.
 TEST(FileRows, OfOtherNumbersAreFilledUpToo) {
