@@ -85,6 +85,13 @@ SamplingPlan make_plan(const Settings& settings) {
   return plan;
 }
 
+// The key of FILE:KEY says which prompt a tensor is of.
+bool says_negative(const std::string& where) {
+  const auto key = where.substr(where.rfind(':') + 1);
+  return where.find(':') != std::string::npos &&
+         (key.find("uncond") != std::string::npos || key.find("neg") != std::string::npos);
+}
+
 // What a run does that its user may not have meant.
 std::vector<std::string> notes_on(const Settings& settings) {
   const auto& pictures = settings.pictures;
@@ -95,12 +102,27 @@ std::vector<std::string> notes_on(const Settings& settings) {
       settings.sampling.denoise == 1) {
     notes.push_back("nothing is left of the start picture; --denoise 0.6, say, keeps some of it");
   }
+  if (says_negative(pictures.cond) && !says_negative(pictures.uncond)) {
+    notes.push_back(
+        fmt::format("--cond is {}, which sounds like the other one: were --cond and --uncond "
+                    "swapped?",
+                    pictures.cond));
+  }
   if (pictures.cond.empty() || !pictures.uncond.empty()) return notes;
   for (const auto& guidance : settings.guidances) {
     notes.push_back(
         fmt::format("{} needs an unconditional prediction: give --uncond", guidance.title));
   }
   return notes;
+}
+
+// What rows cost that nobody asked for.
+void note_fillers(Inputs& inputs, const std::vector<RunReport>& runs) {
+  const Totals totals = total(runs);
+  if (totals.filler_rows == 0) return;
+  inputs.notes.push_back(fmt::format(
+      "{} of {} rows only filled calls of the UNet up, as its file takes some numbers of rows only",
+      totals.filler_rows, totals.rows));
 }
 
 GuidedModel guide(const sag::ModelPatcher& plain, const std::vector<Guidance>& guidances) {
@@ -174,6 +196,7 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
   const auto plan = make_plan(settings);
   auto inputs = read_inputs(settings, unet->device());
   for (auto& note : notes_on(settings)) inputs.notes.push_back(std::move(note));
+  if (!settings.guidances.empty()) check_site(*unet, settings.network.site);
   const GuidedModel plain = {sag::ModelPatcher(unet, settings.network.noise_levels)};
   const GuidedModel guided = guide(plain.model, settings.guidances);
   const auto decoder = outputs.out ? load_decoder(settings.network.files.decoder,
@@ -190,6 +213,7 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
 
   auto runs = unguided.runs;
   runs.insert(runs.end(), sampled.runs.begin(), sampled.runs.end());
+  note_fillers(inputs, runs);
   std::string png;
   if (outputs.out) png = draw_png(settings, inputs, plan, sampled, unguided, decoder);
   write_outputs(outputs, png, sampled.latents, report_json(settings, inputs, plan, runs, *unet));

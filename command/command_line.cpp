@@ -15,6 +15,7 @@
 #include "guidances.h"
 #include "options.h"
 #include "sag/version.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -197,14 +198,25 @@ void check_combinations(const Choices& choices) {
   check_guidances(choices);
 }
 
+std::string unknown_option(const std::string& name) {
+  std::vector<std::string> known = {"--help", "--version"};
+  for (const auto* group : all_options()) {
+    for (const auto& option : group->options) {
+      if (!option.name.empty() && !option.hidden) known.push_back(option.name);
+    }
+  }
+  const auto bare = name.substr(0, name.find('='));
+  const auto hint = suggestion(bare, known);
+  return fmt::format("There is no option {}{}", bare, hint == "." ? "; --help lists them." : hint);
+}
+
 void parse(CLI::App& app, const std::vector<std::string>& arguments) {
   try {
     app.parse(for_cli11(arguments));
   } catch (const CLI::ExtrasError&) {
     const std::string extra = app.remaining().front();
-    throw UsageError(extra.starts_with('-')
-                         ? fmt::format("There is no option {}; --help lists them.", extra)
-                         : fmt::format("\"{}\" belongs to no option.", extra));
+    throw UsageError(extra.starts_with('-') ? unknown_option(extra)
+                                            : fmt::format("\"{}\" belongs to no option.", extra));
   } catch (const CLI::ArgumentMismatch&) {
     throw UsageError(fmt::format("{} needs a value.", arguments.back()));
   }

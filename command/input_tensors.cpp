@@ -153,6 +153,7 @@ LatentSize latent_size(const InputTensors& tensors, const PictureOptions& option
                        const Network& network) {
   const auto& first = tensors.noise.defined() ? tensors.noise : tensors.latent;
   if (!first.defined()) {
+    check_size_is_in_cells(network);
     check_latent_size(network, "The latent", network.size);
     return network.size;
   }

@@ -12,6 +12,7 @@
 #include "files/json_object.h"
 #include "guidances.h"
 #include "options.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -138,8 +139,25 @@ void read_defaults(JsonObject defaults, Choices& choices) {
 
 nlohmann::json read_description(const std::string& path, const std::string& file) {
   std::error_code error;
+  if (fs::is_regular_file(path, error)) {
+    const bool is_unet = path.ends_with(".ts") || path.ends_with(".pt2");
+    throw UsageError(fmt::format(
+        "--model takes a directory with a model.json, got the file \"{}\": {}.", path,
+        is_unet ? "--unet takes the file of a UNet"
+                : "sag-export makes such a directory of a diffusers folder, and diffusers makes "
+                  "that folder of a checkpoint in one file "
+                  "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER))"));
+  }
   if (!fs::is_directory(path, error)) {
-    throw UsageError(fmt::format("--model: there is no directory \"{}\".", path));
+    throw UsageError(
+        fmt::format("--model: there is no directory \"{}\"{}", path, suggestion_beside(path)));
+  }
+  const auto has = [&](const char* name) { return fs::exists(fs::path(path) / name, error); };
+  if (!fs::exists(file, error) && (has("model_index.json") || has("config.json"))) {
+    throw UsageError(fmt::format(
+        "--model: \"{0}\" is a diffusers folder; \"sag-export {0} --out DIR\" makes a model "
+        "directory of it.",
+        path));
   }
   return read_json_file(file, fmt::format("--model: the directory \"{}\" has no model.json that "
                                           "can be read.",

@@ -8,12 +8,14 @@
 #include <fmt/ranges.h>
 
 #include "errors.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
 
-[[noreturn]] void refuse(const Given& given, const std::string& what, const std::string& got) {
-  throw UsageError(fmt::format("{} must be {}, got {}.", given.where, what, got));
+[[noreturn]] void refuse(const Given& given, const std::string& what, const std::string& got,
+                         const std::string& hint = ".") {
+  throw UsageError(fmt::format("{} must be {}, got {}{}", given.where, what, got, hint));
 }
 
 [[noreturn]] void refuse(const Given& given, const std::string& what) {
@@ -91,7 +93,8 @@ std::string read_choice(const Given& given, std::span<const std::string_view> ch
   const auto text = text_of(given);
   if (!text || std::find(choices.begin(), choices.end(), *text) == choices.end()) {
     refuse(given, fmt::format("one of {}", fmt::join(choices, ", ")),
-           given.words.empty() ? given.shown : fmt::format("\"{}\"", *text));
+           given.words.empty() ? given.shown : fmt::format("\"{}\"", *text),
+           text ? suggestion(*text, {choices.begin(), choices.end()}) : ".");
   }
   return *text;
 }

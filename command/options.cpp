@@ -34,7 +34,13 @@ torch::Device parse_device(const std::string& name) {
   }
   if (!known) throw UsageError(fmt::format("--device must be cpu, cuda or cuda:N, got {}.", name));
   const auto devices = torch::cuda::device_count();
-  if (devices == 0) throw UsageError(fmt::format("--device {}: there is no CUDA device.", name));
+  if (devices == 0) {
+    throw UsageError(
+        fmt::format("--device {}: there is no CUDA device that this LibTorch can use; without "
+                    "--device, or with "
+                    "--device cpu, the CPU computes.",
+                    name));
+  }
   if (index >= devices) {
     throw UsageError(
         fmt::format("--device {}: the last CUDA device is cuda:{}.", name, devices - 1));
@@ -108,6 +114,10 @@ const OptionTable<NetworkOptions>& network_options() {
            .from_model(),
        number("", "latent_scale", &N::latent_scale, kPositive, "X",
               "Latents are multiplied by it on entry and divided by it in the end")
+           .from_model(),
+       number("--unet-rows", "unet_rows", &N::unet_rows, whole(0, 65536), "N",
+              "The UNet's file works with N rows only: calls are split and filled up to N; 0: find "
+              "it out where the file tells what it was traced with")
            .from_model()});
   return table;
 }

@@ -27,6 +27,8 @@ struct NetworkOptions {
   std::string site = "middle";
   /// Latents of the user times this are the network's.
   double latent_scale = 1.0;
+  /// The only number of rows that the UNet's file works with; 0: it is found out.
+  std::int64_t unet_rows = 0;
 };
 
 /// The size of a latent.

@@ -22,6 +22,7 @@ Totals total(const std::vector<RunReport>& runs) {
     for (const auto& step : run.steps) {
       totals.evaluations += step.evaluations;
       totals.rows += step.rows;
+      totals.filler_rows += step.filler_rows;
     }
   }
   return totals;

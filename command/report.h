@@ -29,6 +29,8 @@ struct StepReport {
   double sigma = 0;
   /// Calls of the UNet, and pictures that went through it.
   std::int64_t evaluations = 0, rows = 0;
+  /// Rows of them that only filled calls up.
+  std::int64_t filler_rows = 0;
   double seconds = 0;
   std::vector<NoteReport> notes = {};
 };
@@ -47,7 +49,7 @@ struct RunReport {
 
 /// What several runs, or one, come to.
 struct Totals {
-  std::int64_t evaluations = 0, rows = 0;
+  std::int64_t evaluations = 0, rows = 0, filler_rows = 0;
   double seconds = 0;
 };
 Totals total(const std::vector<RunReport>& runs);

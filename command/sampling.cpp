@@ -64,6 +64,7 @@ std::vector<StepReport> step_reports(const sag::GuiderReport& report,
                        .sigma = evaluation.sigma,
                        .evaluations = evaluation.unet_calls,
                        .rows = evaluation.unet_rows,
+                       .filler_rows = evaluation.filler_rows,
                        .seconds = seconds[i]};
     for (const auto& note : evaluation.guidances) step.notes.push_back(note_report(note));
     steps.push_back(std::move(step));

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include "errors.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -14,7 +15,8 @@ void check_unet(const std::string& path) {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error) &&
       !std::filesystem::is_directory(path, error)) {
-    throw UsageError(fmt::format("--unet: there is no file \"{}\".", path));
+    throw UsageError(
+        fmt::format("--unet: there is no file \"{}\"{}", path, suggestion_beside(path)));
   }
 }
 
@@ -55,11 +57,13 @@ Network decide_network(const Choices& choices, const SourceOptions& source,
                      .site = options.site,
                      .noise_levels = noise_levels(choices, options.prediction),
                      .latent_scale = options.latent_scale,
-                     .size = latent_size_options().decide(choices)};
+                     .size = latent_size_options().decide(choices),
+                     .usual_size = latent_size_options().decide({})};
   if (directory) {
     network.has_directory = true;
     network.files = directory->files;
-    network.channels = latent_size_options().decide(directory->choices).channels;
+    network.usual_size = latent_size_options().decide(directory->choices);
+    network.channels = network.usual_size.channels;
     network.multiple = directory->multiple;
     network.inputs = directory->inputs;
   }
@@ -75,9 +79,11 @@ Settings decide_settings(const Choices& command_line, const ModelDirectory* dire
   if (!directory) check_unet(source.unet);
   const auto network = network_options().decide(choices);
   refuse_foreign_options(command_line, network.prediction);
+  auto unet = unet_options().decide(choices);
+  unet.rows = network.unet_rows;
   return {.source = source,
           .network = decide_network(choices, source, directory),
-          .unet = unet_options().decide(choices),
+          .unet = unet,
           .pictures = picture_options().decide(choices),
           .sampling = sampling_options().decide(choices),
           .guider = guider_options().decide(choices),
@@ -85,6 +91,21 @@ Settings decide_settings(const Choices& command_line, const ModelDirectory* dire
           .guidances = decide_guidances(choices, network.site),
           .device = device_options().decide(choices),
           .output = output_options().decide(choices)};
+}
+
+void check_size_is_in_cells(const Network& network) {
+  constexpr std::int64_t kPixels = 8;
+  const auto& [channels, height, width] = network.size;
+  // A network of pictures has pixels for cells.
+  const bool too_much = channels > 3 && (height >= kPixels * network.usual_size.height ||
+                                         width >= kPixels * network.usual_size.width);
+  if (!too_much) return;
+  throw UsageError(fmt::format(
+      "--height and --width count cells of the latent, of which Stable Diffusion has one for 8 x 8 "
+      "pixels: for {0} x {1} pixels give {2} x {3}; if {0} x {1} cells are meant, give a --noise "
+      "or "
+      "--latent of that size.",
+      height, width, height / kPixels, width / kPixels));
 }
 
 void check_latent_size(const Network& network, const std::string& what, const LatentSize& size) {

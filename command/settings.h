@@ -25,6 +25,8 @@ struct Network {
   std::optional<std::int64_t> channels = {};
   /// Height and width of the latent must be multiples of it.
   std::int64_t multiple = 1;
+  /// The model's default size, or Stable Diffusion's.
+  LatentSize usual_size = {};
   NetworkInputs inputs = {};
 };
 
@@ -45,6 +47,10 @@ struct Settings {
 /// Decides the settings: the command line counts first, then the model directory (null: there is
 /// none), then the defaults. Throws UsageError.
 Settings decide_settings(const Choices& command_line, const ModelDirectory* directory);
+
+/// Throws UsageError if the size of the latent, given by options, must be one in pixels: a side is
+/// 8 times the usual one or more.
+void check_size_is_in_cells(const Network& network);
 
 /// Throws UsageError, naming `what`, unless a latent of this size fits the network.
 void check_latent_size(const Network& network, const std::string& what, const LatentSize& size);

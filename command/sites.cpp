@@ -8,9 +8,11 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include "errors.h"
 #include "files/networks.h"
 #include "input_tensors.h"
 #include "messages.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -109,6 +111,24 @@ void print_sites(const Sites& sites, std::ostream& out) {
 }
 
 }  // namespace
+
+void check_site(const sag::UNet& unet, const std::string& site) {
+  if (site == "middle") return;
+  try {
+    static_cast<void>(sag::resolve_attention_site(unet, site));
+  } catch (const c10::ValueError& error) {
+    std::vector<std::string> names;
+    for (const auto& known : unet.attention_sites()) {
+      names.push_back(known.name);
+      names.push_back(known.path);
+    }
+    auto sentence = sentence_of(error);
+    if (const auto hint = suggestion(site, names); sentence.ends_with('.')) {
+      sentence.replace(sentence.size() - 1, 1, hint);
+    }
+    throw UsageError(sentence);
+  }
+}
 
 void list_sites(const PictureOptions& pictures, const Network& network, const sag::UNet& unet,
                 std::ostream& out) {

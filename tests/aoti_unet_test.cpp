@@ -330,7 +330,7 @@ TEST(AotiUNet, TheMostSpecificPackageOfAFolderRuns) {
   EXPECT_LT(difference(unet->forward(other), expected->forward(other)), 2e-5);
   EXPECT_GT(difference(unet->forward(fixed), expected->forward(fixed)), 0.1);
   EXPECT_THAT(
-      error_of<c10::ValueError>([&] { unet->forward(make_input(5)); }),
+      error_of<c10::ValueError>([&] { unet->forward(make_input(2, 13)); }),
       AllOf(one_sentence(), HasSubstr("x [2, 4, 12, 16]"), HasSubstr("; or x [1-4, 4, 6-24")));
 }
 
@@ -394,6 +394,28 @@ TEST(AotiUNet, SharedWeightsAreFreedWithTheUNet) {
   EXPECT_LT(resident() - before, 32);
 }
 
+// A call of other rows is filled up and split; hooks and reports see what was asked for.
+TEST(AotiUNet, APackageForOneNumberOfRowsTakesAny) {
+  const Folder folder(Links{{"a.pt2", "folder/rows_2.pt2"}, {"weights.pt", "folder/weights.pt"}});
+  const auto fixed = AotiUNet::load(folder.path());
+  const auto expected = reference();
+  for (const std::int64_t rows : {1, 2, 3, 5}) {
+    const auto input = make_input(rows);
+    EXPECT_LT(difference(fixed->forward(input), expected->forward(input)), 2e-5) << rows;
+    EXPECT_LT(difference(with_hooks(*fixed, input, {"middle.0.0"}, returns_v),
+                         with_hooks(*expected, input, {"middle.0.0"}, returns_v)),
+              2e-5);
+    EXPECT_EQ(fixed->evaluated_rows(input.x.sizes()), (rows + 1) / 2 * 2);
+  }
+  const auto run = sample(fixed, {.scale = 1.0}), plain = sample(expected, {.scale = 1.0});
+  EXPECT_EQ(run.guided, 4);
+  EXPECT_LT(difference(run.latent, plain.latent), 1e-4);
+  // The range takes every number up to its highest.
+  const auto range = load("unet.pt2");
+  EXPECT_EQ(range->evaluated_rows({3, 4, 12, 16}), 3);
+  EXPECT_LT(difference(range->forward(make_input(5)), expected->forward(make_input(5))), 2e-5);
+}
+
 // ---- inputs that do not fit
 
 TEST(AotiUNet, RefusesInputsThatDoNotFit) {
@@ -413,7 +435,11 @@ TEST(AotiUNet, RefusesInputsThatDoNotFit) {
               AllOf(one_sentence(), HasSubstr(takes), HasSubstr("got x of shape [2, 4, 13, 16]")));
   EXPECT_THAT(value_error([](auto& in) { in = make_input(2, 4, 16); }), HasSubstr(takes));
   EXPECT_THAT(value_error([](auto& in) { in = make_input(2, 12, 26); }), HasSubstr(takes));
-  EXPECT_THAT(value_error([](auto& in) { in = make_input(5); }), HasSubstr("[5, 4, 12, 16]"));
+  EXPECT_THAT(value_error([](auto& in) {
+                in = make_input(5);
+                in.context = torch::ones({4, 3, 6});
+              }),
+              HasSubstr("as many rows as x"));
   EXPECT_THAT(value_error([](auto& in) { in = make_input(0); }), HasSubstr("[0, 4, 12, 16]"));
   EXPECT_THAT(value_error([](auto& in) { in.x = torch::ones({2, 3, 12, 16}); }), HasSubstr(takes));
   EXPECT_THAT(value_error([](auto& in) {

@@ -666,7 +666,7 @@ TEST_F(SampleCommand, SaysWhatARunDoesThatMayNotBeMeant) {
                                              "--cond",  file + "cond",
                                              "--steps", "1",
                                              "--json",  path("report.json")};
-    more.insert(more.end(), common.begin(), common.end());
+    more.insert(more.begin(), common.begin(), common.end());
     const auto finished = run(more);
     EXPECT_EQ(finished.code, 0) << finished.err;
     return report("report.json")["notes"].dump();
@@ -680,6 +680,9 @@ TEST_F(SampleCommand, SaysWhatARunDoesThatMayNotBeMeant) {
   EXPECT_THAT(notes(both(start, {"--denoise", "0.6", "--no-sag"})), "[]");
   EXPECT_THAT(notes(both(start, uncond)), Not(HasSubstr("give --uncond")));
   EXPECT_THAT(notes(both(uncond, {"--height", "16", "--width", "16"})), "[]");
+  EXPECT_THAT(notes({"--cond", file + "uncond", "--uncond", file + "cond", "--no-sag", "--height",
+                     "16", "--width", "16"}),
+              HasSubstr("swapped"));
 }
 
 TEST_F(SampleCommand, FailedRunsLeaveNothingBehind) {
@@ -690,6 +693,41 @@ TEST_F(SampleCommand, FailedRunsLeaveNothingBehind) {
                                      path("report.json")});
   EXPECT_THAT(sentence(2, arguments), HasSubstr("The final latent must be finite, got NaN"));
   EXPECT_EQ(std::distance(fs::directory_iterator(path("")), {}), 1) << "only the input";
+}
+
+// Files with a number of rows written into them cost rows, and the report says how many.
+TEST_F(SampleCommand, SaysWhatFillingCallsUpCosts) {
+  auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
+  arguments.insert(arguments.end(), {"--save-latent", path("free.pt")});
+  ASSERT_EQ(run(arguments).code, 0);
+  arguments.insert(arguments.end(), {"--save-latent", path("latent.pt"), "--json",
+                                     path("report.json"), "--unet-rows", "4"});
+  const auto finished = run(arguments);
+  ASSERT_EQ(finished.code, 0) << finished.err;
+  const auto said = report("report.json");
+  const std::int64_t rows = said["rows"], fillers = said["filler_rows"];
+  // Two rows of CFG and one of SAG, each in a call of four.
+  EXPECT_EQ(fillers * 8, rows * 5);
+  EXPECT_THAT(said["notes"].dump(), HasSubstr("only filled calls of the UNet up"));
+  EXPECT_TRUE(torch::allclose(latent("latent.pt"), latent("free.pt"), 1e-3, 1e-3));
+}
+
+TEST_F(SampleCommand, AFullDiskLeavesNothingBehind) {
+  if (!fs::exists("/dev/full")) GTEST_SKIP() << "there is no /dev/full";
+  auto arguments = golden("comfy_sd15_tiny.ts", "eps_euler_normal");
+  arguments.insert(arguments.end(), {"--save-latent", "/dev/full"});
+  EXPECT_THAT(sentence(2, arguments), HasSubstr("No space left on device"));
+}
+
+TEST_F(SampleCommand, WhatNeedsTooMuchMemorySaysWhatNeedsLess) {
+  auto arguments = golden_tensors("eps_euler_normal");
+  // The contexts alone.
+  arguments.resize(4);
+  arguments.insert(arguments.end(), {"--unet", kGoldenDir + "comfy_sd15_tiny.ts", "--channels", "3",
+                                     "--height", "65536", "--width", "65536", "--batch", "4096",
+                                     "--save-latent", path("latent.pt")});
+  EXPECT_THAT(sentence(2, arguments), AllOf(HasSubstr("memory"), HasSubstr("--max-rows")));
+  EXPECT_FALSE(fs::exists(path("latent.pt")));
 }
 
 TEST_F(SampleCommand, AnInterruptedRunLeavesNothingBehind) {

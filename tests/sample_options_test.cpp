@@ -163,7 +163,7 @@ TEST(SampleOptions, AreStatedOnce) {
 }
 
 TEST(SampleOptions, NamesUnknownAndIncompleteOptions) {
-  EXPECT_EQ(mistake_in_more({"--stepz", "3"}), "There is no option --stepz; --help lists them.");
+  EXPECT_EQ(mistake_in_more({"--stepz", "3"}), "There is no option --stepz; do you mean --steps?");
   EXPECT_EQ(mistake_in_more({"heart"}), "\"heart\" belongs to no option.");
   EXPECT_EQ(mistake_in_more({"--steps"}), "--steps needs a value.");
   EXPECT_THAT(mistake_in_more({"--sampler", "plms"}), HasSubstr("--sampler must be one of euler"));

@@ -847,33 +847,6 @@ TEST(TorchScriptUNetForward, RefusesInputsThatDoNotFit) {
               HasSubstr("device"));
 }
 
-// Like SDXL traced with its time_ids as a buffer.
-TEST(TorchScriptUNetForward, SaysHowToRunAFileThatWasTracedForOneRow) {
-  const auto unet = TorchScriptUNet::from_module(
-      make_torchscript_unet({.body = "    one_row = torch.unsqueeze(self.frequencies, 0)\n"
-                                     "    labels = torch.cat([context[:, 0], one_row], 1)\n"
-                                     "    t = t + block(self.middle_block).attn1.forward(t, t)\n",
-                             .result = "out + torch.mean(labels)"}));
-  const std::string note =
-      "If the file was traced for one row, set max_rows = 1 (sag-sample: --max-rows 1).";
-  EXPECT_THAT(error_of([&] { unet->forward(fixture_input(2)); }),
-              AllOf(one_sentence(), HasSubstr("Sizes of tensors must match"), EndsWith(note)));
-  EXPECT_NO_THROW(unet->forward(fixture_input(1)));
-  auto other = fixture_input(1);
-  other.context = torch::randn({1, 3, test::kContextWidth + 1});
-  const auto any_rows = TorchScriptUNet::from_module(make_torchscript_unet());
-  EXPECT_THAT(error_of([&] { any_rows->forward(other); }),
-              AllOf(HasSubstr("mat1"), Not(HasSubstr("max_rows"))));
-
-  const Conditioning prompt{.context = torch::ones({1, 3, test::kContextWidth})};
-  const ModelPatcher model(unet, ModelSampling::discrete());
-  const auto x = fixture_input(2).x;
-  CfgGuider all_at_once(model, {prompt}, {prompt}, {.cond_scale = 2.0});
-  EXPECT_THAT(error_of([&] { all_at_once(x, 1.0); }), HasSubstr(note));
-  CfgGuider row_by_row(model, {prompt}, {prompt}, {.cond_scale = 2.0, .max_rows = 1});
-  EXPECT_EQ(row_by_row(x, 1.0).sizes(), x.sizes());
-}
-
 TEST(TorchScriptUNetForward, SaysInOneSentenceWhatFailedInsideTheNetwork) {
   const auto unet = TorchScriptUNet::from_module(make_torchscript_unet());
   auto in = fixture_input();

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "errors.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -73,8 +74,9 @@ std::vector<Given> JsonObject::array(const std::string& key, std::size_t size, c
 void JsonObject::refuse_unknown_keys() const {
   for (const auto& [key, ignored] : json_.items()) {
     if (known_.contains(key)) continue;
-    throw UsageError(fmt::format("{} has the unknown key \"{}\"; known are {}.", where_, key,
-                                 fmt::join(known_, ", ")));
+    throw UsageError(fmt::format("{} has the unknown key \"{}\"; known are {}{}", where_, key,
+                                 fmt::join(known_, ", "),
+                                 suggestion(key, {known_.begin(), known_.end()})));
   }
 }
 

@@ -21,6 +21,7 @@
 
 #include "errors.h"
 #include "files/pickle_check.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -43,7 +44,10 @@ Place parse_place(const std::string& option, const std::string& where) {
        colon = where.find(':', colon + 1)) {
     if (is_file(where.substr(0, colon))) return {where.substr(0, colon), where.substr(colon + 1)};
   }
-  throw UsageError(fmt::format("{}: there is no file \"{}\".", option, where));
+  // What follows the last colon may be a key.
+  const auto file = where.substr(0, where.rfind(':'));
+  throw UsageError(
+      fmt::format("{}: there is no file \"{}\"{}", option, file, suggestion_beside(file)));
 }
 
 std::string read_file(const std::string& option, const std::string& path) {
@@ -69,43 +73,80 @@ class Memory : public caffe2::serialize::ReadAdapterInterface {
   const std::string& bytes_;
 };
 
-// The command that brings a file into the form that is read.
-std::string how_to_save(const std::string& file) {
+// The command that brings a file into the form that is read: a tensor or a plain dict of tensors,
+// in fp32, without what is neither tensor nor array. Python only runs what a file says if it must.
+std::string how_to_save(const std::string& file, bool runs_code = false) {
   return fmt::format(
-      "save it again: python3 -c \"import sys, torch; d = torch.load(sys.argv[1], "
-      "map_location='cpu'); "
-      "torch.save(dict(d) if isinstance(d, dict) else d, sys.argv[2])\" \"{0}\" \"{0}.new\"",
-      file);
+      "save its tensors again: python3 -c \"import sys, torch; d = torch.load(sys.argv[1], "
+      "map_location='cpu'{1}); t = lambda v: torch.as_tensor(v).detach().float().clone(); "
+      "torch.save({{k: t(v) for k, v in d.items() if hasattr(v, '__array__')}} if hasattr(d, "
+      "'items') else t(d), sys.argv[2])\" \"{0}\" \"{0}.new\"{2}",
+      file, runs_code ? ", weights_only=False" : "",
+      runs_code ? ", if you trust it: this runs what the file says" : "");
 }
 
-[[noreturn]] void refuse(const std::string& option, const std::string& file,
-                         std::string_view bytes) {
-  const bool zip = bytes.starts_with("PK\x03\x04");
-  if (zip && bytes.find("/constants.pkl") != std::string_view::npos) {
-    throw UsageError(fmt::format("{}: \"{}\" is a TorchScript model, not tensors.", option, file));
-  }
+bool is_safetensors(std::string_view bytes) {
+  return bytes.size() > 8 && bytes[8] == '{' &&
+         bytes.substr(4, 4) == std::string_view("\0\0\0\0", 4);
+}
+
+// ComfyUI's files of latents hold the VAE's values, before the factor that the network's have.
+std::string how_to_convert(std::string_view bytes, const std::string& file) {
+  const bool latent = bytes.find("\"latent_tensor\"") != std::string_view::npos;
+  const char* value = latent ? "d['latent_tensor'].float() * 0.18215" : "d";
+  const char* note =
+      latent ? "; 0.18215 is Stable Diffusion 1's and 2's factor, SDXL's is 0.13025" : "";
+  return fmt::format(
+      "convert it: python3 -c \"import sys, torch; from safetensors.torch import load_file; d = "
+      "load_file(sys.argv[1]); torch.save({1}, sys.argv[2])\" \"{0}\" \"{0}.pt\"{2}",
+      file, value, note);
+}
+
+// What a file is that is no zip archive.
+[[noreturn]] void refuse_format(const std::string& option, const std::string& file,
+                                std::string_view bytes) {
+  if (bytes.empty()) throw UsageError(fmt::format("{}: \"{}\" is empty.", option, file));
   // What torch.save wrote before 1.6: a pickle of a magic number comes first.
   if (bytes.starts_with(
           std::string_view("\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 14))) {
     throw UsageError(fmt::format("{}: \"{}\" has the format of torch before 1.6; {}.", option, file,
                                  how_to_save(file)));
   }
-  if (!zip) {
-    throw UsageError(fmt::format(
-        "{}: \"{}\" is not a file of torch.save: give a tensor or a flat dict of tensors, "
-        "saved by it.",
-        option, file));
-  }
-  if (bytes.find("\x80\x02"
-                 "ccollections\nOrderedDict\n") != std::string_view::npos) {
+  if (is_safetensors(bytes)) {
     throw UsageError(
-        fmt::format("{}: \"{}\" holds an OrderedDict, where only a plain dict is read; {}.", option,
-                    file, how_to_save(file)));
+        fmt::format("{}: \"{}\" is a safetensors file, where one of torch.save is "
+                    "read; {}.",
+                    option, file, how_to_convert(bytes, file)));
+  }
+  throw UsageError(fmt::format(
+      "{}: \"{}\" is not a file of torch.save: give a tensor or a flat dict of tensors, "
+      "saved by it.",
+      option, file));
+}
+
+[[noreturn]] void refuse(const std::string& option, const std::string& file,
+                         std::string_view bytes) {
+  if (!bytes.starts_with("PK\x03\x04")) refuse_format(option, file, bytes);
+  if (bytes.find("/constants.pkl") != std::string_view::npos) {
+    throw UsageError(fmt::format("{}: \"{}\" is a TorchScript model, not tensors.", option, file));
+  }
+  std::string what =
+      "is damaged, or holds something else than one tensor or a plain dict of tensors";
+  bool runs_code = false;
+  const auto holds = [bytes](std::string_view text) {
+    return bytes.find(text) != std::string_view::npos;
+  };
+  if (holds("\x80\x02"
+            "ccollections\nOrderedDict\n")) {
+    what = "holds an OrderedDict, where only a plain dict is read";
+  } else if (holds("numpy")) {
+    what = "holds NumPy arrays, where only tensors are read";
+    runs_code = true;
+  } else if (holds("_rebuild_tensor_v3") || holds("Float8_")) {
+    what = "holds tensors of a dtype that is not read, as 8-bit floating point numbers are";
   }
   throw UsageError(
-      fmt::format("{}: \"{}\" is damaged, or holds something else than one tensor or a plain dict "
-                  "of tensors; {}.",
-                  option, file, how_to_save(file)));
+      fmt::format("{}: \"{}\" {}; {}.", option, file, what, how_to_save(file, runs_code)));
 }
 
 // What a file holds, and how large the records are that its tensors' storages point to. A pickle
@@ -188,10 +229,11 @@ torch::Tensor pick(const std::string& option, const Place& place, const c10::IVa
   }
   constexpr std::size_t kShown = 12;
   const std::string more = keys.size() > kShown ? " and others" : "";
+  const auto hint = suggestion(place.key, keys);
   keys.resize(std::min(keys.size(), kShown));
   if (!place.key.empty()) {
-    throw UsageError(fmt::format("{}: \"{}\" has no tensor \"{}\"; it has {}{}.", option,
-                                 place.file, place.key, fmt::join(keys, ", "), more));
+    throw UsageError(fmt::format("{}: \"{}\" has no tensor \"{}\"; it has {}{}{}", option,
+                                 place.file, place.key, fmt::join(keys, ", "), more, hint));
   }
   throw UsageError(
       fmt::format("{}: \"{}\" holds a dict; name one of its tensors as {}:KEY, KEY one of {}{}.",

@@ -20,6 +20,10 @@ std::shared_ptr<const sag::UNet> load_compiled(const std::string& path,
     throw UsageError(fmt::format(
         "--channels-last: the layout of \"{}\" was chosen when it was compiled.", path));
   }
+  if (options.rows > 0) {
+    throw UsageError(fmt::format(
+        "--unet-rows: a compiled UNet says itself what it takes, as \"{}\" does.", path));
+  }
   auto unet = sag::AotiUNet::load(path, {.device = options.device});
   if (options.dtype && *options.dtype != unet->dtype()) {
     throw UsageError(fmt::format("--dtype {}: \"{}\" was compiled for another precision, {}.",
@@ -37,7 +41,8 @@ std::shared_ptr<const sag::UNet> load_unet(const std::string& path,
       torch::cuda::is_available() ? torch::Device(torch::kCUDA, 0) : torch::Device(torch::kCPU);
   return sag::TorchScriptUNet::load(path, {.device = options.device.value_or(fastest),
                                            .dtype = options.dtype,
-                                           .channels_last = options.channels_last});
+                                           .channels_last = options.channels_last,
+                                           .rows = options.rows});
 }
 
 }  // namespace sag_sample

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +16,8 @@ struct UNetFileOptions {
   std::optional<torch::Device> device = {};
   std::optional<torch::ScalarType> dtype = {};
   std::optional<bool> channels_last = {};
+  /// The only number of rows that an archive works with; 0: it is found out.
+  std::int64_t rows = 0;
 };
 
 /// Loads a UNet: a compiled package (*.pt2), a folder of packages, or else a TorchScript archive.

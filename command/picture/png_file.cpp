@@ -9,6 +9,7 @@
 #include <png.h>
 
 #include "errors.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -80,8 +81,10 @@ Image read_png(const std::string& option, const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(file), {}};
   if (!file) {
-    throw UsageError(fmt::format("{}: there is no file \"{}\" that can be read.", option, path));
+    throw UsageError(fmt::format("{}: there is no file \"{}\" that can be read{}", option, path,
+                                 suggestion_beside(path)));
   }
+  if (bytes.empty()) throw UsageError(fmt::format("{}: \"{}\" is empty.", option, path));
   try {
     return decode_png(bytes);
   } catch (const RunError& error) {

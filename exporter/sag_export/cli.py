@@ -1,6 +1,7 @@
 """The command line of sag-export. It imports PyTorch only after the options are read."""
 
 import argparse
+import difflib
 import logging
 import os
 import pathlib
@@ -90,7 +91,12 @@ def concat(text):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(1, f"{PROGRAM}: {message}; --help lists the options.\n")
+        hint = "; --help lists the options."
+        if message.startswith("unrecognized arguments: "):
+            given = message.split()[2].partition("=")[0]
+            near = difflib.get_close_matches(given, self._option_string_actions, n=1)
+            hint = f"; do you mean {near[0]}?" if near else hint
+        self.exit(1, f"{PROGRAM}: {message}{hint}\n")
 
 
 def parse(arguments):

@@ -23,7 +23,7 @@ def say(text):
 def complete(options):
     """Checks what argparse cannot, and fills in what follows from other options."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("--device cuda: there is no CUDA device.")
+        raise Mistake("--device cuda: there is no CUDA device here; --device cpu needs none.")
     options.dtype = options.dtype or ("fp16" if options.device == "cuda" else "fp32")
     options.torch_dtype = getattr(torch, DTYPES[options.dtype])
     options.note = say

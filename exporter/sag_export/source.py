@@ -13,6 +13,7 @@ import torch
 from sag_export import description, text, unet
 from sag_export.mistake import Mistake
 from sag_export.network import Concat, Network, first_line
+from sag_export.no_source import why_not
 from sag_export.vae import Scale
 from sag_export.weight_files import check_variant, read_json
 from sag_export.weights import check_module, load_part
@@ -303,11 +304,7 @@ def open_source(options):
     elif ":" in options.source and not folder.exists():
         source = from_factory(options.source, options)
     else:
-        raise Mistake(
-            f'"{folder}" must be the folder of a diffusers pipeline (with model_index.json) or '
-            "UNet (with config.json), or MODULE:FACTORY."
-            + (" For a checkpoint in one file see docs/models.md." if folder.is_file() else "")
-        )
+        raise Mistake(why_not(options.source))
     if options.sample:
         check_sample(source.network, options.sample)
         source.network.shape = options.sample

@@ -22,7 +22,9 @@ struct AotiUNetOptions {
 /// A UNet compiled by AOTInductor: a package that `sag-export --format aoti` wrote
 /// (`unet.pt2`), or a folder of such packages, compiled for several shapes. Each call runs the most
 /// specific package that takes its shapes: one compiled for exactly these comes before one for a
-/// range. Packages compiled without their weights share the file `weights.pt` next to them.
+/// range. Where none takes the rows of a call, but one takes more, the call is filled up with
+/// copies of its last row, and where all take fewer, it is split. Packages compiled without their
+/// weights share the file `weights.pt` next to them.
 ///
 /// A package holds machine code, which runs in this process: load only files that you trust. It
 /// works with the kind of CPU, the GPU (compute capability) and the minor version of LibTorch that
@@ -52,6 +54,7 @@ class SAG_API AotiUNet final : public UNet {
   std::vector<AttentionSiteInfo> attention_sites() const override;
   std::string note_on_sites() const override;
   std::int64_t max_rows() const override;
+  std::int64_t evaluated_rows(c10::IntArrayRef x) const override;
   torch::Device device() const override;
   torch::ScalarType dtype() const override;
 

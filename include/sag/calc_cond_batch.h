@@ -42,6 +42,8 @@ struct CondBatch {
   std::int64_t unet_calls = 0;
   /// How many rows it evaluated in all calls together.
   std::int64_t unet_rows = 0;
+  /// How many of them only filled calls up (`UNet::evaluated_rows`).
+  std::int64_t filler_rows = 0;
 };
 
 /// Evaluates several predictions in as few UNet calls as possible, under the model's attention

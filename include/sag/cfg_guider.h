@@ -27,6 +27,8 @@ struct EvaluationReport {
   std::int64_t unet_calls = 0;
   /// How many rows it evaluated in all calls together.
   std::int64_t unet_rows = 0;
+  /// How many of them only filled calls up (`UNet::evaluated_rows`).
+  std::int64_t filler_rows = 0;
   /// One per guidance, in their order.
   std::vector<GuidanceNote> guidances = {};
 };
@@ -42,6 +44,8 @@ struct SAG_API GuiderReport {
   std::int64_t unet_calls() const;
   /// Returns how many rows the UNet evaluated.
   std::int64_t unet_rows() const;
+  /// Returns how many of them only filled calls up.
+  std::int64_t filler_rows() const;
   /// Number of evaluations that at least one guidance guided.
   std::int64_t guided() const;
   /// How often guidances did not guide, by reason.

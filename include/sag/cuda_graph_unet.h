@@ -65,6 +65,7 @@ class SAG_API CudaGraphUNet final : public UNet {
   std::vector<AttentionSiteInfo> attention_sites() const override;
   std::string note_on_sites() const override;
   std::int64_t max_rows() const override;
+  std::int64_t evaluated_rows(c10::IntArrayRef x) const override;
   torch::Device device() const override;
   torch::ScalarType dtype() const override;
 

@@ -19,7 +19,7 @@ struct UNetInput {
   /// [rows, channels, height, width], scaled for the network, in the UNet's dtype: the latent, and
   /// the channels of `Conditioning::concat` after it.
   torch::Tensor x = {};
-  /// [rows] fp32.
+  /// [rows] fp32. A file may want them in another form: see `TorchScriptUNet`.
   torch::Tensor timesteps = {};
   /// [rows, tokens, width], or undefined.
   torch::Tensor context = {};
@@ -57,6 +57,10 @@ class SAG_API UNet {
   /// The most rows that one call may have; 0: as many as fit into memory. `calc_cond_batch`
   /// respects it.
   virtual std::int64_t max_rows() const;
+  /// How many rows the network computes in a call with an x of these sizes: more than x has where
+  /// its file takes only some numbers of rows, and `forward` fills the call up with copies that
+  /// nobody sees. The channels do not count.
+  virtual std::int64_t evaluated_rows(c10::IntArrayRef x) const;
   /// The device of the weights, where inputs are expected.
   virtual torch::Device device() const = 0;
   /// The dtype of x, context, y and floating extra inputs.

@@ -269,7 +269,11 @@ CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest
     for (const auto& item : batch)
       add(sums[item.request], item, item.rows.of(denoised), requests[item.request].x);
     result.unet_calls += 1;
-    result.unet_rows += pass.size();
+    auto sizes = batch.front().x.sizes().vec();
+    sizes[0] = pass.size();
+    const auto rows = model.unet().evaluated_rows(sizes);
+    result.unet_rows += rows;
+    result.filler_rows += rows - pass.size();
   }
   for (const auto& sum : sums) result.denoised.push_back(average(sum));
   return result;

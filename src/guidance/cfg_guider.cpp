@@ -164,6 +164,7 @@ class Evaluation {
     auto batch = calc_cond_batch(model_, requests, sigma(), step_, {.max_rows = options_.max_rows});
     report_.unet_calls += batch.unet_calls;
     report_.unet_rows += batch.unet_rows;
+    report_.filler_rows += batch.filler_rows;
     return batch.denoised;
   }
 
@@ -282,6 +283,12 @@ std::int64_t GuiderReport::unet_rows() const {
   return sum;
 }
 
+std::int64_t GuiderReport::filler_rows() const {
+  std::int64_t sum = 0;
+  for (const auto& evaluation : evaluations) sum += evaluation.filler_rows;
+  return sum;
+}
+
 std::int64_t GuiderReport::guided() const {
   return std::count_if(
       evaluations.begin(), evaluations.end(), [](const EvaluationReport& evaluation) {
@@ -336,7 +343,10 @@ Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_unc
     const auto probes = model_.decide_sites(x, sigma, first_active(positive_, negative_, sigma));
     report_.sites = model_.site_choices();
     // A probe is one call of one row.
-    report.unet_calls = report.unet_rows = probes;
+    const auto rows = probes * model_.unet().evaluated_rows({1, x.size(1), x.size(2), x.size(3)});
+    report.unet_calls = probes;
+    report.unet_rows = rows;
+    report.filler_rows = rows - probes;
   }
 
   const Prompts prompts{positive_, negative_};

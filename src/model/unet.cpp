@@ -58,6 +58,10 @@ std::int64_t UNet::max_rows() const {
   return 0;
 }
 
+std::int64_t UNet::evaluated_rows(c10::IntArrayRef x) const {
+  return x.front();
+}
+
 std::string UNet::note_on_sites() const {
   return "";
 }
@@ -178,7 +182,9 @@ std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet, const UN
   StepContext step(0, 0, input.x.size(2), input.x.size(3));
   run_hooked(std::move(hooks), {.groups = {{.count = rows}}, .step = &step},
              [&] { return unet.forward(input); });
-  for (auto& shape : shapes) shape.heads /= rows;
+  // Hooks see the rows that fill a call up, too.
+  const auto evaluated = unet.evaluated_rows(input.x.sizes());
+  for (auto& shape : shapes) shape.heads /= evaluated;
   return shapes;
 }
 

@@ -99,7 +99,8 @@ std::vector<double> get_sigmas_simple(const ModelSampling& sampling, std::int64_
   const auto& table = sampling.sigmas();
   const auto entries = static_cast<std::int64_t>(table.size());
   TORCH_CHECK_VALUE(n <= entries, "[get_sigmas_simple] the number of steps must be at most the ",
-                    entries, " entries of the model's table, got ", n, ".");
+                    entries, " entries of the model's table, got ", n,
+                    " (steps / denoise): take fewer steps, a larger denoise or another schedule.");
   const double stride = static_cast<double>(entries) / static_cast<double>(n);
   std::vector<double> sigmas;
   for (std::int64_t k = 0; k < n; ++k) {
@@ -125,7 +126,8 @@ std::vector<double> get_sigmas_ddim_uniform(const ModelSampling& sampling, std::
   const auto& table = sampling.sigmas();
   const auto entries = static_cast<std::int64_t>(table.size());
   TORCH_CHECK_VALUE(n < entries, "[get_sigmas_ddim_uniform] the number of steps must be below the ",
-                    entries, " entries of the model's table, got ", n, ".");
+                    entries, " entries of the model's table, got ", n,
+                    " (steps / denoise): take fewer steps, a larger denoise or another schedule.");
   std::vector<double> sigmas = {0.0};
   for (std::int64_t k = 0; k < n; ++k) {
     sigmas.push_back(table[1 + k * entries / n]);

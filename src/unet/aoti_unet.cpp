@@ -18,6 +18,7 @@
 #include "numbered_device.h"
 #include "package.h"
 #include "plain_message.h"
+#include "row_calls.h"
 #include "sag/attention.h"
 #include "sag/attention_scope.h"
 #include "site_names.h"
@@ -213,6 +214,7 @@ struct AotiUNet::State {
   std::vector<torch::Tensor> arguments(const UNetInput& input) const;
   LoadedPackage& package_for(const std::vector<torch::Tensor>& arguments, const UNetInput& input);
   std::vector<InstalledHook> hooks_by_path() const;
+  std::int64_t rows_of_calls(c10::IntArrayRef x) const;
   torch::Tensor run(const UNetInput& input);
 
   const PackageInfo& first() const { return packages.front()->info; }
@@ -287,6 +289,28 @@ std::vector<InstalledHook> AotiUNet::State::hooks_by_path() const {
   return hooks;
 }
 
+// How many rows a call needs to have for an x of these sizes: its own, else the next number above
+// that a package takes, else the highest.
+std::int64_t AotiUNet::State::rows_of_calls(c10::IntArrayRef x) const {
+  const auto asked = x.front();
+  if (asked < 1) return asked;
+  std::int64_t above = 0, highest = 0;
+  for (const auto& package : packages) {
+    const auto& dims = package->info.inputs.front().dims;
+    const bool fits =
+        std::equal(dims.begin() + 2, dims.end(), x.begin() + 2, x.end(),
+                   [](const PackageDim& dim, std::int64_t size) { return dim.takes(size); });
+    if (!fits) continue;
+    if (dims.front().takes(asked)) return asked;
+    const auto [low, high, multiple] = dims.front();
+    const auto next = std::max(low, rows_in_calls_of(multiple, asked));
+    if (next <= high && (above == 0 || next < above)) above = next;
+    highest = std::max(highest, high);
+  }
+  if (above > 0) return above;
+  return highest > 0 ? highest : asked;
+}
+
 torch::Tensor AotiUNet::State::run(const UNetInput& input) {
   const auto given = arguments(input);
   auto& package = package_for(given, input);
@@ -297,8 +321,8 @@ torch::Tensor AotiUNet::State::run(const UNetInput& input) {
       const auto outputs = package.loader->run(given);
       return outputs.empty() ? torch::Tensor() : outputs.front();
     } catch (const std::exception& error) {
-      TORCH_CHECK(false, "[AotiUNet::forward] \"", package.info.path, "\" failed for ",
-                  list_shapes(input), ": ", plain_message(error));
+      throw_failure(error, c10::str("[AotiUNet::forward] \"", package.info.path, "\" failed for ",
+                                    list_shapes(input), ": ", plain_message(error)));
     }
   };
   auto hooks = hooks_by_path();
@@ -330,7 +354,12 @@ bool AotiUNet::is_package(const std::string& path) {
 torch::Tensor AotiUNet::forward(const UNetInput& input) const {
   const torch::NoGradGuard no_grad;
   const c10::InferenceMode ordinary_tensors(false);
-  return state_->run(input);
+  check_x(input.x, "AotiUNet::forward");
+  const auto rows = state_->rows_of_calls(input.x.sizes());
+  if (rows == input.x.size(0)) return state_->run(input);
+  // Says what is wrong with the inputs before they are split.
+  static_cast<void>(state_->arguments(input));
+  return run_in_calls_of(rows, input, [this](const UNetInput& part) { return state_->run(part); });
 }
 
 std::vector<AttentionSiteInfo> AotiUNet::attention_sites() const {
@@ -347,6 +376,10 @@ std::int64_t AotiUNet::max_rows() const {
   for (const auto& package : state_->packages)
     most = std::max(most, package->info.inputs.front().dims.front().high);
   return most;
+}
+
+std::int64_t AotiUNet::evaluated_rows(c10::IntArrayRef x) const {
+  return rows_in_calls_of(state_->rows_of_calls(x), x.front());
 }
 
 torch::Device AotiUNet::device() const {

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import.h>
+#include <torch/csrc/jit/serialization/import_read.h>
 #include <torch/types.h>
 #include <torch/version.h>
 
@@ -25,7 +26,7 @@ void check_holds_code(const std::string& path) {
     caffe2::serialize::PyTorchStreamReader reader(path);
     if (reader.hasRecord("constants.pkl")) return;
     problem = reader.hasRecord("data.pkl")
-                  ? "which holds tensors but no code (a file of torch.save)."
+                  ? std::string("which is a file of torch.save, ") + kWeightsAlone
                   : "which holds no TorchScript code.";
   } catch (const std::exception& error) {
     problem = read_problem(error);
@@ -57,6 +58,16 @@ std::string unknown_op(const std::string& message) {
          c10::str("which uses ", op, ", an op that this program does not have: ", way_out, "."));
 }
 
+// torch.jit.load reads what a trace was made with only to write it into the graph.
+void restore_traced_inputs(torch::jit::Module& module, const std::string& path) {
+  caffe2::serialize::PyTorchStreamReader reader(path);
+  if (!reader.hasRecord("traced_inputs.pkl")) return;
+  const auto by_method =
+      torch::jit::readArchiveAndTensors("traced_inputs", "", "", {}, {}, torch::kCPU, reader);
+  for (const auto& entry : by_method.toGenericDict())
+    module.store_traced_inputs(entry.key().toStringRef(), entry.value().toListRef().vec());
+}
+
 }  // namespace
 
 torch::jit::Module read_archive(const std::string& path) {
@@ -68,6 +79,7 @@ torch::jit::Module read_archive(const std::string& path) {
     // Onto the CPU, whatever the file says. Debug records hold the exporter's paths.
     auto module = torch::jit::load(path, torch::kCPU, /*load_debug_files=*/false);
     module.eval();
+    restore_traced_inputs(module, path);
     return module;
   } catch (const std::exception& error) {
     const auto message = plain_message(error);

@@ -26,8 +26,8 @@ void check_input(const UNetInput& input, torch::Device device, torch::ScalarType
 std::string list_shapes(const UNetInput& input);
 
 /// Throws ValueError unless `out` has x's rows, height and width. `model` is what the error calls
-/// the network.
+/// the network; `note` ends its text.
 void check_output(const torch::Tensor& out, const torch::Tensor& x, const std::string& model,
-                  const char* caller);
+                  const char* caller, const char* note = "");
 
 }  // namespace sag

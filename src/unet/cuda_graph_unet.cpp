@@ -387,6 +387,10 @@ std::int64_t CudaGraphUNet::max_rows() const {
   return state_->unet->max_rows();
 }
 
+std::int64_t CudaGraphUNet::evaluated_rows(c10::IntArrayRef x) const {
+  return state_->unet->evaluated_rows(x);
+}
+
 torch::Device CudaGraphUNet::device() const {
   return state_->unet->device();
 }

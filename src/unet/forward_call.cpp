@@ -86,9 +86,13 @@ ForwardCall::ForwardCall(const c10::FunctionSchema& forward, const char* caller,
                          const std::string& model)
     : arguments_(forward.arguments().begin() + 1, forward.arguments().end()) {
   const bool fits = arguments_.size() > kTimesteps && takes_tensor(arguments_[kX]) &&
-                    takes_tensor(arguments_[kTimesteps]);
+                    takes_timesteps(arguments_[kTimesteps]);
   TORCH_CHECK_VALUE(fits, "[", caller, "] the forward of ", model,
                     " must take x and timesteps first, got (", list_arguments(), ").");
+}
+
+const c10::Argument& ForwardCall::timesteps() const {
+  return arguments_[kTimesteps];
 }
 
 std::vector<std::string> ForwardCall::argument_names() const {
@@ -155,10 +159,11 @@ std::string ForwardCall::context_name(const UNetInput& input) const {
   return may_be(kContext) ? arguments_[kContext].name() : "context";
 }
 
-std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input) const {
+std::vector<c10::IValue> ForwardCall::arguments(const UNetInput& input,
+                                                const TimestepForm& form) const {
   std::vector<c10::IValue> values(arguments_.size());
   values[kX] = input.x;
-  values[kTimesteps] = input.timesteps;
+  values[kTimesteps] = timesteps_as(form, input.timesteps, "TorchScriptUNet::forward");
   set(context_name(input), input.context, values);
   set("y", input.y, values);
   set_extra(input.extra, values);

@@ -8,6 +8,7 @@
 #include <ATen/core/ivalue.h>
 
 #include "sag/unet.h"
+#include "timestep_form.h"
 
 namespace sag {
 
@@ -19,10 +20,11 @@ class ForwardCall {
   ForwardCall(const c10::FunctionSchema& forward, const char* caller, const std::string& model);
 
   std::vector<std::string> argument_names() const;
+  const c10::Argument& timesteps() const;
 
-  /// Returns the arguments in order, without self. Throws ValueError when the file does not take an
-  /// input that is given, or needs one that is not.
-  std::vector<c10::IValue> arguments(const UNetInput& input) const;
+  /// Returns the arguments in order, the timesteps in the form that is given, without self. Throws
+  /// ValueError when the file does not take an input that is given, or needs one that is not.
+  std::vector<c10::IValue> arguments(const UNetInput& input, const TimestepForm& form) const;
 
  private:
   std::size_t index_of(const std::string& name) const;

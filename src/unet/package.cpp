@@ -270,10 +270,13 @@ std::vector<std::string> find_packages(const std::string& path) {
   std::vector<std::string> packages;
   for (const auto& entry : fs::directory_iterator(path, error))
     if (entry.path().extension() == ".pt2") packages.push_back(entry.path().string());
-  if (packages.empty())
-    C10_THROW_ERROR(ValueError, c10::str("[AotiUNet::load] path must name a folder with packages "
-                                         "(*.pt2), got \"",
-                                         path, "\", which has none."));
+  if (packages.empty()) {
+    const auto kind = folder_problem(path);
+    C10_THROW_ERROR(ValueError,
+                    c10::str("[AotiUNet::load] path must name a folder with packages "
+                             "(*.pt2), got \"",
+                             path, "\", which ", kind.empty() ? "has none" : "is " + kind, "."));
+  }
   std::sort(packages.begin(), packages.end());
   return packages;
 }

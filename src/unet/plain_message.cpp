@@ -44,4 +44,12 @@ std::string plain_message(const std::exception& error) {
   return text.ends_with('.') ? text : text + '.';
 }
 
+void throw_failure(const std::exception& error, const std::string& sentence) {
+  const std::string text = error.what();
+  const bool memory = text.find("out of memory") != std::string::npos ||
+                      text.find("DefaultCPUAllocator") != std::string::npos;
+  TORCH_CHECK_WITH(OutOfMemoryError, !memory, sentence);
+  TORCH_CHECK(false, sentence);
+}
+
 }  // namespace sag

@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include <torch/csrc/jit/api/function_impl.h>
@@ -25,9 +26,16 @@
 #include "module_conversion.h"
 #include "numbered_device.h"
 #include "plain_message.h"
+#include "row_calls.h"
 #include "sag/attention.h"
 #include "sag/attention_scope.h"
+#include "sag/step_context.h"
 #include "site_names.h"
+#include "timestep_form.h"
+
+#ifdef SAG_WITH_CUDA
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
 
 namespace sag {
 namespace {
@@ -43,6 +51,10 @@ struct Origin {
   std::string model;
 };
 
+void check_rows(std::int64_t rows, const char* caller) {
+  TORCH_CHECK_VALUE(rows >= 0, "[", caller, "] rows must be at least 0, got ", rows, ".");
+}
+
 // Returns the options with a numbered device, as tensors have it.
 TorchScriptUNetOptions checked(TorchScriptUNetOptions options) {
   const auto dtype = options.dtype.value_or(torch::kFloat);
@@ -50,6 +62,7 @@ TorchScriptUNetOptions checked(TorchScriptUNetOptions options) {
                        dtype == torch::kDouble,
                    "[TorchScriptUNet::load] dtype must be float, half, bfloat16 or double, got ",
                    dtype, ".");
+  check_rows(options.rows, "TorchScriptUNet::load");
   options.device = numbered_device(options.device, "TorchScriptUNet::load");
   return options;
 }
@@ -132,11 +145,43 @@ void fit_graph(Graph& graph, torch::Device device, torch::ScalarType recorded,
   if (recorded != dtype || dtype != torch::kFloat) follow_weights(graph);
 }
 
-// A trace may have the number of rows that it was made with written into it.
-const char* note_on_rows(const UNetInput& input) {
-  return input.x.size(0) > 1 ? " If the file was traced for one row, set max_rows = 1 (sag-sample: "
-                               "--max-rows 1)."
-                             : "";
+// The x and the timesteps that the file was traced with, as far as shapes and dtypes go; undefined:
+// unknown.
+struct TracedInputs {
+  torch::Tensor x, timesteps;
+
+  std::int64_t rows() const { return x.defined() ? x.size(0) : 0; }
+};
+
+TracedInputs traced_inputs(const Module& module) {
+  const auto by_method = module.retrieve_traced_inputs();
+  const auto found = by_method.find("forward");
+  if (found == by_method.end() || found->value().size() < 2) return {};
+  const c10::IValue x = found->value().get(0), timesteps = found->value().get(1);
+  if (!x.isTensor() || x.toTensor().dim() != 4 || !timesteps.isTensor()) return {};
+  return {x.toTensor(), timesteps.toTensor()};
+}
+
+// Code that reads a timestep as a number leaves that number in a trace, and the same is predicted
+// for every other.
+void check_uses_timesteps(const TracedInputs& traced, const FlatGraph& flat, const Origin& origin) {
+  TORCH_CHECK_VALUE(
+      !traced.timesteps.defined() || flat.graph->inputs()[2]->hasUses(), "[", origin.caller, "] ",
+      origin.model,
+      " must use its timesteps, got a trace with a number in their place: its code reads them with "
+      "int, float or item, so script that code or compute with the tensor. (A network that needs "
+      "no "
+      "timesteps can add 0 * timesteps.sum().)");
+}
+
+// Whether the caller captures a CUDA graph, inside of which nothing can be looked at.
+bool is_captured([[maybe_unused]] torch::Device device) {
+#ifdef SAG_WITH_CUDA
+  using c10::cuda::CaptureStatus;
+  if (device.is_cuda())
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() != CaptureStatus::None;
+#endif
+  return false;
 }
 
 // Runs a forked task where it is forked. LibTorch would give it to another thread: hooks would run
@@ -151,13 +196,17 @@ struct TorchScriptUNet::State {
   // `wanted`: where and how to run it; null: as the module is.
   State(Module loaded, const Origin& from, const TorchScriptUNetOptions* wanted)
       : origin(check_has_forward(loaded, from)),
+        traced(traced_inputs(loaded)),
         module(std::move(loaded)),
         call(module.get_method("forward").function().getSchema(), origin.caller, origin.model),
         flat(flatten(module)),
         sites(self_attention_sites(flat)),
+        timesteps(find_timestep_form(call.timesteps(), flat.graph->inputs()[2], traced.timesteps,
+                                     traced.rows())),
         device(device_of(module, *flat.graph)) {
     check_constants(*flat.graph, origin);
     check_sites(flat, sites, origin);
+    check_uses_timesteps(traced, flat, origin);
     const auto recorded = dtype_of(module, *flat.graph);
     dtype = recorded;
     if (wanted) {
@@ -179,17 +228,29 @@ struct TorchScriptUNet::State {
   std::shared_ptr<GraphFunction> function(const std::vector<std::string>& hooked);
   std::shared_ptr<Graph> hooked_graph(const std::vector<std::string>& hooked) const;
   torch::Tensor run(const UNetInput& given);
+  torch::Tensor run_any(const UNetInput& input);
+  bool is_to_be_tried(std::int64_t rows);
+  void try_rows(const UNetInput& input);
+  std::int64_t fixed();
+  const char* note_on_rows(const UNetInput& input);
 
   const Origin origin;
+  const TracedInputs traced;
   Module module;
   const ForwardCall call;
   const FlatGraph flat;
   const std::vector<AttentionSiteInfo> sites;
+  const TimestepForm timesteps;
   torch::Device device;
   torch::ScalarType dtype = torch::kFloat;
   bool channels_last = false;
 
+  // Guards what follows.
   std::mutex mutex;
+  // The only number of rows that the file works with; 0: none is known.
+  std::int64_t fixed_rows = 0;
+  // Numbers that were run, so that no other call need try them.
+  std::set<std::int64_t> tried_rows;
   // By the sorted names of the hooked sites. GraphFunction compiles on first use, and may run on
   // several threads.
   std::map<std::vector<std::string>, std::shared_ptr<GraphFunction>> functions;
@@ -230,7 +291,7 @@ std::shared_ptr<GraphFunction> TorchScriptUNet::State::function(
 torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
   auto input = given;
   if (channels_last) input.x = input.x.contiguous(at::MemoryFormat::ChannelsLast);
-  auto stack = call.arguments(input);
+  auto stack = call.arguments(input, timesteps);
   stack.insert(stack.begin(), module._ivalue());
   auto hooked = AttentionScope::hooked_sites();
   std::sort(hooked.begin(), hooked.end());
@@ -244,15 +305,73 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
     future->waitAndThrow();
     result = future->value();
   } catch (const std::exception& error) {
-    TORCH_CHECK(false, "[TorchScriptUNet::forward] ", origin.model, " failed for ",
-                list_shapes(input), ": ", plain_message(error), note_on_rows(input));
+    throw_failure(error,
+                  c10::str("[TorchScriptUNet::forward] ", origin.model, " failed for ",
+                           list_shapes(input), ": ", plain_message(error), note_on_rows(input)));
   }
   const auto out = output_tensor(result);
   TORCH_CHECK_VALUE(
       out.defined(), "[TorchScriptUNet::forward] the forward of ", origin.model,
       " must return a tensor, a tuple or list with one, or a dict with \"sample\" or \"out\", got ",
       result.tagKind(), ". ", list_sites(sites));
+  check_output(out, input.x, origin.model, "TorchScriptUNet::forward", note_on_rows(input));
   return out.contiguous();
+}
+
+// Without the traced inputs nobody knows whether rows are the matter.
+const char* TorchScriptUNet::State::note_on_rows(const UNetInput& input) {
+  if (traced.rows() > 0 || input.x.size(0) == fixed()) return "";
+  return " If a number of rows is written into the file, name it: TorchScriptUNetOptions::rows, "
+         "sag-sample: --unet-rows.";
+}
+
+std::int64_t TorchScriptUNet::State::fixed() {
+  const std::lock_guard lock(mutex);
+  return fixed_rows;
+}
+
+bool TorchScriptUNet::State::is_to_be_tried(std::int64_t rows) {
+  const std::lock_guard lock(mutex);
+  return fixed_rows == 0 && traced.rows() > 0 && rows != traced.rows() &&
+         !tried_rows.contains(rows) && !is_captured(device);
+}
+
+// Compares these rows with those of calls as the file was traced.
+void TorchScriptUNet::State::try_rows(const UNetInput& input) {
+  const auto noisy = with_noise(input);
+  StepContext nobody_reads(0, 0, input.x.size(2), input.x.size(3));
+  const AttentionScope without_hooks({}, {.step = &nobody_reads});
+  const auto run_noisy = [this](const UNetInput& some) { return run(some); };
+  torch::Tensor expected, got;
+  try {
+    expected = run_in_calls_of(traced.rows(), noisy, run_noisy);
+  } catch (const std::exception&) {
+    // Rows are not the matter: the call itself says what is.
+    return;
+  }
+  try {
+    got = run(noisy);
+  } catch (const c10::OutOfMemoryError&) {
+    throw;
+    // NOLINTNEXTLINE(bugprone-empty-catch)
+  } catch (const std::exception&) {
+    // It works with the traced number of rows only.
+  }
+  if (got.defined() && same_rows(got, expected, dtype)) return;
+  const std::lock_guard lock(mutex);
+  fixed_rows = traced.rows();
+}
+
+torch::Tensor TorchScriptUNet::State::run_any(const UNetInput& input) {
+  const auto rows = input.x.size(0);
+  if (is_to_be_tried(rows)) try_rows(input);
+  const auto fixed_now = fixed();
+  if (fixed_now > 0 && rows != fixed_now)
+    return run_in_calls_of(fixed_now, input, [this](const UNetInput& part) { return run(part); });
+  auto out = run(input);
+  const std::lock_guard lock(mutex);
+  tried_rows.insert(rows);
+  return out;
 }
 
 TorchScriptUNet::TorchScriptUNet(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -264,23 +383,25 @@ std::shared_ptr<TorchScriptUNet> TorchScriptUNet::load(const std::string& path,
   const auto wanted = checked(options);
   const Origin origin{"TorchScriptUNet::load", "\"" + path + "\""};
   auto state = std::make_unique<State>(read_archive(path), origin, &wanted);
+  state->fixed_rows = wanted.rows;
   return std::shared_ptr<TorchScriptUNet>(new TorchScriptUNet(std::move(state)));
 }
 
-std::shared_ptr<TorchScriptUNet> TorchScriptUNet::from_module(const Module& module) {
+std::shared_ptr<TorchScriptUNet> TorchScriptUNet::from_module(const Module& module,
+                                                              std::int64_t rows) {
   ensure_ops_registered();
   const Origin origin{"TorchScriptUNet::from_module", "the module"};
+  check_rows(rows, origin.caller);
   check_is_in_eval_mode(module, origin);
   auto state = std::make_unique<State>(module, origin, nullptr);
+  state->fixed_rows = rows;
   return std::shared_ptr<TorchScriptUNet>(new TorchScriptUNet(std::move(state)));
 }
 
 torch::Tensor TorchScriptUNet::forward(const UNetInput& input) const {
   torch::NoGradGuard no_grad;
   check_input(input, state_->device, state_->dtype, "TorchScriptUNet::forward");
-  const auto out = state_->run(input);
-  check_output(out, input.x, state_->origin.model, "TorchScriptUNet::forward");
-  return out;
+  return state_->run_any(input);
 }
 
 std::vector<AttentionSiteInfo> TorchScriptUNet::attention_sites() const {
@@ -293,6 +414,11 @@ torch::Device TorchScriptUNet::device() const {
 
 torch::ScalarType TorchScriptUNet::dtype() const {
   return state_->dtype;
+}
+
+std::int64_t TorchScriptUNet::evaluated_rows(c10::IntArrayRef x) const {
+  const auto fixed = state_->fixed();
+  return fixed == 0 ? x.front() : rows_in_calls_of(fixed, x.front());
 }
 
 std::vector<std::string> TorchScriptUNet::argument_names() const {

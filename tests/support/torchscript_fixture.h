@@ -28,6 +28,9 @@ struct TorchScriptFixture {
       "    t = t + block(self.input_blocks).attn1.forward(t, t)\n"
       "    t = t + block(self.input_blocks).attn2.forward(t, context)\n"
       "    t = t + block(self.middle_block).attn1.forward(t, t)\n";
+  /// The expression of the time embedding, [rows, kWidth].
+  std::string time =
+      "torch.linear(torch.sin(torch.unsqueeze(timesteps, 1) * self.frequencies), self.time)";
   /// The expression that is returned; `out` is the UNet's output.
   std::string result = "out";
   /// How an attention combines q, k and v, [rows, 2, tokens, kWidth / 2].
@@ -128,7 +131,9 @@ def forward(self, t: Tensor, context: Tensor) -> Tensor:
       }
     }
     return "def forward(self, " + fixture_.arguments + R"():
-    e = torch.linear(torch.sin(torch.unsqueeze(timesteps, 1) * self.frequencies), self.time)
+    e = )" +
+           fixture_.time +
+           R"(
     h = torch.conv2d(x, self.conv_in, None, [1, 1], [1, 1]) + torch.unsqueeze(torch.unsqueeze(e, 2), 3)
     t = torch.transpose(torch.flatten(h, 2), 1, 2)
 )" + body + R"(

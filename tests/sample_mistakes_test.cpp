@@ -1,0 +1,204 @@
+// The mistakes of a first hour: each is one sentence with the way out, and nothing is written.
+#include <filesystem>
+#include <iterator>
+#include <sstream>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "command.h"
+#include "command_line.h"
+#include "errors.h"
+#include "files/tensor_file.h"
+#include "messages.h"
+#include "support/error.h"
+#include "support/files.h"
+#include "words/nearest.h"
+
+namespace sag_sample {
+namespace {
+
+namespace fs = std::filesystem;
+using sag::test::kGoldenDir;
+using testing::Each;
+using testing::HasSubstr;
+
+using Arguments = std::vector<std::string>;
+
+// What the command says before it exits with 1; empty: it says nothing, or something else.
+std::string mistake(const Arguments& arguments) {
+  std::ostringstream out;
+  try {
+    const auto choices = parse_command_line(arguments, out);
+    if (choices) run_command(*choices, out);
+  } catch (const UsageError& error) {
+    return error.what();
+  } catch (const c10::ValueError& error) {
+    return sentence_of(error);
+  } catch (const c10::TypeError& error) {
+    return sentence_of(error);
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << "not the user's mistake: " << error.what();
+  }
+  return {};
+}
+
+// A safetensors file of no data.
+std::string safetensors(const std::string& header) {
+  return std::string(1, static_cast<char>(header.size())) + std::string(7, '\0') + header;
+}
+
+class SampleMistakes : public testing::Test {
+ protected:
+  SampleMistakes() {
+    folder_.write("sd.safetensors", safetensors(R"({"model.diffusion_model.out.0.bias":{}})"));
+    folder_.write("lora.safetensors", safetensors(R"({"lora_unet_down.lora_up.weight":{}})"));
+    folder_.write("comfy.latent", safetensors(R"({"latent_tensor":{}})"));
+    folder_.write("sd.gguf", "GGUF and more");
+    folder_.write("sd.onnx", "\x08\x07 and more");
+    folder_.write("old.ckpt", "\x80\x02 and more");
+    folder_.write("empty.ts", "");
+    folder_.write("empty.pt", "");
+    folder_.write("empty.png", "");
+    for (const char* name : {"diffusers", "lora", "packages"})
+      fs::create_directories(folder_.path(name));
+    folder_.write("diffusers/model_index.json", "{}");
+    folder_.write("lora/adapter_config.json", "{}");
+    folder_.write("noise.pt", tensor_file_bytes(torch::zeros({1, 4, 16, 16})));
+    folder_.write("nan.pt", tensor_file_bytes(torch::full({1, 4, 16, 16}, NAN)));
+  }
+
+  std::string path(const std::string& name) const { return folder_.path(name); }
+
+  std::vector<std::string> files() const {
+    std::vector<std::string> names;
+    for (const auto& entry : fs::recursive_directory_iterator(folder_.path()))
+      names.push_back(entry.path().string());
+    return names;
+  }
+
+  sag::test::TemporaryFolder folder_;
+};
+
+// The arguments of a run that works, but for what is added to them.
+const std::string kUNet = kGoldenDir + "comfy_sd15_tiny.ts",
+                  kRun = kGoldenDir + "runs/eps_euler_normal.pt";
+
+TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
+  const Arguments write = {"--save-latent", path("out.pt"), "--device", "cpu"};
+  const auto unet = [&](const std::string& file) { return Arguments{"--unet", file}; };
+  const auto model = [&](const std::string& directory) {
+    return Arguments{"--model", directory, "--prompt", "x"};
+  };
+  // A small run that works, and what spoils it.
+  const auto run = [&](const Arguments& more) {
+    Arguments all = {"--unet", kUNet, "--cond", kRun + ":cond", "--uncond", kRun + ":uncond"};
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  const auto sized = [&](Arguments more) {
+    more.insert(more.end(), {"--height", "16", "--width", "16"});
+    return run(more);
+  };
+  struct Row {
+    Arguments arguments;
+    // What the sentence must say.
+    std::vector<std::string> words;
+  };
+  const std::vector<Row> table = {
+      // Files of another kind.
+      {unet(path("sd.safetensors")), {"safetensors", "sag-export", "from_single_file"}},
+      {unet(path("lora.safetensors")), {"LoRA", "fuse_lora", "sag-export"}},
+      {unet(path("sd.gguf")), {"GGUF", "sag-export"}},
+      {unet(path("sd.onnx")), {"ONNX", "sag-export"}},
+      {unet(path("old.ckpt")), {"checkpoint", "sag-export"}},
+      {unet(kGoldenDir + "unet_io.pt"), {"torch.save", "sag-export"}},
+      {unet(path("comfy.latent")), {"latent", "ComfyUI"}},
+      {unet(path("empty.ts")), {"empty"}},
+      {unet(path("diffusers")), {"diffusers folder", "sag-export"}},
+      {unet(path("lora")), {"LoRA", "sag-export"}},
+      {unet(path("packages")), {"packages (*.pt2)", "has none"}},
+      {model(path("diffusers")), {"diffusers folder", "sag-export", "--out DIR"}},
+      {model(path("packages")), {"no model.json"}},
+      {model(path("sd.safetensors")), {"directory", "sag-export", "from_single_file"}},
+      {model(kUNet), {"directory", "--unet"}},
+      {run({"--latent", path("comfy.latent")}), {"latent_tensor", "0.18215", "python3 -c"}},
+      {run({"--latent", path("sd.safetensors")}), {"safetensors", "python3 -c"}},
+      {run({"--noise", path("empty.pt")}), {"--noise", "is empty"}},
+      {run({"--noise", kUNet}), {"--noise", "TorchScript model, not tensors"}},
+      {run({"--image", path("empty.png")}), {"--image", "empty.png", "is empty"}},
+      // Files that are not there.
+      {unet(kGoldenDir + "comfy_sd15_tiny.tss"),
+       {"no file", "do you mean", "comfy_sd15_tiny.ts\""}},
+      {unet(path("nowhere/unet.ts")), {"no file"}},
+      {model(path("diffuser")), {"no directory", "do you mean", "diffusers\""}},
+      {run({"--noise", path("noise.tp")}), {"no file", "do you mean", "noise.pt\""}},
+      {run({"--noise", path("noises.pt") + ":key"}), {"no file", "do you mean", "noise.pt\""}},
+      {run({"--cond", kRun + ":cnod"}), {"no tensor \"cnod\"", "do you mean cond?"}},
+      {run({"--cond", kRun}), {"one of its tensors", "KEY"}},
+      // Names with a typo.
+      {sized({"--stesp", "3"}), {"no option --stesp", "do you mean --steps?"}},
+      {sized({"--Cfg=3"}), {"no option --Cfg", "do you mean --cfg?"}},
+      {sized({"--quality", "high"}), {"no option --quality", "--help"}},
+      {sized({"--sampler", "eular"}), {"--sampler", "do you mean euler?"}},
+      {sized({"--schedule", "Karras"}), {"--schedule", "do you mean karras?"}},
+      {sized({"--prediction", "epsilon"}), {"--prediction must be one of eps"}},
+      {sized({"--site", "midle.0.0"}), {"self-attention", "do you mean middle.0.0?"}},
+      // Numbers that cannot be meant.
+      {run({"--height", "512", "--width", "512"}), {"pixels", "64 x 64", "--noise"}},
+      {sized({"--steps", "0"}), {"--steps must be", "got 0"}},
+      {sized({"--steps", "20", "--denoise", "0.02"}), {"--denoise", "--latent"}},
+      {run({"--steps", "20", "--denoise", "0.02", "--schedule", "ddim_uniform", "--latent",
+            path("noise.pt")}),
+       {"steps / denoise", "fewer steps", "another schedule"}},
+      {run({"--noise", path("nan.pt")}), {"must be finite"}},
+      {run({"--noise", path("noise.pt"), "--cond", path("noise.pt")}), {"--cond", "shape"}},
+      // What does not go together, or is missing.
+      {{"--unet", kUNet, "--prompt", "a fox"}, {"--prompt", "text encoder", "--cond"}},
+      {{"--unet", kUNet, "--cond", kRun + ":cond", "--cfg", "7"}, {"--cfg", "--uncond"}},
+      {{"--unet", kUNet, "--model", path("diffusers")}, {"--model", "--unet", "together"}},
+      {run({"--prompt", "a fox"}), {"--prompt", "--cond", "together"}},
+      {run({"--noise", path("noise.pt"), "--height", "16"}), {"--height", "--noise", "together"}},
+      {{"--prompt", "a fox"}, {"--model", "--unet"}},
+      {sized({"--sag-one-pass", "--no-sag"}), {"--sag-one-pass", "--no-sag", "together"}},
+      // Places that cannot be written to.
+      {sized({"--json", path("nowhere/report.json")}), {"--json", "no directory"}},
+      {sized({"--json", path("diffusers")}), {"--json", "is a directory"}},
+      {sized({"--out", path("out.jpg")}), {"--out", ".png"}},
+      {sized({"--out", path("out.png")}), {"--out", "decoder", "--save-latent"}},
+  };
+  const auto before = files();
+  for (auto row : table) {
+    row.arguments.insert(row.arguments.end(), write.begin(), write.end());
+    const auto sentence = mistake(row.arguments);
+    SCOPED_TRACE(fmt::format("{}", fmt::join(row.arguments, " ")));
+    for (const auto& word : row.words) EXPECT_THAT(sentence, HasSubstr(word));
+    EXPECT_THAT(sentence, sag::test::one_sentence());
+    EXPECT_TRUE(sentence.ends_with('.') || sentence.ends_with('?') || sentence.ends_with(')'));
+    EXPECT_EQ(files(), before) << "nothing is written";
+  }
+}
+
+TEST_F(SampleMistakes, ADeviceThatIsNotThereLeavesTheCpu) {
+  if (torch::cuda::device_count() > 0) GTEST_SKIP() << "there is one";
+  EXPECT_THAT(mistake({"--unet", kUNet, "--device", "cuda", "--save-latent", path("out.pt")}),
+              testing::AllOf(HasSubstr("no CUDA device"), HasSubstr("--device cpu")));
+}
+
+TEST(SampleNearest, NamesAreNearByLetters) {
+  const std::vector<std::string> names = {"euler", "euler_ancestral", "heun", "dpmpp_2m"};
+  EXPECT_EQ(suggestion("eluer", names), "; do you mean euler?");
+  EXPECT_EQ(suggestion("Euler", names), "; do you mean euler?");
+  EXPECT_EQ(suggestion("dpmpp2m", names), "; do you mean dpmpp_2m?");
+  EXPECT_EQ(suggestion("euler_ancestrall", names), "; do you mean euler_ancestral?");
+  EXPECT_EQ(suggestion("plms", names), ".");
+  EXPECT_EQ(suggestion("", names), ".");
+  EXPECT_EQ(suggestion(std::string(100000, 'e'), names), ".");
+  EXPECT_EQ(suggestion("euler", {}), ".");
+}
+
+}  // namespace
+}  // namespace sag_sample
