@@ -245,6 +245,33 @@ TEST_P(CalcCondBatch, CallsOnceForEachLengthOfPrompt) {
   EXPECT_LT(max_diff(batch.denoised[2], alone(x(), prompt(1))), 1e-5);
 }
 
+TEST_P(CalcCondBatch, RepeatsPromptsForCrossAttention) {
+  // The toy under a name that says what reads its context.
+  class WithNames final : public UNet {
+   public:
+    explicit WithNames(std::shared_ptr<const UNet> unet) : unet_(std::move(unet)) {}
+    torch::Tensor forward(const UNetInput& input) const override { return unet_->forward(input); }
+    std::vector<AttentionSiteInfo> attention_sites() const override {
+      return {{.name = "middle.0.0", .path = "block.attn1", .ordinal = 0}};
+    }
+    torch::Device device() const override { return unet_->device(); }
+    torch::ScalarType dtype() const override { return unet_->dtype(); }
+
+   private:
+    std::shared_ptr<const UNet> unet_;
+  };
+  model =
+      std::make_unique<ModelPatcher>(std::make_shared<WithNames>(unet), ModelSampling::discrete());
+  const auto longer = Conditioning{.context = torch::full({1, 3, 1}, 1.0, device())};
+  const auto batch = run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {longer}}});
+  EXPECT_EQ(batch.unet_calls, 1);
+  EXPECT_LT(max_diff(batch.denoised[1], alone(x(), prompt(1))), 1e-5);
+
+  const auto much_longer = Conditioning{.context = torch::full({1, 7, 1}, 1.0, device())};
+  EXPECT_EQ(run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {much_longer}}}).unet_calls,
+            2);
+}
+
 TEST_P(CalcCondBatch, GivesEachImageItsOwnConditioning) {
   const auto own = Conditioning{.context = torch::tensor({1.0f, -1.0f}, device()).view({2, 1, 1})};
   for (const std::int64_t limit : {0, 1}) {

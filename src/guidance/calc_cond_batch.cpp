@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 
 #include "model/conditioning_checks.h"
 #include "model/latent.h"
+#include "model/site_list.h"
 #include "sag/attention_scope.h"
 
 namespace sag {
@@ -121,25 +123,34 @@ bool same_tail(const torch::Tensor& a, const torch::Tensor& b) {
          (a.sizes().slice(1) == b.sizes().slice(1) && a.scalar_type() == b.scalar_type());
 }
 
-// Contexts of different lengths take a call each. ComfyUI repeats them to one length
-// (`CONDCrossAttn.can_concat`), which cross-attention alone does not notice.
-bool fits_together(const Item& a, const Item& b) {
+// Cross-attention does not notice that tokens are repeated, so contexts may differ in length there,
+// but not so much that the repetition costs more than another call (ComfyUI:
+// `CONDCrossAttn.can_concat`). Joint attention does notice.
+bool contexts_fit(const torch::Tensor& a, const torch::Tensor& b, const UNet& unet) {
+  if (same_tail(a, b)) return true;
+  if (!a.defined() || !b.defined() || a.size(2) != b.size(2)) return false;
+  const auto common = std::lcm(a.size(1), b.size(1));
+  return common / std::min(a.size(1), b.size(1)) <= 4 &&
+         attends_to_text_apart(unet.attention_sites());
+}
+
+bool fits_together(const Item& a, const Item& b, const UNet& unet) {
   const auto same_extra = [](const auto& p, const auto& q) {
     return p.first == q.first && same_tail(p.second, q.second);
   };
   return a.x.sizes().slice(1) == b.x.sizes().slice(1) && same_tail(a.concat, b.concat) &&
-         same_tail(a.cond->context, b.cond->context) && same_tail(a.cond->y, b.cond->y) &&
+         contexts_fit(a.cond->context, b.cond->context, unet) && same_tail(a.cond->y, b.cond->y) &&
          std::equal(a.extra.begin(), a.extra.end(), b.extra.begin(), b.extra.end(), same_extra);
 }
 
 // Takes the first item and all later ones that fit into one UNet call with it.
-std::vector<Item> take_batch(std::vector<Item>& items, std::int64_t max_rows) {
+std::vector<Item> take_batch(std::vector<Item>& items, std::int64_t max_rows, const UNet& unet) {
   std::vector<Item> batch;
   std::int64_t rows = 0;
   const auto fits = [&](const Item& item) {
     return batch.empty() || ((max_rows == 0 || rows + item.rows.count <= max_rows) &&
                              std::all_of(batch.begin(), batch.end(), [&](const Item& other) {
-                               return fits_together(other, item);
+                               return fits_together(other, item, unet);
                              }));
   };
   std::vector<Item> rest;
@@ -170,8 +181,15 @@ torch::Tensor join(const std::vector<Item>& batch, Get get) {
 }
 
 Conditioning joined_conditioning(const std::vector<Item>& batch) {
+  std::int64_t tokens = 1;
+  for (const auto& item : batch)
+    if (item.cond->context.defined()) tokens = std::lcm(tokens, item.cond->context.size(1));
+
   Conditioning joined;
-  joined.context = join(batch, [](const Item& item) { return item.cond->context; });
+  joined.context = join(batch, [&](const Item& item) {
+    const auto& context = item.cond->context;
+    return context.defined() ? context.repeat({1, tokens / context.size(1), 1}) : context;
+  });
   joined.y = join(batch, [](const Item& item) { return item.cond->y; });
   joined.concat = join(batch, [](const Item& item) { return item.concat; });
   for (const auto& [name, tensor] : batch.front().extra)
@@ -263,7 +281,7 @@ CondBatch calc_cond_batch(const ModelPatcher& model, std::span<const CondRequest
   std::vector<Sum> sums(requests.size());
   const auto max_rows = smaller_limit(options.max_rows, model.unet().max_rows());
   for (auto items = items_of(requests, sigma, max_rows); !items.empty();) {
-    auto batch = take_batch(items, max_rows);
+    auto batch = take_batch(items, max_rows, model.unet());
     const auto pass = pass_of(batch, sigma, step);
     const auto denoised = evaluate(model, batch, pass, sigma);
     for (const auto& item : batch)

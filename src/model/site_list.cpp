@@ -24,6 +24,12 @@ std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>
   return found;
 }
 
+bool attends_to_text_apart(const std::vector<AttentionSiteInfo>& sites) {
+  return !sites.empty() && std::all_of(sites.begin(), sites.end(), [](const auto& site) {
+    return site.path.substr(site.path.rfind('.') + 1) == "attn1";
+  });
+}
+
 std::string describe_site(const AttentionSiteInfo& site) {
   std::string others;
   for (const auto& name : {site.path, number_of(site)})
