@@ -4,6 +4,7 @@ are made at the export.
 A text in TorchScript is UTF-8 bytes, so the module decodes it and works on lists of code points.
 """
 
+import functools
 import json
 import sys
 import unicodedata
@@ -49,6 +50,8 @@ def class_of(code: int) -> int:
     return SPACE if code in SPACES else {"L": LETTER, "N": NUMBER}.get(category, OTHER)
 
 
+# The tables take a second, and are the same for every tokenizer.
+@functools.cache
 def class_ranges() -> tuple[list[int], list[int]]:
     """The first code point of every range of one class, and the classes."""
     starts, classes = [], []
@@ -60,6 +63,7 @@ def class_ranges() -> tuple[list[int], list[int]]:
     return starts, classes
 
 
+@functools.cache
 def unicode_tables():
     """Lower case, canonical decompositions, combining classes, and compositions by first · 2²¹ +
     second."""
