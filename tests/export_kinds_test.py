@@ -8,6 +8,7 @@ docs/models.md; `python export_kinds_test.py` prints that table, with what was m
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import os
@@ -114,8 +115,16 @@ def tokenizer_of(padding="<|endoftext|>", added=(), length=77):
     return tokenizer
 
 
-def sd(unet=None, vae=None, scheduler=None, tokenizer=None, text=None, **more):
-    """A StableDiffusionPipeline."""
+def sd(
+    unet=None,
+    vae=None,
+    scheduler=None,
+    tokenizer=None,
+    text=None,
+    kind=diffusers.StableDiffusionPipeline,
+    **more,
+):
+    """A StableDiffusionPipeline, or another one that is made of the same parts."""
     tokenizer = tokenizer or tokenizer_of()
     parts = {
         "unet": unet or unet_of(),
@@ -127,16 +136,14 @@ def sd(unet=None, vae=None, scheduler=None, tokenizer=None, text=None, **more):
         "feature_extractor": None,
         **more,
     }
-    return diffusers.StableDiffusionPipeline(
-        **parts, requires_safety_checker=parts["safety_checker"] is not None
-    )
+    return kind(**parts, requires_safety_checker=parts["safety_checker"] is not None)
 
 
-def sdxl(unet=None, vae=None, scheduler=None):
-    """A StableDiffusionXLPipeline."""
+def sdxl(unet=None, vae=None, scheduler=None, kind=diffusers.StableDiffusionXLPipeline):
+    """A StableDiffusionXLPipeline, or another one that is made of the same parts."""
     first, second = tokenizer_of(), tokenizer_of("!")
     projecting = transformers.CLIPTextModelWithProjection
-    return diffusers.StableDiffusionXLPipeline(
+    return kind(
         unet=unet or unet_of("sdxl"),
         vae=vae or vae_of(scaling_factor=0.13025),
         scheduler=scheduler or diffusers.EulerDiscreteScheduler(**TABLE),
@@ -289,6 +296,15 @@ def sd1_added_tokens(folder):
     return Row()
 
 
+@kind("a textual inversion of three vectors")
+def sd1_inversion(folder):
+    pipeline = sd()
+    # Of the size that the small model's own vectors have.
+    pipeline.load_textual_inversion({"<fox>": torch.randn(3, 32) * 0.02}, token="<fox>")
+    save(pipeline, folder)
+    return Row()
+
+
 @kind("a text encoder of 248 tokens (Long CLIP)")
 def sd1_long_clip(folder):
     tokenizer = tokenizer_of(length=248)
@@ -431,6 +447,47 @@ def sdxl_edm(folder):
     return Row()
 
 
+@kind("SDXL: a textual inversion of three vectors in both text encoders", fast=True)
+def sdxl_inversion(folder):
+    pipeline = sdxl()
+    for end in ("", "_2"):
+        parts = {name: getattr(pipeline, name + end) for name in ("tokenizer", "text_encoder")}
+        vectors = {"<fox>": torch.randn(3, 32) * 0.02}
+        pipeline.load_textual_inversion(vectors, token="<fox>", **parts)
+    save(pipeline, folder)
+    return Row()
+
+
+# UNets that take more than a latent and text.
+
+
+@kind("inpainting: 9 channels", fast=True)
+def inpaint(folder):
+    save(sd(unet=unet_of("inpaint"), kind=diffusers.StableDiffusionInpaintPipeline), folder)
+    return Row()
+
+
+@kind("SDXL, inpainting: 9 channels")
+def sdxl_inpaint(folder):
+    unet = unet_of("sdxl", in_channels=9)
+    save(sdxl(unet=unet, kind=diffusers.StableDiffusionXLInpaintPipeline), folder)
+    return Row()
+
+
+@kind("instruct-pix2pix: 8 channels")
+def instruct_pix2pix(folder):
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline
+    save(sd(unet=unet_of("edit"), kind=pipeline), folder)
+    return Row()
+
+
+@kind("a latent consistency model: an embedded scale of guidance", fast=True)
+def lcm(folder):
+    pipeline = diffusers.LatentConsistencyModelPipeline
+    save(sd(unet=unet_of("lcm"), scheduler=diffusers.LCMScheduler(**TABLE), kind=pipeline), folder)
+    return Row()
+
+
 # Flow matching, and UNets without a pipeline or without text.
 
 
@@ -486,7 +543,29 @@ def score_sde(folder):
     return Row(("--prediction", "edm"))
 
 
+@kind("a UNet without text, with classes", fast=True)
+def classes(folder):
+    pixels(num_class_embeds=10).save_pretrained(folder)
+    return Row(("--prediction", "eps"))
+
+
 # The comparison.
+
+
+def file_inputs(
+    x,
+    timesteps,
+    encoder_hidden_states=None,
+    added_cond_kwargs=None,
+    class_labels=None,
+    timestep_cond=None,
+):
+    """What the written file takes, out of what diffusers' UNets take."""
+    y = added_cond_kwargs and torch.cat(
+        [added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]], 1
+    )
+    further = (encoder_hidden_states, y, class_labels, timestep_cond)
+    return [x, timesteps, *(tensor for tensor in further if tensor is not None)]
 
 
 class Comparison:
@@ -540,31 +619,49 @@ class Comparison:
             self.compare_pictures()
         return self.found
 
+    def further_inputs(self, rows, dtype):
+        """Random ones of all that the UNet takes beside x and timesteps, by diffusers' names."""
+        config, given = self.unet.config, {}
+        if not isinstance(self.unet, UNet2DModel):
+            text = torch.randn(rows, 77, config.cross_attention_dim)
+            given["encoder_hidden_states"] = text.to(dtype)
+        if config.get("addition_embed_type"):
+            sizes = torch.tensor([[96.0, 64, 8, 0, 96, 64]]).expand(rows, -1)
+            added = {"text_embeds": torch.randn(rows, 32), "time_ids": sizes}
+            given["added_cond_kwargs"] = {key: value.to(dtype) for key, value in added.items()}
+        if config.num_class_embeds:
+            given["class_labels"] = torch.randint(config.num_class_embeds, (rows,))
+        if config.get("time_cond_proj_dim"):
+            given["timestep_cond"] = torch.randn(rows, config.time_cond_proj_dim).to(dtype)
+        return given
+
     def compare_unet(self):
-        traced, config = self.file("unet"), self.unet.config
+        traced = self.file("unet")
         dtype = next(self.unet.parameters()).dtype
         step = self.model["sample"]["multiple"]
         for rows, height, width in ((1, 4 * step, 6 * step), (3, 10 * step, 5 * step)):
-            x = torch.randn(rows, config.in_channels, height, width).to(dtype)
+            x = torch.randn(rows, self.unet.config.in_channels, height, width).to(dtype)
             timesteps = torch.linspace(3.0, 970.0, rows + 1)[1:]
-            if isinstance(self.unet, UNet2DModel):
-                self.compare("unet", traced(x, timesteps), self.unet(x, timesteps).sample)
-                continue
-            context = torch.randn(rows, 77, config.cross_attention_dim).to(dtype)
-            inputs, added = [x, timesteps, context], None
-            if config.addition_embed_type:
-                pooled = torch.randn(rows, 32).to(dtype)
-                sizes = torch.tensor([[96.0, 64, 8, 0, 96, 64]]).expand(rows, -1).to(dtype)
-                inputs.append(torch.cat([pooled, sizes], 1))
-                added = {"text_embeds": pooled, "time_ids": sizes}
-            expected = self.unet(x, timesteps, context, added_cond_kwargs=added).sample
-            self.compare("unet", traced(*inputs), expected)
+            given = self.further_inputs(rows, dtype)
+            expected = self.unet(x, timesteps, **given).sample
+            self.compare("unet", traced(*file_inputs(x, timesteps, **given)), expected)
 
     def encode(self, encoder, prompt, height, width):
         """[context] or [context, y] out of the written file."""
-        if isinstance(self.pipeline, diffusers.StableDiffusionXLPipeline):
+        if hasattr(self.pipeline, "text_encoder_2"):
             return list(encoder.encode(prompt, height, width))
         return [encoder.encode(prompt)]
+
+    def size_numbers(self, size):
+        """What SDXL's pipelines append to the pooled text, for a picture of this size."""
+        given = [size, (0, 0), size]
+        inpainting = isinstance(self.pipeline, diffusers.StableDiffusionXLInpaintPipeline)
+        if inpainting:
+            # Two scores that only a refiner takes, and the same for the negative prompt.
+            given += [6.0, 2.5, *given]
+        width = self.pipeline.text_encoder_2.config.projection_dim
+        numbers = self.pipeline._get_add_time_ids(*given, torch.float32, width)
+        return numbers[0] if inpainting else numbers
 
     def compare_texts(self):
         encoder = self.file("text_encoder").float()
@@ -577,12 +674,12 @@ class Comparison:
                 )
                 factor = self.pipeline.vae_scale_factor
                 size = (height * factor, width * factor)
-                numbers = self.pipeline._get_add_time_ids(
-                    size, (0, 0), size, torch.float32, pooled.shape[-1]
-                )
-                self.compare("text", got[1], torch.cat([pooled, numbers], 1))
-            else:
+                self.compare("text", got[1], torch.cat([pooled, self.size_numbers(size)], 1))
+            elif hasattr(self.pipeline, "encode_prompt"):
                 context = self.pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
+            else:
+                # instruct-pix2pix's.
+                context = self.pipeline._encode_prompt(prompt, "cpu", 1, False)
             self.compare("text", got[0], context)
 
     def latent_scale(self, vae):
@@ -611,19 +708,21 @@ class Comparison:
             expected = (vae.encode(picture).latent_dist.mode() - mean) * factor
             self.compare("vae", encoder(picture), expected)
 
-    def draw(self, *texts, output, **options):
-        """The pipeline's own loop, with the same noise every time."""
+    def call(self, **given):
+        """The pipeline's own loop, with the same noise every time. What its kind of pipeline does
+        not take (a negative prompt, a size) is left out."""
         torch.manual_seed(7)
-        channels, height, width = self.model["sample"]["shape"]
-        call = {"num_inference_steps": 3, "output_type": output, "generator": None, **options}
-        if not texts:
-            return self.pipeline(**call).images
+        taken = inspect.signature(self.pipeline.__call__).parameters
+        given = {name: value for name, value in given.items() if name in taken}
+        return self.pipeline(**given, num_inference_steps=3).images
+
+    def draw(self, texts, start, output):
+        """With text: prompts, or what they were encoded to. start: the noise, and what else the
+        loop begins with."""
         factor = self.pipeline.vae_scale_factor
-        latents = torch.randn(1, channels, height, width)
-        size = {"height": height * factor, "width": width * factor, "guidance_scale": 4.0}
-        names = ("prompt", "negative_prompt")
-        given = {}
-        for name, text in zip(names, texts, strict=True):
+        height, width = (side * factor for side in start["latents"].shape[2:])
+        given = {"height": height, "width": width, "guidance_scale": 4.0}
+        for name, text in zip(("prompt", "negative_prompt"), texts, strict=True):
             if isinstance(text, str):
                 given[name] = text
             else:
@@ -631,7 +730,31 @@ class Comparison:
             if len(text) == 2:
                 pooled = text[1][:, :-6]
                 given[name.replace("prompt", "pooled_prompt_embeds")] = pooled
-        return self.pipeline(latents=latents, **given, **size, **call).images
+        return self.call(output_type=output, **start, **given)
+
+    def starts(self):
+        """Two of `draw`, which mean the same: one for the pipeline's VAE, and one with what the
+        written encoder makes of the picture."""
+        channels, *size = self.model["sample"]["shape"]
+        noise = {"latents": torch.randn(1, channels, *size)}
+        concat = self.model.get("inputs", {}).get("concat")
+        if concat is None:
+            return noise, noise
+        sides = [side * self.pipeline.vae_scale_factor for side in size]
+        image, vae, encoder = torch.rand(1, 3, *sides), self.pipeline.vae, self.file("encoder")
+        pixels = image * 2 - 1
+        if concat["kind"] == "edit":
+            latent = encoder(pixels) * concat["scale"]
+            return {**noise, "image": image}, {**noise, "image": latent}
+        mask = torch.zeros(1, 1, *sides)
+        mask[:, :, 5:17, 8:27] = 1
+        given = {**noise, "image": image, "mask_image": mask, "strength": 1.0}
+        pixels = pixels * (1 - mask)
+        # The pipeline draws from the encoder's posterior; its mean is what can be compared.
+        expected = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        return tuple(
+            {**given, "masked_image_latents": latent} for latent in (expected, encoder(pixels))
+        )
 
     def compare_pictures(self):
         """With the written files in the place of the pipeline's networks."""
@@ -640,28 +763,24 @@ class Comparison:
             self.pipeline.safety_checker = None
         traced = self.file("unet")
 
-        def forward(x, t, context=None, encoder_hidden_states=None, return_dict=True, **more):
+        def forward(x, t, return_dict=True, cross_attention_kwargs=None, **given):
             rows = torch.as_tensor(t, dtype=torch.float32).expand(x.shape[0])
-            context = encoder_hidden_states if context is None else context
-            added = more.get("added_cond_kwargs") or {}
-            inputs = [x, rows] + ([] if context is None else [context])
-            if added:
-                inputs.append(torch.cat([added["text_embeds"], added["time_ids"]], 1))
-            out = traced(*inputs)
+            out = traced(*file_inputs(x, rows, **given))
             return mock.Mock(sample=out) if return_dict else (out,)
 
         if "text_encoder" not in self.model["files"]:
-            expected = torch.as_tensor(self.draw(output="np"))
+            expected = torch.as_tensor(self.call(output_type="np"))
             with mock.patch.object(self.unet, "forward", forward):
-                got = torch.as_tensor(self.draw(output="np"))
+                got = torch.as_tensor(self.call(output_type="np"))
             self.compare("picture", got, expected)
             return
-        expected = self.draw(PROMPT, NEGATIVE, output="pt")
+        start, start_of_files = self.starts()
+        expected = self.draw((PROMPT, NEGATIVE), start, "pt")
         encoder = self.file("text_encoder").float()
         size = self.model["sample"]["shape"][1:]
         texts = [self.encode(encoder, text, *size) for text in (PROMPT, NEGATIVE)]
         with mock.patch.object(self.unet, "forward", forward):
-            latent = self.draw(*texts, output="latent")
+            latent = self.draw(texts, start_of_files, "latent")
         picture = self.file("decoder")(latent)
         self.compare("picture", (picture / 2 + 0.5).clamp(0, 1), expected)
 
@@ -694,16 +813,19 @@ for name, (_, fast, _) in KINDS.items():
     setattr(Fast if fast else Rest, f"test_{name}", lambda self, name=name: self.check(name))
 
 
+def cell(difference):
+    if difference is None:
+        return "–"
+    return f"{difference:.0e}".replace("e-0", "e-") if difference else "equal"
+
+
 def print_table(names):
     print("| kind | UNet | text | VAE | picture |\n|---|---|---|---|---|")
     for name in names or KINDS:
         with tempfile.TemporaryDirectory() as folder:
             comparison = Comparison(name, pathlib.Path(folder))
             found = comparison.run()
-        cells = (
-            f"{found[part]:.0e}" if part in found else "–"
-            for part in ("unet", "text", "vae", "picture")
-        )
+        cells = (cell(found.get(part)) for part in ("unet", "text", "vae", "picture"))
         print(f"| {comparison.title} | {' | '.join(cells)} |", flush=True)
 
 
