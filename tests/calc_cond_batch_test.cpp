@@ -249,19 +249,24 @@ TEST_P(CalcCondBatch, RepeatsPromptsForCrossAttention) {
   // The toy under a name that says what reads its context.
   class WithNames final : public UNet {
    public:
-    explicit WithNames(std::shared_ptr<const UNet> unet) : unet_(std::move(unet)) {}
+    WithNames(std::shared_ptr<const UNet> unet, std::string path)
+        : unet_(std::move(unet)), path_(std::move(path)) {}
     torch::Tensor forward(const UNetInput& input) const override { return unet_->forward(input); }
     std::vector<AttentionSiteInfo> attention_sites() const override {
-      return {{.name = "middle.0.0", .path = "block.attn1", .ordinal = 0}};
+      return {{.name = "middle.0.0", .path = path_, .ordinal = 0}};
     }
     torch::Device device() const override { return unet_->device(); }
     torch::ScalarType dtype() const override { return unet_->dtype(); }
 
    private:
     std::shared_ptr<const UNet> unet_;
+    std::string path_;
   };
-  model =
-      std::make_unique<ModelPatcher>(std::make_shared<WithNames>(unet), ModelSampling::discrete());
+  const auto name_it = [&](const std::string& path) {
+    model = std::make_unique<ModelPatcher>(std::make_shared<WithNames>(unet, path),
+                                           ModelSampling::discrete());
+  };
+  name_it("unet.mid_block.attentions.0.transformer_blocks.0.attn1");
   const auto longer = Conditioning{.context = torch::full({1, 3, 1}, 1.0, device())};
   const auto batch = run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {longer}}});
   EXPECT_EQ(batch.unet_calls, 1);
@@ -270,6 +275,10 @@ TEST_P(CalcCondBatch, RepeatsPromptsForCrossAttention) {
   const auto much_longer = Conditioning{.context = torch::full({1, 7, 1}, 1.0, device())};
   EXPECT_EQ(run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {much_longer}}}).unet_calls,
             2);
+
+  // CogView4's joint attention.
+  name_it("transformer_blocks.0.attn1");
+  EXPECT_EQ(run({{.x = x(), .conds = {prompt(-1)}}, {.x = x(), .conds = {longer}}}).unet_calls, 2);
 }
 
 TEST_P(CalcCondBatch, GivesEachImageItsOwnConditioning) {

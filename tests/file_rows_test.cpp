@@ -103,6 +103,19 @@ TEST_P(BakedRows, RunInCallsOfTheTracedNumber) {
   }
 }
 
+// Although the first call gives all rows one context.
+TEST(FileRows, AreComparedWithContextsThatDiffer) {
+  const TorchScriptFixture takes_the_first = {
+      .body =
+          "    context = context[0:1].expand([t.size(0), -1, -1])\n" + TorchScriptFixture().body};
+  const auto unet = load(traced(takes_the_first, 1));
+  auto given = input(2);
+  given.context = given.context.narrow(0, 0, 1).expand({2, -1, -1});
+  EXPECT_TRUE(torch::allclose(unet->forward(given), plain_result(given), 1e-4, 1e-5));
+  given = input(2);
+  EXPECT_TRUE(torch::allclose(unet->forward(given), plain_result(given), 1e-4, 1e-5));
+}
+
 TEST_P(BakedRows, RunWithTheNumberThatTheCallerNames) {
   for (const auto& unet :
        {TorchScriptUNet::from_module(make_torchscript_unet(GetParam().fixture), 2),
@@ -367,10 +380,18 @@ TEST(FileTimesteps, MayBeIndices) {
 
 // The trace of code that reads a number.
 TEST(FileTimesteps, MustNotBeWrittenIntoATrace) {
-  const TorchScriptFixture fixture = {.time = "torch.zeros([x.size(0), 8]) + 500"};
-  EXPECT_THAT(error_of<c10::ValueError>([&] { load(traced(fixture, 2)); }),
-              AllOf(one_sentence(), HasSubstr("must use its timesteps"), HasSubstr("script")));
-  EXPECT_NO_THROW(load(make_torchscript_unet(fixture))) << "nothing says that it is a trace";
+  const std::string of_rows = "torch.zeros([x.size(0), 8]) + 500",
+                    of_shape = "torch.zeros([timesteps.size(0), 8]) + 500",
+                    of_likeness =
+                        "torch.full_like(timesteps.clone(), 500.0)"
+                        ".unsqueeze(1).repeat([1, 8])";
+  for (const auto& time : {of_rows, of_shape, of_likeness}) {
+    const TorchScriptFixture fixture = {.time = time};
+    EXPECT_THAT(
+        error_of<c10::ValueError>([&] { load(traced(fixture, 2)); }),
+        AllOf(one_sentence(), HasSubstr("must compute with its timesteps"), HasSubstr("script")));
+    EXPECT_NO_THROW(load(make_torchscript_unet(fixture))) << "nothing says that it is a trace";
+  }
 }
 
 // Its own arithmetic keeps fractions, whatever it was traced with.

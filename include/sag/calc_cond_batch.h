@@ -47,10 +47,11 @@ struct CondBatch {
 };
 
 /// Evaluates several predictions in as few UNet calls as possible, under the model's attention
-/// hooks. Rows can share a call if they have the same size, and tensors of the same shapes:
-/// contexts of different lengths do not. Conditionings of one request are averaged per latent cell
-/// by strength and mask; areas have a feathered edge of up to 8 cells. Rows keep the order of
-/// requests, conditionings and images.
+/// hooks. Rows can share a call if they have the same size, and tensors of the same shapes.
+/// Contexts of different lengths are repeated to a common one where the sites have the names of
+/// LDM's or diffusers' UNets, in which only cross-attention reads them; else each length takes a
+/// call. Conditionings of one request are averaged per latent cell by strength and mask; areas have
+/// a feathered edge of up to 8 cells. Rows keep the order of requests, conditionings and images.
 ///
 /// Throws ValueError or TypeError when a conditioning does not fit x, and when the site of a hook
 /// has not been decided; rethrows what a hook threw. ComfyUI: `calc_cond_batch`,

@@ -53,14 +53,14 @@ struct TorchScriptUNetOptions {
 /// or one element for several rows, gets one for all rows, which must be equal (on CUDA the result
 /// is NaN if they are not). A scripted `forward(x, t: int)` or `t: float` gets a number. Where
 /// timesteps are indices (of an embedding or a table) or are cast to whole numbers, they are
-/// rounded to the nearest one; on the CPU one between 0 and 1 throws ValueError, as nothing would
-/// be left of it.
+/// rounded to the nearest one; one between 0 and 1 throws ValueError, as nothing would be left of
+/// it, outside of CUDA graphs.
 ///
 /// A trace can have its number of rows written into it, which fails for another number, or mixes
 /// rows without a word. So where a file holds the inputs that it was traced with (torch.jit.trace
-/// and save keep their shapes), the first call with each other number of rows runs random inputs
-/// too, as they are and in calls of the traced number. If the results differ, all calls are split
-/// and filled up to that number from then on: see `evaluated_rows`. Files of sag-export were
+/// and save keep their shapes), the first call with each other number of rows runs its inputs with
+/// noise too, as they are and in calls of the traced number. If the results differ, all calls are
+/// split and filled up to that number from then on: see `evaluated_rows`. Files of sag-export were
 /// checked when they were written.
 ///
 /// The archive's module is never edited. `forward` runs a private, flattened copy of its graph, in

@@ -130,8 +130,7 @@ bool contexts_fit(const torch::Tensor& a, const torch::Tensor& b, const UNet& un
   if (same_tail(a, b)) return true;
   if (!a.defined() || !b.defined() || a.size(2) != b.size(2)) return false;
   const auto common = std::lcm(a.size(1), b.size(1));
-  return common / std::min(a.size(1), b.size(1)) <= 4 &&
-         attends_to_text_apart(unet.attention_sites());
+  return common / std::min(a.size(1), b.size(1)) <= 4 && is_known_unet(unet.attention_sites());
 }
 
 bool fits_together(const Item& a, const Item& b, const UNet& unet) {

@@ -1,7 +1,9 @@
 #include "site_list.h"
 
 #include <algorithm>
+#include <array>
 #include <iterator>
+#include <string_view>
 
 #include <c10/util/StringUtil.h>
 
@@ -24,9 +26,16 @@ std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>
   return found;
 }
 
-bool attends_to_text_apart(const std::vector<AttentionSiteInfo>& sites) {
+bool is_known_unet(const std::vector<AttentionSiteInfo>& sites) {
+  // LDM's parts, then diffusers'.
+  static constexpr std::array<std::string_view, 6> kParts = {"input_blocks.",  "middle_block.",
+                                                             "output_blocks.", "down_blocks.",
+                                                             "mid_block.",     "up_blocks."};
   return !sites.empty() && std::all_of(sites.begin(), sites.end(), [](const auto& site) {
-    return site.path.substr(site.path.rfind('.') + 1) == "attn1";
+    return site.path.ends_with(".attn1") &&
+           std::any_of(kParts.begin(), kParts.end(), [&](std::string_view part) {
+             return site.path.find(part) != std::string::npos;
+           });
   });
 }
 

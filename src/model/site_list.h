@@ -17,9 +17,10 @@ std::vector<AttentionSiteInfo> sites_called(const std::vector<AttentionSiteInfo>
 /// sites, when there is none or more than one.
 SiteChoice choose_site(const UNet& unet, const AttentionSite& site);
 
-/// Returns whether the network attends to text in cross-attention only, as far as names tell:
-/// blocks whose self-attention is called attn1 have it in their attn2.
-bool attends_to_text_apart(const std::vector<AttentionSiteInfo>& sites);
+/// Returns whether the names are those of LDM's or diffusers' UNets (an attn1 inside of
+/// input_blocks, mid_block and so on), where only cross-attention reads the context. Transformers
+/// use the name attn1 for joint attention, too.
+bool is_known_unet(const std::vector<AttentionSiteInfo>& sites);
 
 /// Returns all that a site is called: "middle.0.0 (middle_block.1.transformer_blocks.0.attn1, #6)".
 std::string describe_site(const AttentionSiteInfo& site);

@@ -28,6 +28,6 @@ std::string list_shapes(const UNetInput& input);
 /// Throws ValueError unless `out` has x's rows, height and width. `model` is what the error calls
 /// the network; `note` ends its text.
 void check_output(const torch::Tensor& out, const torch::Tensor& x, const std::string& model,
-                  const char* caller, const char* note = "");
+                  const char* caller, const std::string& note = "");
 
 }  // namespace sag

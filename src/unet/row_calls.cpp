@@ -82,12 +82,19 @@ bool same_rows(const torch::Tensor& got, const torch::Tensor& expected, torch::S
 }
 
 UNetInput with_noise(const UNetInput& input) {
-  const auto generator = at::detail::createCPUGenerator(1);
-  auto noisy = input;
-  noisy.x = at::randn(input.x.sizes(), generator,
-                      at::TensorOptions().dtype(torch::kFloat).device(torch::kCPU))
-                .to(input.x.device(), input.x.scalar_type());
-  return noisy;
+  auto generator = at::detail::createCPUGenerator(1);
+  const auto noisy = [&](const torch::Tensor& t) {
+    if (!t.defined() || !t.is_floating_point()) return t;
+    const auto noise = at::randn(t.sizes(), generator,
+                                 at::TensorOptions().dtype(torch::kFloat).device(torch::kCPU));
+    return t + noise.to(t.device(), t.scalar_type());
+  };
+  UNetInput random{.x = noisy(input.x),
+                   .timesteps = input.timesteps,
+                   .context = noisy(input.context),
+                   .y = noisy(input.y)};
+  for (const auto& [name, t] : input.extra) random.extra[name] = noisy(t);
+  return random;
 }
 
 }  // namespace sag

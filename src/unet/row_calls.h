@@ -22,8 +22,9 @@ std::int64_t rows_in_calls_of(std::int64_t rows, std::int64_t asked);
 /// to compare.
 bool same_rows(const torch::Tensor& got, const torch::Tensor& expected, torch::ScalarType dtype);
 
-/// Returns the same inputs with an x of noise, which is the same every time and another in every
-/// row, so that rows that get mixed show. Draws from no generator of the process.
+/// Returns the inputs with noise added to all floating ones but the timesteps. It is the same every
+/// time and another in every row, so that rows that get mixed show, whichever input mixes them.
+/// Draws from no generator of the process.
 UNetInput with_noise(const UNetInput& input);
 
 }  // namespace sag

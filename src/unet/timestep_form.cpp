@@ -1,5 +1,6 @@
 #include "timestep_form.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -70,15 +71,20 @@ bool must_be_whole(Value* value) {
   return false;
 }
 
-void check_can_be_rounded(const torch::Tensor& timesteps, const char* caller) {
-  if (!timesteps.is_cpu()) return;
-  const auto size = timesteps.abs();
-  const auto lost = timesteps.masked_select(size.gt(0).logical_and(size.lt(1)));
-  TORCH_CHECK_VALUE(lost.numel() == 0, "[", caller,
-                    "] timesteps must be whole numbers for this file, which uses them as indices, "
-                    "got ",
-                    lost.numel() == 0 ? 0.0 : lost[0].item<double>(),
-                    ": choose the prediction, or the range of timesteps, that the model has.");
+// Whether the op looks at its input's shape, dtype or device only.
+bool takes_shape_only(const Node* node, std::size_t offset) {
+  namespace aten = c10::aten;
+  static const Ops shapes = {aten::size,        aten::dim,        aten::len,
+                             aten::zeros_like,  aten::ones_like,  aten::full_like,
+                             aten::empty_like,  aten::rand_like,  aten::randn_like,
+                             aten::new_zeros,   aten::new_ones,   aten::new_full,
+                             aten::new_empty,   aten::stride,     aten::is_floating_point,
+                             c10::prim::device, c10::prim::dtype, c10::prim::layout};
+  if (shapes.contains(node->kind())) return offset == 0;
+  // As what the first input becomes.
+  static const Ops others = {aten::to, aten::type_as, aten::expand_as, aten::view_as,
+                             aten::reshape_as};
+  return others.contains(node->kind()) && offset == 1;
 }
 
 // One value for all rows, of no dimensions.
@@ -115,10 +121,28 @@ TimestepForm find_timestep_form(const c10::Argument& argument, Value* value,
   return form;
 }
 
+bool is_computed_with(const Value* value) {
+  return std::any_of(value->uses().begin(), value->uses().end(), [](const auto& use) {
+    if (takes_shape_only(use.user, use.offset)) return false;
+    return use.offset != 0 || !keeps_values(use.user) || is_computed_with(use.user->output());
+  });
+}
+
+void check_can_be_rounded(const TimestepForm& form, const torch::Tensor& timesteps,
+                          const char* caller) {
+  if (!form.indices && form.kind != TimestepForm::Kind::whole_number) return;
+  const auto size = timesteps.abs();
+  const auto lost = timesteps.masked_select(size.gt(0).logical_and(size.lt(1)));
+  TORCH_CHECK_VALUE(lost.numel() == 0, "[", caller,
+                    "] timesteps must be whole numbers for this file, which uses them as indices, "
+                    "got ",
+                    lost.numel() == 0 ? 0.0 : lost[0].item<double>(),
+                    ": choose the prediction, or the range of timesteps, that the model has.");
+}
+
 c10::IValue timesteps_as(const TimestepForm& form, const torch::Tensor& timesteps,
                          const char* caller) {
   using Kind = TimestepForm::Kind;
-  if (form.indices || form.kind == Kind::whole_number) check_can_be_rounded(timesteps, caller);
   if (form.kind != Kind::tensor) {
     const auto value = only_timestep(timesteps, caller).item<double>();
     if (form.kind == Kind::number) return value;

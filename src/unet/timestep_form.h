@@ -28,9 +28,17 @@ bool takes_timesteps(const c10::Argument& argument);
 TimestepForm find_timestep_form(const c10::Argument& argument, torch::jit::Value* value,
                                 const torch::Tensor& traced, std::int64_t traced_rows);
 
+/// Whether the graph computes with the numbers of a value, and not with its shape alone.
+bool is_computed_with(const torch::jit::Value* value);
+
+/// Throws ValueError, as `caller`, when nothing would be left of a timestep that is rounded, for
+/// forms that round. Looks at the values, so it waits for the device.
+void check_can_be_rounded(const TimestepForm& form, const torch::Tensor& timesteps,
+                          const char* caller);
+
 /// Returns the timesteps in this form. Throws ValueError, as `caller`, when one value must do for
-/// all rows and they differ, and when nothing would be left of one that is rounded; on the CPU
-/// only, for elsewhere looking would wait for the device: there values that differ become NaN.
+/// all rows and they differ; on the CPU only, for elsewhere looking would wait for the device:
+/// there values that differ become NaN.
 c10::IValue timesteps_as(const TimestepForm& form, const torch::Tensor& timesteps,
                          const char* caller);
 

@@ -166,12 +166,11 @@ TracedInputs traced_inputs(const Module& module) {
 // for every other.
 void check_uses_timesteps(const TracedInputs& traced, const FlatGraph& flat, const Origin& origin) {
   TORCH_CHECK_VALUE(
-      !traced.timesteps.defined() || flat.graph->inputs()[2]->hasUses(), "[", origin.caller, "] ",
-      origin.model,
-      " must use its timesteps, got a trace with a number in their place: its code reads them with "
-      "int, float or item, so script that code or compute with the tensor. (A network that needs "
-      "no "
-      "timesteps can add 0 * timesteps.sum().)");
+      !traced.timesteps.defined() || is_computed_with(flat.graph->inputs()[2]), "[", origin.caller,
+      "] ", origin.model,
+      " must compute with its timesteps, got a trace with a number in their place: its code reads "
+      "them with int, float or item, so script that code or compute with the tensor. (A network "
+      "that needs no timesteps can add 0 * timesteps.sum().)");
 }
 
 // Whether the caller captures a CUDA graph, inside of which nothing can be looked at.
@@ -232,7 +231,8 @@ struct TorchScriptUNet::State {
   bool is_to_be_tried(std::int64_t rows);
   void try_rows(const UNetInput& input);
   std::int64_t fixed();
-  const char* note_on_rows(const UNetInput& input);
+  // What a failure may come from, as a sentence in brackets after it; or nothing.
+  std::string way_out(const UNetInput& input, const std::string& message);
 
   const Origin origin;
   const TracedInputs traced;
@@ -249,7 +249,7 @@ struct TorchScriptUNet::State {
   std::mutex mutex;
   // The only number of rows that the file works with; 0: none is known.
   std::int64_t fixed_rows = 0;
-  // Numbers that were run, so that no other call need try them.
+  // Numbers that were compared, and are right.
   std::set<std::int64_t> tried_rows;
   // By the sorted names of the hooked sites. GraphFunction compiles on first use, and may run on
   // several threads.
@@ -291,6 +291,8 @@ std::shared_ptr<GraphFunction> TorchScriptUNet::State::function(
 torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
   auto input = given;
   if (channels_last) input.x = input.x.contiguous(at::MemoryFormat::ChannelsLast);
+  if (!is_captured(device))
+    check_can_be_rounded(timesteps, input.timesteps, "TorchScriptUNet::forward");
   auto stack = call.arguments(input, timesteps);
   stack.insert(stack.begin(), module._ivalue());
   auto hooked = AttentionScope::hooked_sites();
@@ -305,24 +307,29 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
     future->waitAndThrow();
     result = future->value();
   } catch (const std::exception& error) {
-    throw_failure(error,
-                  c10::str("[TorchScriptUNet::forward] ", origin.model, " failed for ",
-                           list_shapes(input), ": ", plain_message(error), note_on_rows(input)));
+    const auto message = plain_message(error);
+    throw_failure(error, c10::str("[TorchScriptUNet::forward] ", origin.model, " failed for ",
+                                  list_shapes(input), ": ", message, way_out(input, message)));
   }
   const auto out = output_tensor(result);
   TORCH_CHECK_VALUE(
       out.defined(), "[TorchScriptUNet::forward] the forward of ", origin.model,
       " must return a tensor, a tuple or list with one, or a dict with \"sample\" or \"out\", got ",
       result.tagKind(), ". ", list_sites(sites));
-  check_output(out, input.x, origin.model, "TorchScriptUNet::forward", note_on_rows(input));
+  check_output(out, input.x, origin.model, "TorchScriptUNet::forward", way_out(input, "shape"));
   return out.contiguous();
 }
 
-// Without the traced inputs nobody knows whether rows are the matter.
-const char* TorchScriptUNet::State::note_on_rows(const UNetInput& input) {
-  if (traced.rows() > 0 || input.x.size(0) == fixed()) return "";
-  return " If a number of rows is written into the file, name it: TorchScriptUNetOptions::rows, "
-         "sag-sample: --unet-rows.";
+std::string TorchScriptUNet::State::way_out(const UNetInput& input, const std::string& message) {
+  const auto mentions = [&](const char* text) { return message.find(text) != std::string::npos; };
+  if (mentions(" channels, but got "))
+    return " (Channels after the latent's are given as Conditioning::concat, sag-sample: "
+           "--concat.)";
+  // Without the traced inputs nobody knows whether rows are the matter.
+  const bool may_be_rows = traced.rows() == 0 && input.x.size(0) != fixed();
+  if (!may_be_rows || !(mentions("size") || mentions("shape"))) return "";
+  return " (If a number of rows is written into the file, name it: TorchScriptUNetOptions::rows, "
+         "sag-sample: --unet-rows.)";
 }
 
 std::int64_t TorchScriptUNet::State::fixed() {
@@ -357,9 +364,12 @@ void TorchScriptUNet::State::try_rows(const UNetInput& input) {
   } catch (const std::exception&) {
     // It works with the traced number of rows only.
   }
-  if (got.defined() && same_rows(got, expected, dtype)) return;
+  const bool same = got.defined() && same_rows(got, expected, dtype);
   const std::lock_guard lock(mutex);
-  fixed_rows = traced.rows();
+  if (same)
+    tried_rows.insert(input.x.size(0));
+  else
+    fixed_rows = traced.rows();
 }
 
 torch::Tensor TorchScriptUNet::State::run_any(const UNetInput& input) {
@@ -368,10 +378,7 @@ torch::Tensor TorchScriptUNet::State::run_any(const UNetInput& input) {
   const auto fixed_now = fixed();
   if (fixed_now > 0 && rows != fixed_now)
     return run_in_calls_of(fixed_now, input, [this](const UNetInput& part) { return run(part); });
-  auto out = run(input);
-  const std::lock_guard lock(mutex);
-  tried_rows.insert(rows);
-  return out;
+  return run(input);
 }
 
 TorchScriptUNet::TorchScriptUNet(std::unique_ptr<State> state) : state_(std::move(state)) {}
