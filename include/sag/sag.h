@@ -29,6 +29,7 @@
 #include "sag/inpaint.h"
 #include "sag/noise.h"
 #include "sag/run_sampler.h"
+#include "sag/safetensors.h"
 #include "sag/sample.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
