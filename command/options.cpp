@@ -17,7 +17,7 @@ namespace sag_sample {
 namespace {
 
 constexpr const char* kModel = "Model (one of --model and --unet)";
-constexpr const char* kPictures = "Pictures (T is FILE or FILE:KEY, written by torch.save)";
+constexpr const char* kPictures = "Pictures (T is FILE or FILE:KEY, of torch.save or safetensors)";
 constexpr const char* kSampling = "Sampling";
 constexpr const char* kDevice = "Device";
 

@@ -266,6 +266,29 @@ std::string pickled_text(const std::string& text) {
   return opcode + text;
 }
 
+TEST_F(SampleFiles, TensorsOfSafetensorsAreRead) {
+  const auto cond = torch::arange(6, torch::kFloat).view({1, 2, 3});
+  const std::string header = R"({"cond":{"dtype":"F32","shape":[1,2,3],"data_offsets":[0,24]},)"
+                             R"("none":{"dtype":"F32","shape":[0],"data_offsets":[24,24]}})";
+  const std::string data(static_cast<const char*>(cond.data_ptr()), 24);
+  const auto bytes =
+      std::string(1, static_cast<char>(header.size())) + std::string(7, '\0') + header + data;
+  const auto file = write("text.safetensors", bytes);
+  EXPECT_TRUE(torch::equal(read_tensor("--cond", file + ":cond"), cond));
+  const auto says = [](const std::string& where) -> std::string {
+    try {
+      read_tensor("--cond", where);
+    } catch (const UsageError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_THAT(says(file), HasSubstr("name one of them"));
+  EXPECT_THAT(says(file + ":conf"), HasSubstr("do you mean"));
+  EXPECT_THAT(says(write("cut.safetensors", bytes.substr(0, bytes.size() - 1))),
+              testing::AllOf(HasSubstr("--cond"), HasSubstr("truncated")));
+}
+
 TEST_F(SampleFiles, DeeplyNestedTensorFilesAreRefused) {
   constexpr int kDeep = 2000000;
   const std::string type = repeated("List[", kDeep) + "int" + repeated("]", kDeep);

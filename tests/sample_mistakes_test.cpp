@@ -46,17 +46,19 @@ std::string mistake(const Arguments& arguments) {
   return {};
 }
 
-// A safetensors file of no data.
-std::string safetensors(const std::string& header) {
+// A safetensors file of one empty tensor.
+std::string safetensors(const std::string& name) {
+  const auto header =
+      fmt::format(R"({{"{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}}})", name);
   return std::string(1, static_cast<char>(header.size())) + std::string(7, '\0') + header;
 }
 
 class SampleMistakes : public testing::Test {
  protected:
   SampleMistakes() {
-    folder_.write("sd.safetensors", safetensors(R"({"model.diffusion_model.out.0.bias":{}})"));
-    folder_.write("lora.safetensors", safetensors(R"({"lora_unet_down.lora_up.weight":{}})"));
-    folder_.write("comfy.latent", safetensors(R"({"latent_tensor":{}})"));
+    folder_.write("sd.safetensors", safetensors("model.diffusion_model.out.0.bias"));
+    folder_.write("lora.safetensors", safetensors("lora_unet_down.lora_up.weight"));
+    folder_.write("comfy.latent", safetensors("latent_tensor"));
     folder_.write("sd.gguf", "GGUF and more");
     folder_.write("sd.onnx", "\x08\x07 and more");
     folder_.write("old.ckpt", "\x80\x02 and more");
@@ -126,7 +128,8 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {model(path("sd.safetensors")), {"directory", "sag-export", "from_single_file"}},
       {model(kUNet), {"directory", "--unet"}},
       {run({"--latent", path("comfy.latent")}), {"latent_tensor", "0.18215", "python3 -c"}},
-      {run({"--latent", path("sd.safetensors")}), {"safetensors", "python3 -c"}},
+      {run({"--latent", path("sd.safetensors") + ":x"}),
+       {"--latent", "no tensor \"x\"", "out.0.bias"}},
       {run({"--noise", path("empty.pt")}), {"--noise", "is empty"}},
       {run({"--noise", kUNet}), {"--noise", "TorchScript model, not tensors"}},
       {run({"--image", path("empty.png")}), {"--image", "empty.png", "is empty"}},

@@ -72,12 +72,6 @@ class Remedies(unittest.TestCase):
         torch.save(context, file, _use_new_zipfile_serialization=False)
         self.assertTrue(self.remedied(file).equal(context))
 
-    def test_of_safetensors(self):
-        file = self.folder / "text.safetensors"
-        context = torch.randn(1, 10, 32)
-        safetensors.torch.save_file({"cond": context}, file)
-        self.assertTrue(self.remedied(file, key=":cond")["cond"].equal(context))
-
     def test_of_latents_of_comfyui(self):
         file = self.folder / "picture.latent"
         latent = torch.randn(1, 4, 16, 16)

@@ -21,6 +21,7 @@
 
 #include "errors.h"
 #include "files/pickle_check.h"
+#include "sag/safetensors.h"
 #include "words/nearest.h"
 
 namespace sag_sample {
@@ -85,21 +86,23 @@ std::string how_to_save(const std::string& file, bool runs_code = false) {
       runs_code ? ", if you trust it: this runs what the file says" : "");
 }
 
-bool is_safetensors(std::string_view bytes) {
-  return bytes.size() > 8 && bytes[8] == '{' &&
-         bytes.substr(4, 4) == std::string_view("\0\0\0\0", 4);
+// A safetensors file begins with the size of its header, which is JSON.
+bool is_safetensors(const std::string& path) {
+  std::ifstream stream(path, std::ios::binary);
+  char head[9] = {};
+  stream.read(head, sizeof head);
+  return stream.gcount() == sizeof head && head[8] == '{' &&
+         std::string_view(head + 4, 4) == std::string_view("\0\0\0\0", 4);
 }
 
 // ComfyUI's files of latents hold the VAE's values, before the factor that the network's have.
-std::string how_to_convert(std::string_view bytes, const std::string& file) {
-  const bool latent = bytes.find("\"latent_tensor\"") != std::string_view::npos;
-  const char* value = latent ? "d['latent_tensor'].float() * 0.18215" : "d";
-  const char* note =
-      latent ? "; 0.18215 is Stable Diffusion 1's and 2's factor, SDXL's is 0.13025" : "";
-  return fmt::format(
-      "convert it: python3 -c \"import sys, torch; from safetensors.torch import load_file; d = "
-      "load_file(sys.argv[1]); torch.save({1}, sys.argv[2])\" \"{0}\" \"{0}.pt\"{2}",
-      file, value, note);
+[[noreturn]] void refuse_latent(const std::string& option, const std::string& file) {
+  throw UsageError(fmt::format(
+      "{0}: \"{1}\" is a latent that ComfyUI saved, without the network's factor; convert it: "
+      "python3 -c \"import sys, torch; from safetensors.torch import load_file; d = "
+      "load_file(sys.argv[1]); torch.save(d['latent_tensor'].float() * 0.18215, sys.argv[2])\" "
+      "\"{1}\" \"{1}.pt\"; 0.18215 is Stable Diffusion 1's and 2's factor, SDXL's is 0.13025.",
+      option, file));
 }
 
 // What a file is that is no zip archive.
@@ -112,15 +115,9 @@ std::string how_to_convert(std::string_view bytes, const std::string& file) {
     throw UsageError(fmt::format("{}: \"{}\" has the format of torch before 1.6; {}.", option, file,
                                  how_to_save(file)));
   }
-  if (is_safetensors(bytes)) {
-    throw UsageError(
-        fmt::format("{}: \"{}\" is a safetensors file, where one of torch.save is "
-                    "read; {}.",
-                    option, file, how_to_convert(bytes, file)));
-  }
   throw UsageError(fmt::format(
-      "{}: \"{}\" is not a file of torch.save: give a tensor or a flat dict of tensors, "
-      "saved by it.",
+      "{}: \"{}\" is neither a file of torch.save nor safetensors: give a tensor or a flat dict of "
+      "tensors, saved by one of them.",
       option, file));
 }
 
@@ -207,6 +204,22 @@ bool lies_in_its_record(const torch::Tensor& tensor, const Archive& archive) {
   return last < elements;
 }
 
+// `keys`: what the file has.
+[[noreturn]] void refuse_key(const std::string& option, const Place& place,
+                             std::vector<std::string> keys) {
+  constexpr std::size_t kShown = 12;
+  const std::string more = keys.size() > kShown ? " and others" : "";
+  const auto hint = suggestion(place.key, keys);
+  keys.resize(std::min(keys.size(), kShown));
+  if (!place.key.empty()) {
+    throw UsageError(fmt::format("{}: \"{}\" has no tensor \"{}\"; it has {}{}{}", option,
+                                 place.file, place.key, fmt::join(keys, ", "), more, hint));
+  }
+  throw UsageError(
+      fmt::format("{}: \"{}\" holds several tensors; name one of them as {}:KEY, KEY one of {}{}.",
+                  option, place.file, place.file, fmt::join(keys, ", "), more));
+}
+
 torch::Tensor pick(const std::string& option, const Place& place, const c10::IValue& value) {
   if (value.isTensor()) {
     if (place.key.empty()) return value.toTensor();
@@ -227,23 +240,30 @@ torch::Tensor pick(const std::string& option, const Place& place, const c10::IVa
     throw UsageError(fmt::format("{}: \"{}\" must hold one tensor or a flat dict of tensors.",
                                  option, place.file));
   }
-  constexpr std::size_t kShown = 12;
-  const std::string more = keys.size() > kShown ? " and others" : "";
-  const auto hint = suggestion(place.key, keys);
-  keys.resize(std::min(keys.size(), kShown));
-  if (!place.key.empty()) {
-    throw UsageError(fmt::format("{}: \"{}\" has no tensor \"{}\"; it has {}{}{}", option,
-                                 place.file, place.key, fmt::join(keys, ", "), more, hint));
+  refuse_key(option, place, std::move(keys));
+}
+
+torch::Tensor read_safetensors(const std::string& option, const Place& place) {
+  try {
+    const auto file = sag::Safetensors::open(place.file);
+    std::vector<std::string> keys;
+    for (const auto& [name, info] : file.tensors()) keys.push_back(name);
+    if (file.tensors().contains("latent_tensor")) refuse_latent(option, place.file);
+    if (file.tensors().contains(place.key)) return file.tensor(place.key).clone();
+    if (place.key.empty() && keys.size() == 1) return file.tensor(keys.front()).clone();
+    refuse_key(option, place, std::move(keys));
+  } catch (const c10::Error& error) {
+    // Without the function's name in brackets.
+    const std::string text = error.what_without_backtrace();
+    throw UsageError(fmt::format("{}: {}", option, text.substr(text.find("] ") + 2)));
   }
-  throw UsageError(
-      fmt::format("{}: \"{}\" holds a dict; name one of its tensors as {}:KEY, KEY one of {}{}.",
-                  option, place.file, place.file, fmt::join(keys, ", "), more));
 }
 
 }  // namespace
 
 torch::Tensor read_tensor(const std::string& option, const std::string& where) {
   const Place place = parse_place(option, where);
+  if (is_safetensors(place.file)) return read_safetensors(option, place);
   const std::string bytes = read_file(option, place.file);
   std::optional<Archive> archive;
   if (bytes.starts_with("PK\x03\x04")) archive = try_unpickle(bytes);

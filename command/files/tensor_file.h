@@ -6,9 +6,9 @@
 
 namespace sag_sample {
 
-/// Reads a tensor that Python's torch.save wrote: "FILE" if the file holds one tensor, "FILE:KEY"
-/// if it holds a flat dict of tensors. Returns it on the CPU, contiguous, with its own dtype,
-/// wherever it was when it was saved. `option` is what messages call it, "--noise" say.
+/// Reads a tensor that Python's torch.save or safetensors wrote: "FILE" if the file holds one
+/// tensor, "FILE:KEY" if it holds several by name. Returns it on the CPU, contiguous, with its own
+/// dtype, wherever it was when it was saved. `option` is what messages call it, "--noise" say.
 ///
 /// Throws UsageError, in one sentence, when there is no such file or key, and, with the command
 /// that saves it again, for files in a form that LibTorch does not read (an OrderedDict, torch
