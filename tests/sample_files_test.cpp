@@ -283,7 +283,7 @@ TEST_F(SampleFiles, TensorsOfSafetensorsAreRead) {
     }
     return "";
   };
-  EXPECT_THAT(says(file), HasSubstr("name one of them"));
+  EXPECT_THAT(says(file), HasSubstr("name one of its tensors"));
   EXPECT_THAT(says(file + ":conf"), HasSubstr("do you mean"));
   EXPECT_THAT(says(write("cut.safetensors", bytes.substr(0, bytes.size() - 1))),
               testing::AllOf(HasSubstr("--cond"), HasSubstr("truncated")));

@@ -216,7 +216,7 @@ bool lies_in_its_record(const torch::Tensor& tensor, const Archive& archive) {
                                  place.file, place.key, fmt::join(keys, ", "), more, hint));
   }
   throw UsageError(
-      fmt::format("{}: \"{}\" holds several tensors; name one of them as {}:KEY, KEY one of {}{}.",
+      fmt::format("{}: \"{}\" holds several; name one of its tensors as {}:KEY, KEY one of {}{}.",
                   option, place.file, place.file, fmt::join(keys, ", "), more));
 }
 
