@@ -90,9 +90,7 @@ def unet_names(unet):
         has_attention = any(other.startswith(f"{block}.1.") for other in used)
         return name.replace("UPSAMPLER", "2" if has_attention else "1")
 
-    return {
-        name: Stored(f"model.diffusion_model.{placed(other)}") for name, other in names.items()
-    }
+    return {name: Stored(f"model.diffusion_model.{placed(other)}") for name, other in names.items()}
 
 
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}

@@ -42,7 +42,9 @@ def stored_tensor(stored, parameter, file):
     value = parameter.detach()
     value = value.T if stored.transposed else value
     if stored.rows:
-        whole = file.setdefault(stored.key, torch.full((3 * len(value), *value.shape[1:]), torch.nan))
+        whole = file.setdefault(
+            stored.key, torch.full((3 * len(value), *value.shape[1:]), torch.nan)
+        )
         whole[slice(*stored.rows)] = value
     else:
         assert stored.key not in file
