@@ -1,6 +1,7 @@
 """sag-export and sag-sample with UNets that take more than a latent and text: further channels
 (inpainting, instruct-pix2pix), classes, and an embedded scale of guidance."""
 
+import json
 import os
 import subprocess
 import unittest
@@ -67,7 +68,7 @@ class Networks(Case):
     @torch.no_grad()
     def test_further_channels(self):
         for name, channels, arguments, concat in (
-            ("inpaint", 9, (), {"channels": 5, "kind": "inpaint"}),
+            ("inpaint", 9, ("--concat", "inpaint"), {"channels": 5, "kind": "inpaint"}),
             ("depth", 5, ("--concat", "1"), {"channels": 1}),
             ("other", 8, ("--concat", "4"), {"channels": 4}),
         ):
@@ -154,6 +155,16 @@ class Networks(Case):
         self.assertIn("needs its pipeline's VAE", self.mistake(eight, *eps, "--concat", "edit"))
         self.assertIn("must fit the UNet", self.mistake(eight, *eps, "--concat", "inpaint"))
         self.assertIn("must fit the UNet", self.mistake(eight, *eps, "--concat", "3"))
+        # PaintByExample's nine channels stand in another order.
+        _, nine = self.unet("nine", in_channels=9)
+        other = self.edited(
+            "inpaint", "by-example", "model_index.json", _class_name="PaintByExamplePipeline"
+        )
+        for arguments in ([nine, *eps], [other]):
+            said = self.mistake(*arguments)
+            self.assertIn("takes 5 channels beside the 4 of the latent", said)
+            self.assertIn("--concat inpaint (a mask, then", said)
+            self.assertIn("or --concat 5 for a tensor", said)
         _, both = self.unet("both", num_class_embeds=3, time_cond_proj_dim=8)
         self.assertIn("num_class_embeds and time_cond_proj_dim", self.mistake(both, *eps))
         config = "unet/config.json"
@@ -355,7 +366,15 @@ class Command(Case):
         picture = ["--steps", "2", "--out", self.folder / "class.png"]
         said = self.sample("--model", model, "--class", "0", *picture)
         self.assertIn("2 of 2 evaluations guided", said)
+        self.assertNotIn(", cfg", said)
+        report = self.folder / "class.json"
+        self.sample("--model", model, "--class", "0", "--json", report, "--steps", "1")
+        self.assertEqual({run["cfg"] for run in json.loads(report.read_text())["runs"]}, {1.0})
         refused = ["--model", model, *picture]
+        alone = [*refused, "--class", "0"]
+        self.assertIn("--cfg 4 needs --uncond-class.", self.sample(*alone, "--cfg", "4", code=1))
+        plain = [*alone, "--uncond-class", "10", "--unconditional", "1"]
+        self.assertIn("here all are unconditional", self.sample(*plain, code=1))
         self.assertIn("give --class N, 0 to 10", self.sample(*refused, code=1))
         self.assertIn("0 to 10 for this", self.sample(*refused, "--class", "11", code=1))
         both = ("--class", "1", "--uncond-class", "11")

@@ -176,8 +176,8 @@ def parse(arguments):
         metavar="KIND",
         help="what x holds after the latent's channels: inpaint (a mask, and the latent of the "
         "picture without what is repainted), edit (the latent of a picture, as in "
-        "instruct-pix2pix), or how many channels of a tensor of your own [what the pipeline and "
-        "the UNet's channels say]",
+        "instruct-pix2pix), or how many channels of a tensor of your own [what the pipeline's "
+        "class and the UNet's channels say]",
     )
     add("--version", action="version", version=f"{PROGRAM} {__version__}")
     group = parser.add_argument_group("a module of your own (MODULE:FACTORY)")

@@ -170,17 +170,26 @@ def concat_kind(config, given, pipeline=""):
                 f"{out} of the latent."
             )
         return given if given in needed else None
-    if further == needed["inpaint"]:
-        return "inpaint"
-    if further == needed["edit"] and "InstructPix2Pix" in pipeline:
-        return "edit"
-    if further:
-        raise Mistake(
-            f"The UNet takes {further} channels beside the {out} of the latent, and it is not "
-            "known what they are: say it with --concat edit (the latent of a picture), or "
-            f"--concat {further} for a tensor of your own, if they stand after the latent's."
-        )
-    return None
+    if not further:
+        return None
+    # Others have as many channels, in another order: PaintByExample's mask comes last.
+    for kind, name in (("inpaint", "Inpaint"), ("edit", "InstructPix2Pix")):
+        if further == needed[kind] and name in pipeline:
+            return kind
+    meanings = {
+        "inpaint": "a mask, then the latent of the picture without what is repainted",
+        "edit": "the latent of a picture",
+    }
+    fitting = [
+        f"--concat {kind} ({meaning})"
+        for kind, meaning in meanings.items()
+        if further == needed[kind]
+    ]
+    raise Mistake(
+        f"The UNet takes {further} channels beside the {out} of the latent, and it is not known "
+        f"what they are: say it with {', or '.join([*fitting, f'--concat {further}'])} for a "
+        "tensor of your own, if they stand after the latent's."
+    )
 
 
 def check_supported(config):
