@@ -46,6 +46,7 @@ class Mistakes(unittest.TestCase):
         write("sd3/model_index.json", {"transformer": ["diffusers", "SD3Transformer2DModel"]})
         safetensors(self.folder / "sd.safetensors", "model.diffusion_model.out.0.bias")
         safetensors(self.folder / "style.safetensors", "lora_unet_mid.lora_up.weight")
+        safetensors(self.folder / "lycoris.safetensors", "lycoris_unet_mid.lokr_w1")
         for name in ("sd.ckpt", "sd.gguf", "sd.onnx", "unet.ts", "mine.py", "damaged.safetensors"):
             (self.folder / name).write_bytes(b"")
 
@@ -72,6 +73,7 @@ class Mistakes(unittest.TestCase):
             ((at / "damaged.safetensors",), "in one file", "from_single_file"),
             ((at / "sd.ckpt",), "in one file", "from_single_file"),
             ((at / "style.safetensors",), "LoRA", "fuse_lora"),
+            ((at / "lycoris.safetensors",), "LoRA", "fuse_lora"),
             ((at / "lora",), "LoRA", "fuse_lora"),
             ((at / "sd.gguf",), "GGUF", "folder"),
             ((at / "sd.onnx",), "ONNX", "folder"),

@@ -14,7 +14,7 @@ ONE_FILE = (
     "StableDiffusionXLPipeline (docs/models.md)"
 )
 # Parts of names that only LoRAs' tensors have.
-LORA_NAMES = (".lora_", "lora_unet_", "lora_down.weight")
+LORA_NAMES = ("lora_", "_lora.", "lora.", "loha_", "lokr_", "hada_")
 
 
 def names_in_safetensors(path):

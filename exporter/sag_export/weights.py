@@ -14,11 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 from sag_export.mistake import Mistake
 from sag_export.network import first_line
+from sag_export.no_source import LORA_NAMES
 from sag_export.weight_files import read_json, weight_files
 
 # What a whole CLIP has beside its text model.
 CLIP_REST = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-LORA = (".base_layer.", "lora_", "_lora.", "lora.", ".processor.", "loha_", "lokr_", "hada_")
+# Parts of names that a LoRA leaves in a model.
+LORA = (*LORA_NAMES, ".base_layer.", ".processor.")
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
