@@ -42,6 +42,7 @@ torch::Tensor read_dims(const char* option, const std::string& where, std::int64
 
 // [height, width], [images, height, width] or [images, 1, height, width] → the last.
 torch::Tensor read_mask(const std::string& where) {
+  refuse_other_pictures("--mask", where);
   auto mask = read_floating("--mask", where);
   if (!mask.defined()) return mask;
   if (mask.dim() == 2) mask = mask.unsqueeze(0);
@@ -56,7 +57,7 @@ torch::Tensor read_mask(const std::string& where) {
 
 // White is 1. The grey of a colour is PIL's, and so diffusers'.
 torch::Tensor read_mask_picture(const std::string& file) {
-  const auto picture = (from_image(read_png("--mask", file)) + 1) / 2;
+  const auto picture = (from_image(read_png("--mask", file, Transparent::kRefused)) + 1) / 2;
   const auto grey = torch::tensor({0.299, 0.587, 0.114}).view({1, 3, 1, 1});
   return (picture * grey).sum(1, true).clamp(0, 1);
 }

@@ -7,6 +7,7 @@
 #include <fmt/ranges.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <png.h>
 #include <torch/torch.h>
 
 #include "command.h"
@@ -53,6 +54,23 @@ std::string safetensors(const std::string& name) {
   return std::string(1, static_cast<char>(header.size())) + std::string(7, '\0') + header;
 }
 
+// A PNG of 16 x 16 equal pixels, in libpng's format.
+std::string png_of(png_uint_32 format, const std::vector<png_byte>& pixel) {
+  png_image image = {};
+  image.version = PNG_IMAGE_VERSION;
+  image.width = image.height = 16;
+  image.format = format;
+  std::vector<png_byte> pixels;
+  for (int i = 0; i < 256; ++i) pixels.insert(pixels.end(), pixel.begin(), pixel.end());
+  std::string bytes(4096, '\0');
+  png_alloc_size_t size = bytes.size();
+  const auto written =
+      png_image_write_to_memory(&image, bytes.data(), &size, 0, pixels.data(), 0, nullptr);
+  EXPECT_NE(written, 0) << image.message;
+  bytes.resize(size);
+  return bytes;
+}
+
 class SampleMistakes : public testing::Test {
  protected:
   SampleMistakes() {
@@ -65,6 +83,14 @@ class SampleMistakes : public testing::Test {
     folder_.write("empty.ts", "");
     folder_.write("empty.pt", "");
     folder_.write("empty.png", "");
+    folder_.write("photo.jpg", "\xFF\xD8\xFF\xE0 and more");
+    folder_.write("photo.webp", "RIFF\x24\x01\x01\x01WEBPVP8 and more");
+    folder_.write("photo.gif", "GIF89a and more");
+    folder_.write("photo.avif", std::string(3, '\0') +
+                                    "\x1C"
+                                    "ftypavif and more");
+    folder_.write("alpha.png", png_of(PNG_FORMAT_RGBA, {0, 0, 0, 254}));
+    folder_.write("grey_alpha.png", png_of(PNG_FORMAT_GA, {0, 0}));
     for (const char* name : {"diffusers", "lora", "packages"})
       fs::create_directories(folder_.path(name));
     folder_.write("diffusers/model_index.json", "{}");
@@ -105,6 +131,9 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
     more.insert(more.end(), {"--height", "16", "--width", "16"});
     return run(more);
   };
+  const auto repaint = [&](const std::string& mask) {
+    return run({"--latent", path("noise.pt"), "--mask", path(mask)});
+  };
   struct Row {
     Arguments arguments;
     // What the sentence must say.
@@ -133,6 +162,13 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {run({"--noise", path("empty.pt")}), {"--noise", "is empty"}},
       {run({"--noise", kUNet}), {"--noise", "TorchScript model, not tensors"}},
       {run({"--image", path("empty.png")}), {"--image", "empty.png", "is empty"}},
+      {run({"--image", path("photo.jpg")}), {"--image", "JPEG", "save it as PNG"}},
+      {repaint("photo.jpg"), {"--mask", "JPEG", "save it as PNG"}},
+      {repaint("photo.webp"), {"--mask", "WebP", "save it as PNG"}},
+      {repaint("photo.gif"), {"--mask", "GIF", "save it as PNG"}},
+      {repaint("photo.avif"), {"--mask", "AVIF", "save it as PNG"}},
+      {repaint("alpha.png"), {"--mask", "transparent", "save it without"}},
+      {repaint("grey_alpha.png"), {"--mask", "transparent", "save it without"}},
       // Files that are not there.
       {unet(kGoldenDir + "comfy_sd15_tiny.tss"),
        {"no file", "do you mean", "comfy_sd15_tiny.ts\""}},
@@ -183,6 +219,14 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
     EXPECT_TRUE(sentence.ends_with('.') || sentence.ends_with('?') || sentence.ends_with(')'));
     EXPECT_EQ(files(), before) << "nothing is written";
   }
+}
+
+TEST_F(SampleMistakes, AnAlphaChannelWithoutTransparencyIsNone) {
+  folder_.write("opaque.png", png_of(PNG_FORMAT_RGBA, {255, 255, 255, 255}));
+  EXPECT_EQ(mistake({"--unet", kUNet, "--cond", kRun + ":cond", "--latent", path("noise.pt"),
+                     "--mask", path("opaque.png"), "--steps", "1", "--no-sag", "--device", "cpu",
+                     "--quiet", "--save-latent", path("out.pt")}),
+            "");
 }
 
 TEST_F(SampleMistakes, ADeviceThatIsNotThereLeavesTheCpu) {
