@@ -138,9 +138,9 @@ GuidedModel guide(const sag::ModelPatcher& plain, const std::vector<Guidance>& g
 std::string describe_run(const Settings& settings, const SamplingPlan& plan, const Inputs& inputs) {
   std::string text = fmt::format("{} {} steps", plan.steps(), plan.options.sampler);
   if (plan.options.sigmas.empty()) text += fmt::format(", {}", plan.options.schedule);
-  const bool any_prompt = std::any_of(inputs.batches.begin(), inputs.batches.end(),
-                                      [](const Batch& batch) { return !batch.positive.empty(); });
-  if (any_prompt) text += fmt::format(", cfg {:g}", settings.guider.cond_scale);
+  const auto prompted = std::find_if(inputs.batches.begin(), inputs.batches.end(),
+                                     [](const Batch& batch) { return !batch.positive.empty(); });
+  if (prompted != inputs.batches.end()) text += fmt::format(", cfg {:g}", prompted->cfg);
   for (const auto& guidance : settings.guidances) text += ", " + guidance.summary;
   return text;
 }

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <ostream>
 #include <string_view>
+#include <utility>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -148,9 +149,24 @@ void check_tensors(const Choices& choices) {
           "--channels, --height and --width cannot be given together with {}.", option));
     }
   }
-  const double cfg = guider_options().decide(choices).cond_scale;
-  if (given("--cfg") && given("--cond") && !given("--uncond") && cfg != 1) {
-    throw UsageError(fmt::format("--cfg {} needs --uncond.", cfg));
+}
+
+// Guidance is between a conditional and an unconditional prediction. Without both a scale does
+// nothing, and is refused; that of model.json is left alone.
+void check_scales(const Choices& choices, bool texts) {
+  const auto given = [&](const char* option) { return choices.contains(option); };
+  const bool two_classes = given("--class") && given("--uncond-class");
+  if (given("--prompt") || (given("--cond") ? given("--uncond") : two_classes)) return;
+  const bool class_alone = given("--class") && !texts && !given("--uncond");
+  const char* missing = given("--cond") ? "--uncond"
+                        : class_alone   ? "--uncond-class"
+                                        : "a --prompt, or --cond and --uncond";
+  for (const auto& [option, scale] :
+       {std::pair("--cfg", guider_options().decide(choices).cond_scale),
+        std::pair("--image-cfg", further_options().decide(choices).image_cfg)}) {
+    if (given(option) && scale != 1) {
+      throw UsageError(fmt::format("{} {} needs {}.", option, scale, missing));
+    }
   }
 }
 
@@ -195,6 +211,7 @@ void check_combinations(const Choices& choices) {
                fmt::format("{} needs a --prompt or --unconditional.", option));
   }
   check_tensors(choices);
+  check_scales(choices, texts);
   check_guidances(choices);
 }
 

@@ -1,5 +1,6 @@
 #include "inputs.h"
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <utility>
@@ -67,7 +68,8 @@ Batch tensor_batch(const InputTensors& tensors, std::size_t images, const Settin
   if (tensors.uncond.defined() || !tensors.cond.defined()) {
     batch.negative = conds(tensors.uncond, tensors.uncond_y);
   }
-  batch.cfg = batch.negative.empty() ? 1.0 : settings.guider.cond_scale;
+  const bool guided = !batch.positive.empty() && !batch.negative.empty();
+  batch.cfg = guided ? settings.guider.cond_scale : 1.0;
   return batch;
 }
 
@@ -166,6 +168,11 @@ void add_text_batches(Inputs& inputs, const PictureOptions& options, const Netwo
   inputs.notes = texts.notes();
 }
 
+bool any_guided(const std::vector<Batch>& batches) {
+  return std::any_of(batches.begin(), batches.end(),
+                     [](const Batch& batch) { return !batch.positive.empty(); });
+}
+
 std::string label(const Picture& picture, bool has_siblings, bool seeded) {
   const std::string seed = seeded ? fmt::format("seed {}", picture.seed) : "";
   if (picture.prompt.empty()) return seed;
@@ -220,6 +227,11 @@ Inputs read_inputs(const Settings& settings, torch::Device device) {
     add_text_batches(inputs, options, network, settings.guider.cond_scale, device);
   } else {
     inputs.batches = {tensor_batch(tensors, inputs.pictures.size(), settings, device)};
+  }
+  if (settings.further.uncond_label && !any_guided(inputs.batches)) {
+    throw UsageError(
+        "--uncond-class is what pictures of --class are guided away from, but here all are "
+        "unconditional: give a --prompt, or --cond, or --class alone.");
   }
   for (auto& batch : inputs.batches) {
     for (const auto picture : batch.pictures) batch.seeds.push_back(inputs.pictures[picture].seed);

@@ -84,8 +84,10 @@ TEST(SampleOptions, LeavesOpenWhatIsNotGiven) {
 }
 
 TEST(SampleOptions, ReadsNegativeNumbersAndInfinity) {
-  const auto settings = decide_settings(
-      tensors_with({"--sag-scale", "-1", "--cfg=-2.5", "--sag-start", "inf"}), nullptr);
+  const auto settings =
+      decide_settings(tensors_with({"--cond", "c.pt", "--uncond", "u.pt", "--sag-scale", "-1",
+                                    "--cfg=-2.5", "--sag-start", "inf"}),
+                      nullptr);
   EXPECT_EQ(sag_option(settings, "scale"), Value(-1.0));
   EXPECT_EQ(settings.guider.cond_scale, -2.5);
   EXPECT_EQ(sag_option(settings, "sigma_start"), Value(std::numeric_limits<double>::infinity()));
@@ -192,6 +194,34 @@ TEST(SampleOptions, RefusesWhatTensorsDecide) {
   EXPECT_EQ(mistake_in_more({"--cond", "c.pt", "--cfg", "1"}), "");
 }
 
+TEST(SampleOptions, RefusesScalesWithoutTwoPredictions) {
+  using Arguments = std::vector<std::string>;
+  const auto mistake_with = [](const std::string& option, Arguments more) {
+    more.insert(more.end(), {"--image", "a.png", option, "3"});
+    return mistake_in_more(std::move(more));
+  };
+  const std::string texts = "a --prompt, or --cond and --uncond";
+  const std::vector<std::pair<Arguments, std::string>> alone = {
+      {{"--cond", "c.pt"}, "--uncond"},
+      {{"--class", "1"}, "--uncond-class"},
+      {{"--class", "1", "--uncond", "u.pt"}, texts},
+      {{"--class", "1", "--unconditional", "2"}, texts},
+      {{"--unconditional", "2"}, texts},
+      {{"--uncond", "u.pt"}, texts},
+      {{}, texts}};
+  const std::vector<Arguments> both = {{"--prompt", "a"},
+                                       {"--prompt", "a", "--unconditional", "2"},
+                                       {"--prompt", "a", "--class", "1"},
+                                       {"--cond", "c.pt", "--uncond", "u.pt"},
+                                       {"--class", "1", "--uncond-class", "2"}};
+  for (const std::string option : {"--cfg", "--image-cfg"}) {
+    for (const auto& [more, missing] : alone) {
+      EXPECT_EQ(mistake_with(option, more), option + " 3 needs " + missing + ".");
+    }
+    for (const auto& more : both) EXPECT_EQ(mistake_with(option, more), "");
+  }
+}
+
 TEST(SampleOptions, ListSitesNeedsNoOutput) {
   const auto choices = parse({"--model", "m", "--list-sites"});
   EXPECT_TRUE(source_options().decide(choices).list_sites);
@@ -245,10 +275,12 @@ TEST(SampleSettings, CommandLineCountsBeforeTheModel) {
   // What model.json says, here in the words of the command line.
   ModelDirectory model;
   model.multiple = 8;
-  model.choices = parse_more({"--prediction", "edm", "--sigma-max", "60", "--steps", "12", "--cfg",
-                              "2", "--sag-scale", "1", "--channels", "3"});
-  const auto settings = decide_settings(
-      parse_more({"--device", "cpu", "--cfg", "4", "--width", "96", "--sag-blur", "3"}), &model);
+  model.choices =
+      parse_more({"--prompt", "a", "--prediction", "edm", "--sigma-max", "60", "--steps", "12",
+                  "--cfg", "2", "--sag-scale", "1", "--channels", "3"});
+  const auto settings = decide_settings(parse_more({"--prompt", "a", "--device", "cpu", "--cfg",
+                                                    "4", "--width", "96", "--sag-blur", "3"}),
+                                        &model);
   EXPECT_EQ(settings.guider.cond_scale, 4.0);
   EXPECT_EQ(settings.sampling.steps, 12);
   EXPECT_EQ(sag_option(settings, "scale"), Value(1.0));
@@ -299,7 +331,7 @@ TEST(FurtherInputs, EachConditioningGetsItsOwn) {
                   .classes = 3,
                   .guidance_size = 6};
   const auto batch_with = [&](std::vector<std::string> more) {
-    more.insert(more.begin(), {"--image", "a.png", "--class", "1"});
+    more.insert(more.begin(), {"--prompt", "a", "--image", "a.png", "--class", "1"});
     const auto settings = decide_settings(parse_more(std::move(more)), &model);
     check_further_inputs(settings);
     Batch batch{.positive = {{}}, .negative = {{}}, .cfg = settings.guider.cond_scale};
