@@ -14,9 +14,6 @@ namespace {
 
 namespace F = torch::nn::functional;
 
-// diffusers' LatentConsistencyModelPipeline has it too.
-constexpr double kEmbeddedGuidance = 8.5;
-
 const std::string& concat_kind(const Settings& settings) {
   static const std::string none;
   return settings.network.inputs.concat ? settings.network.inputs.concat->kind : none;

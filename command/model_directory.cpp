@@ -96,6 +96,11 @@ ConcatInput read_concat(JsonObject object, std::int64_t latent) {
   if (object.has("kind")) concat.kind = read_choice(object.given("kind"), kKinds);
   if (object.has("scale")) concat.scale = read_number(object.given("scale"), kPositive);
   object.refuse_unknown_keys();
+  if (object.has("scale") && concat.kind.empty()) {
+    throw UsageError(fmt::format(
+        "{} scales the picture's latent and needs a \"kind\" that has one, inpaint or edit.",
+        object.given("scale").where));
+  }
   const auto needed = concat.kind == "inpaint" ? latent + 1 : latent;
   if (!concat.kind.empty() && concat.channels != needed) {
     throw UsageError(fmt::format("{} must be {} for \"{}\" and latents with {} channels, got {}.",

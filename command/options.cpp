@@ -191,7 +191,7 @@ const OptionTable<PictureOptions>& picture_options() {
        prompt_weights(),
        number("--clip-skip", "clip_skip", &P::clip_skip, whole(1, 1024), "N",
               "Take the context from the text encoder's N-th layer from the end: 1 is the last, as "
-              "in A1111 (in ComfyUI -1); diffusers' clip_skip is N - 1, for SDXL N - 2")
+              "in A1111 (in ComfyUI -1); diffusers' clip_skip is N - 1, for SD 2 and SDXL N - 2")
            .from_model()
            .by_default("1; SD 2 and SDXL: 2"),
        number("--unconditional", "", &P::unconditional, whole(0, 4096), "N",
@@ -273,7 +273,7 @@ const OptionTable<FurtherOptions>& further_options() {
        number("--embedded-guidance", "embedded_guidance", &F::embedded_guidance, kFinite, "X",
               "Scale of the guidance that was distilled into the network (LCM)")
            .from_model()
-           .by_default("the model's, else 8.5")});
+           .by_default(fmt::format("the model's, else {:g}", kEmbeddedGuidance))});
   return table;
 }
 

@@ -51,6 +51,10 @@ struct PictureOptions {
   std::string noise = {}, latent = {}, image = {}, mask = {}, inpaint_noise = {}, sigmas = {};
 };
 
+/// The embedded scale of guidance where nobody gives one: diffusers'
+/// LatentConsistencyModelPipeline has it too.
+constexpr double kEmbeddedGuidance = 8.5;
+
 /// What only some networks take.
 struct FurtherOptions {
   /// A class, and that of the unconditional prediction.

@@ -194,6 +194,8 @@ TEST_F(SampleFiles, ReadsWhatElseANetworkTakes) {
   EXPECT_THAT(mistake(with(R"({"concat": {"channels": 4, "kind": "depth"}})")),
               HasSubstr("must be one of inpaint, edit, got"));
   EXPECT_THAT(mistake(with(R"({"concat": {"kind": "edit"}})")), HasSubstr("\"channels\""));
+  EXPECT_THAT(mistake(with(R"({"concat": {"channels": 5, "scale": 3.0}})")),
+              AllOf(HasSubstr("scale"), HasSubstr("needs a \"kind\"")));
   EXPECT_THAT(mistake(with(R"({"timestep_cond": {"size": 2}})")), HasSubstr("between 4 and"));
   EXPECT_THAT(mistake(with(R"({"depth": {}})")), HasSubstr("unknown key \"depth\""));
 }
