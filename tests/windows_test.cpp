@@ -86,6 +86,11 @@ const std::string kNotProjected = R"(
     w = self.windows(h)
     return self.whole(torch.scaled_dot_product_attention(w, w, w))
 )";
+// Windows in rows before the projections, and their heads in rows after them.
+const std::string kWindowsAndHeads = std::string(kWindows) + R"(
+    a = torch.scaled_dot_product_attention(self.heads_into_rows(q), self.heads_into_rows(k), self.heads_into_rows(v))
+    return self.whole(torch.linear(self.heads_out_of_rows(a), self.out))
+)";
 // Four heads in rows, over the whole picture of 8 x 8.
 const std::string kHeads = R"(
     q, k, v = torch.chunk(torch.linear(self.pooled(h), self.qkv), 3, -1)
@@ -133,7 +138,8 @@ INSTANTIATE_TEST_SUITE_P(Of, Windows,
                          testing::Values(Case{"FourDims", kFourDims}, Case{"ThreeDims", kThreeDims},
                                          Case{"Unfused", kUnfused},
                                          Case{"ProjectedFirst", kProjectedFirst},
-                                         Case{"NotProjected", kNotProjected}),
+                                         Case{"NotProjected", kNotProjected},
+                                         Case{"WithHeads", kWindowsAndHeads}),
                          [](const auto& info) { return std::string(info.param.name); });
 
 class Heads : public testing::TestWithParam<Case> {};

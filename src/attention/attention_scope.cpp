@@ -31,10 +31,12 @@ namespace {
 
 // Whether q's first dimension holds windows, where it could also hold heads. Heads have all places
 // of the layer's input as tokens, windows a part of them: the layer's input then is in windows
-// already, or has as many places as the windows of a row together.
+// already, and q may hold their heads as well, or it has as many places as the windows of a row
+// together.
 bool are_windows(const SiteCalls& calls, std::int64_t rows, std::int64_t per_row,
                  std::int64_t tokens) {
-  return (calls.layer_rows == rows * per_row && calls.layer_places == tokens) ||
+  const bool layer_has_windows = calls.layer_rows > rows && calls.layer_rows % rows == 0;
+  return (layer_has_windows && calls.layer_places == tokens) ||
          (calls.layer_rows == rows && calls.layer_places == per_row * tokens);
 }
 
