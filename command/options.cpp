@@ -273,7 +273,7 @@ const OptionTable<FurtherOptions>& further_options() {
        number("--embedded-guidance", "embedded_guidance", &F::embedded_guidance, kFinite, "X",
               "Scale of the guidance that was distilled into the network (LCM)")
            .from_model()
-           .by_default(fmt::format("the model's, else {:g}", kEmbeddedGuidance))});
+           .by_default(fmt::format("{:g}", kEmbeddedGuidance))});
   return table;
 }
 
