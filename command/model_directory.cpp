@@ -145,13 +145,16 @@ void read_defaults(JsonObject defaults, Choices& choices) {
 nlohmann::json read_description(const std::string& path, const std::string& file) {
   std::error_code error;
   if (fs::is_regular_file(path, error)) {
+    const auto folder = fs::absolute(path, error).parent_path();
     const bool is_unet = path.ends_with(".ts") || path.ends_with(".pt2");
     throw UsageError(fmt::format(
         "--model takes a directory with a model.json, got the file \"{}\": {}.", path,
-        is_unet ? "--unet takes the file of a UNet"
-                : "sag-export makes such a directory of a diffusers folder, and diffusers makes "
-                  "that folder of a checkpoint in one file "
-                  "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER))"));
+        fs::exists(folder / "model.json", error)
+            ? fmt::format("give --model \"{}\"", folder.string())
+        : is_unet ? "--unet takes the file of a UNet"
+                  : "sag-export makes such a directory of a diffusers folder, and diffusers makes "
+                    "that folder of a checkpoint in one file "
+                    "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER))"));
   }
   if (!fs::is_directory(path, error)) {
     throw UsageError(
@@ -159,10 +162,15 @@ nlohmann::json read_description(const std::string& path, const std::string& file
   }
   const auto has = [&](const char* name) { return fs::exists(fs::path(path) / name, error); };
   if (!fs::exists(file, error) && (has("model_index.json") || has("config.json"))) {
+    // With a slash at its end, whether the user wrote one or not.
+    const auto folder = fs::absolute(fs::path(path) / "", error).lexically_normal();
+    const auto whole = folder.parent_path().parent_path();
+    const bool is_part = !has("model_index.json") && fs::exists(whole / "model_index.json", error);
     throw UsageError(fmt::format(
-        "--model: \"{0}\" is a diffusers folder; \"sag-export {0} --out DIR\" makes a model "
-        "directory of it.",
-        path));
+        "--model: \"{}\" is a {}; \"sag-export {}{} --out DIR\" makes a model directory of it.",
+        path, is_part ? "part of a diffusers pipeline" : "diffusers folder",
+        is_part ? whole.string() : path,
+        is_part || has("model_index.json") ? "" : " --prediction eps"));
   }
   return read_json_file(file, fmt::format("--model: the directory \"{}\" has no model.json that "
                                           "can be read.",

@@ -91,8 +91,10 @@ class SampleMistakes : public testing::Test {
                                     "ftypavif and more");
     folder_.write("alpha.png", png_of(PNG_FORMAT_RGBA, {0, 0, 0, 254}));
     folder_.write("grey_alpha.png", png_of(PNG_FORMAT_GA, {0, 0}));
-    for (const char* name : {"diffusers", "lora", "packages"})
+    for (const char* name : {"diffusers", "lora", "packages", "pipeline/unet"})
       fs::create_directories(folder_.path(name));
+    folder_.write("pipeline/model_index.json", "{}");
+    folder_.write("pipeline/unet/config.json", "{}");
     folder_.write("diffusers/model_index.json", "{}");
     folder_.write("lora/adapter_config.json", "{}");
     folder_.write("noise.pt", tensor_file_bytes(torch::zeros({1, 4, 16, 16})));
@@ -153,6 +155,10 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {unet(path("lora")), {"LoRA", "sag-export"}},
       {unet(path("packages")), {"packages (*.pt2)", "has none"}},
       {model(path("diffusers")), {"diffusers folder", "sag-export", "--out DIR"}},
+      {model(path("pipeline/unet")),
+       {"part of a diffusers pipeline", "sag-export", "pipeline --out"}},
+      {model(sag::test::kModelDir + "model.json"),
+       {"got the file", "give --model", "models/emoji"}},
       {model(path("packages")), {"no model.json"}},
       {model(path("sd.safetensors")), {"directory", "sag-export", "from_single_file"}},
       {model(kUNet), {"directory", "--unet"}},
