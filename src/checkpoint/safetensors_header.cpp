@@ -26,7 +26,7 @@ constexpr std::uint64_t kLongestHeader = 100'000'000;
 // LibTorch's ops take no more.
 constexpr std::size_t kMostDimensions = 64;
 
-constexpr std::array<std::pair<std::string_view, torch::ScalarType>, 16> kDtypes = {{
+constexpr std::array<std::pair<std::string_view, torch::ScalarType>, 17> kDtypes = {{
     {"F64", torch::kDouble},
     {"F32", torch::kFloat},
     {"F16", torch::kHalf},
@@ -43,6 +43,7 @@ constexpr std::array<std::pair<std::string_view, torch::ScalarType>, 16> kDtypes
     {"U32", torch::kUInt32},
     {"U16", torch::kUInt16},
     {"U8", torch::kByte},
+    {"BOOL", torch::kBool},
 }};
 
 // Reads one entry of the header, or says what is wrong with it.
@@ -75,7 +76,6 @@ class EntryReader {
     const auto& given = entry_["dtype"];
     if (!given.is_string()) refuse("must have the name of a dtype");
     const auto& text = given.get_ref<const std::string&>();
-    if (text == "BOOL") return torch::kBool;
     const auto* found = std::find_if(kDtypes.begin(), kDtypes.end(),
                                      [&](const auto& dtype) { return dtype.first == text; });
     if (found == kDtypes.end())

@@ -67,11 +67,11 @@ std::string list_shapes(const UNetInput& input) {
 }
 
 void check_output(const torch::Tensor& out, const torch::Tensor& x, const std::string& model,
-                  const char* caller, const std::string& note) {
+                  const char* caller, const std::function<std::string()>& note) {
   const bool fits = out.defined() && out.dim() == 4 && out.size(0) == x.size(0) &&
                     out.size(2) == x.size(2) && out.size(3) == x.size(3);
   TORCH_CHECK_VALUE(fits, "[", caller, "] ", model, " must return x's rows, height and width, got ",
-                    shape_text(out), " for x of shape ", x.sizes(), ".", note);
+                    shape_text(out), " for x of shape ", x.sizes(), ".", note ? note() : "");
 }
 
 }  // namespace sag

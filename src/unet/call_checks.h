@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <string>
 
 #include <torch/types.h>
@@ -26,8 +27,8 @@ void check_input(const UNetInput& input, torch::Device device, torch::ScalarType
 std::string list_shapes(const UNetInput& input);
 
 /// Throws ValueError unless `out` has x's rows, height and width. `model` is what the error calls
-/// the network; `note` ends its text.
+/// the network; what `note` returns ends its text.
 void check_output(const torch::Tensor& out, const torch::Tensor& x, const std::string& model,
-                  const char* caller, const std::string& note = "");
+                  const char* caller, const std::function<std::string()>& note = {});
 
 }  // namespace sag

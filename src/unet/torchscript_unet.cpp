@@ -233,6 +233,8 @@ struct TorchScriptUNet::State {
   std::int64_t fixed();
   // What a failure may come from, as a sentence in brackets after it; or nothing.
   std::string way_out(const UNetInput& input, const std::string& message);
+  // The same where the number of rows may be what does not fit.
+  std::string note_on_rows(const UNetInput& input);
 
   const Origin origin;
   const TracedInputs traced;
@@ -316,7 +318,8 @@ torch::Tensor TorchScriptUNet::State::run(const UNetInput& given) {
       out.defined(), "[TorchScriptUNet::forward] the forward of ", origin.model,
       " must return a tensor, a tuple or list with one, or a dict with \"sample\" or \"out\", got ",
       result.tagKind(), ". ", list_sites(sites));
-  check_output(out, input.x, origin.model, "TorchScriptUNet::forward", way_out(input, "shape"));
+  check_output(out, input.x, origin.model, "TorchScriptUNet::forward",
+               [&] { return note_on_rows(input); });
   return out.contiguous();
 }
 
@@ -325,9 +328,12 @@ std::string TorchScriptUNet::State::way_out(const UNetInput& input, const std::s
   if (mentions(" channels, but got "))
     return " (Channels after the latent's are given as Conditioning::concat, sag-sample: "
            "--concat.)";
-  // Without the traced inputs nobody knows whether rows are the matter.
-  const bool may_be_rows = traced.rows() == 0 && input.x.size(0) != fixed();
-  if (!may_be_rows || !(mentions("size") || mentions("shape"))) return "";
+  return mentions("size") || mentions("shape") ? note_on_rows(input) : "";
+}
+
+// Without the traced inputs nobody knows whether rows are the matter.
+std::string TorchScriptUNet::State::note_on_rows(const UNetInput& input) {
+  if (traced.rows() > 0 || input.x.size(0) == fixed()) return "";
   return " (If a number of rows is written into the file, name it: TorchScriptUNetOptions::rows, "
          "sag-sample: --unet-rows.)";
 }
