@@ -124,7 +124,7 @@ TEST_F(SamplePackages, RefuseWhatWasDecidedWhenTheyWereCompiled) {
       [&] {
         sample({"--unet", kPackages + "foreign/one_site.pt2", "--site", "input.1.0"});
       },
-      ThrowsMessage<c10::ValueError>(HasSubstr("export it with --site")));
+      ThrowsMessage<UsageError>(HasSubstr("export it with --site for another")));
   EXPECT_THAT(
       [&] {
         sample({"--unet", unet}, "15");
