@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sag_export.attention import self_attentions
-from sag_export.package import write_package, write_weights
+from sag_export.package import add_record, write_package, write_weights
 
 WIDTH, HEADS, CONTEXT, FEATURES = 16, 2, 6, 5
 ROWS = (1, 4)
@@ -172,6 +172,14 @@ def edited(source, target, **changes):
             new.writestr(entry.filename, content)
 
 
+def write_skeleton(folder, packages):
+    """The packages of a folder as those of a skeleton, without weights.pt."""
+    folder.mkdir()
+    for package in packages.glob("*.pt2"):
+        edited(package, folder / package.name, sag__skeleton="toy")
+        add_record(folder / package.name, "extra/names.json", "{}")
+
+
 def write_foreign(folder, package, unet):
     """Files that are not what AotiUNet reads, or do not fit."""
     folder.mkdir()
@@ -236,6 +244,7 @@ def main():
     write_package(unet, inputs, target / "unet.pt2", sites=sites, dims=ranges())
     write_folder(target / "folder", unet, "cpu")
     write_other_weights(target / "folder", unet)
+    write_skeleton(target / "skeleton", target / "folder")
     write_plain(target / "plain.pt2")
     write_foreign(target / "foreign", target / "unet.pt2", unet)
     if torch.cuda.is_available():

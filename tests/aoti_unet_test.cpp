@@ -394,6 +394,155 @@ TEST(AotiUNet, SharedWeightsAreFreedWithTheUNet) {
   EXPECT_LT(resident() - before, 32);
 }
 
+// ---- weights from memory
+
+using GivenWeights = decltype(AotiUNetOptions::weights);
+
+std::map<std::string, torch::Tensor> stored_weights(const std::string& name = "folder/weights.pt") {
+  const auto bytes = test::read_bytes(kPackages + name);
+  std::map<std::string, torch::Tensor> weights;
+  for (const auto& entry : torch::pickle_load({bytes.begin(), bytes.end()}).toGenericDict())
+    weights.emplace(entry.key().toStringRef(), entry.value().toTensor());
+  return weights;
+}
+
+GivenWeights giving(const std::map<std::string, torch::Tensor>& weights) {
+  GivenWeights given;
+  for (const auto& [name, t] : weights) given.emplace(name, [t = t] { return t; });
+  return given;
+}
+
+std::shared_ptr<AotiUNet> load_with(const std::map<std::string, torch::Tensor>& weights,
+                                    const std::string& name = "skeleton") {
+  return AotiUNet::load(kPackages + name, {.weights = giving(weights)});
+}
+
+TEST(AotiUNet, TakesWeightsFromMemory) {
+  const auto weights = stored_weights();
+  for (const char* name : {"folder", "skeleton"}) {
+    const auto given = load_with(weights, name);
+    const auto expected = load("folder");
+    // 2 rows of 12 x 16 have a package of their own.
+    for (const std::int64_t rows : {2, 3})
+      EXPECT_TRUE(given->forward(make_input(rows)).equal(expected->forward(make_input(rows))));
+    EXPECT_LT(difference(with_hooks(*given, make_input(), {"middle.0.0"}, returns_v),
+                         with_hooks(*reference(), make_input(), {"middle.0.0"}, returns_v)),
+              2e-5);
+  }
+  const auto expected = stored_weights("folder/doubled.pt");
+  const Folder doubled(Links{{"a.pt2", "folder/rows_2.pt2"}, {"weights.pt", "folder/doubled.pt"}});
+  EXPECT_TRUE(load_with(expected)
+                  ->forward(make_input())
+                  .equal(AotiUNet::load(doubled.path())->forward(make_input())));
+}
+
+TEST(AotiUNet, AsksForEachWeightOnce) {
+  std::map<std::string, int> calls;
+  GivenWeights given;
+  for (const auto& [name, t] : stored_weights())
+    given.emplace(name, [&calls, name = name, t = t] {
+      ++calls[name];
+      return t;
+    });
+  const auto unet = AotiUNet::load(kPackages + "skeleton", {.weights = given});
+  EXPECT_EQ(calls.size(), given.size());
+  for (const auto& [name, count] : calls) EXPECT_EQ(count, 1) << name;
+}
+
+// Halves are exact in every other dtype here, so that the results are equal.
+TEST(AotiUNet, ConvertsWeightsOfOtherDtypesAndStrides) {
+  auto weights = stored_weights();
+  for (auto& [name, t] : weights) t = t.to(torch::kHalf).to(torch::kFloat);
+  const auto expected = load_with(weights)->forward(make_input());
+  const auto with = [&](const std::function<torch::Tensor(const torch::Tensor&)>& change) {
+    auto changed = weights;
+    for (auto& [name, t] : changed) t = change(t);
+    return load_with(changed)->forward(make_input());
+  };
+  EXPECT_TRUE(with([](const auto& t) { return t.to(torch::kHalf); }).equal(expected));
+  EXPECT_TRUE(with([](const auto& t) { return t.to(torch::kDouble); }).equal(expected));
+  EXPECT_TRUE(with([](const auto& t) {
+                return t.dim() == 4
+                           ? t.to(torch::kHalf, false, false, at::MemoryFormat::ChannelsLast)
+                           : t.t().contiguous().t();
+              }).equal(expected));
+  // Begins one element after its storage, as a tensor of a mapped file may.
+  EXPECT_TRUE(with([](const auto& t) {
+                return torch::cat({torch::ones({1}), t.flatten()}).slice(0, 1).view(t.sizes());
+              }).equal(expected));
+}
+
+TEST(AotiUNet, SharesWeightsThatLieAsItNeedsThem) {
+  auto weights = stored_weights();
+  const auto unet = load_with(weights);
+  const auto before = unet->forward(make_input());
+  weights.at("out.weight").mul_(2);
+  EXPECT_FALSE(unet->forward(make_input()).equal(before));
+  auto halves = stored_weights();
+  halves.at("out.weight") = halves.at("out.weight").to(torch::kHalf);
+  const auto copied = load_with(halves);
+  const auto once = copied->forward(make_input());
+  halves.at("out.weight").mul_(2);
+  EXPECT_TRUE(copied->forward(make_input()).equal(once));
+}
+
+TEST(AotiUNet, RefusesWeightsFromMemoryThatAreNotThePackages) {
+  const std::string name = "middle_block.1.transformer_blocks.0.attn1.to_q.weight";
+  const auto message = [&](const std::function<void(std::map<std::string, torch::Tensor>&)>& change,
+                           const char* package = "skeleton") {
+    auto weights = stored_weights();
+    change(weights);
+    return error_of<c10::ValueError>([&] { load_with(weights, package); });
+  };
+  const auto with = [&](const torch::Tensor& t) {
+    return message([&](auto& weights) { weights.at(name) = t; });
+  };
+  EXPECT_THAT(message([&](auto& weights) { weights.erase(name); }),
+              AllOf(one_sentence(), HasSubstr("1 are missing"), HasSubstr(name)));
+  EXPECT_THAT(message([](auto& weights) { weights["further.bias"] = torch::ones(2); }),
+              AllOf(one_sentence(), HasSubstr("1 others"), HasSubstr("\"further.bias\"")));
+  EXPECT_THAT(with(torch::ones({3, 3})),
+              AllOf(one_sentence(), HasSubstr(name), HasSubstr("float32 16,16 16,1"),
+                    HasSubstr("got float32 3,3 3,1")));
+  EXPECT_THAT(with(torch::ones({16, 16}, torch::kInt)),
+              AllOf(one_sentence(), HasSubstr("got int32 16,16 16,1")));
+  EXPECT_THAT(with(torch::ones({256})), HasSubstr("got float32 256 1"));
+  EXPECT_THAT(with(torch::Tensor()), AllOf(one_sentence(), HasSubstr("got no dense tensor")));
+  EXPECT_THAT(with(torch::ones({16, 16}).to_sparse()), HasSubstr("got no dense tensor"));
+  EXPECT_THAT(with(torch::ones({16, 16}, torch::kMeta)),
+              AllOf(one_sentence(), HasSubstr("on the CPU or on cpu"), HasSubstr("on meta")));
+  EXPECT_THAT(with(torch::full({16, 16}, NAN)),
+              AllOf(one_sentence(), HasSubstr("finite"), HasSubstr(name)));
+  // Beyond fp32, the packages' dtype.
+  EXPECT_THAT(with(torch::full({16, 16}, 1e300, torch::kDouble)), HasSubstr("finite"));
+  EXPECT_THAT(message([](auto&) {}, "unet.pt2"),
+              AllOf(one_sentence(), HasSubstr("unet.pt2"), HasSubstr("holds its own")));
+}
+
+TEST(AotiUNet, AnExceptionOfWhatGivesAWeightArrivesAsItself) {
+  struct Mine : std::runtime_error {
+    using std::runtime_error::runtime_error;
+  };
+  auto given = giving(stored_weights());
+  given.begin()->second = []() -> torch::Tensor { throw Mine("no weight today"); };
+  EXPECT_THROW(AotiUNet::load(kPackages + "skeleton", {.weights = given}), Mine);
+}
+
+TEST(AotiUNet, ASkeletonsPackagesNeedACheckpoint) {
+  for (const char* name : {"skeleton", "skeleton/rows_2.pt2"})
+    EXPECT_THAT(error_of<c10::ValueError>([&] { load(name); }),
+                AllOf(one_sentence(), HasSubstr("--checkpoint"), HasSubstr("those of toy")));
+  EXPECT_EQ(AotiUNet::skeleton(kPackages + "skeleton"), "toy");
+  EXPECT_EQ(AotiUNet::skeleton(kPackages + "folder"), "");
+  EXPECT_THAT(error_of<c10::ValueError>([] { AotiUNet::skeleton(kPackages + "unet.ts"); }),
+              one_sentence());
+  const Folder mixed(Links{{"a.pt2", "folder/a_range.pt2"}, {"b.pt2", "skeleton/rows_2.pt2"}});
+  EXPECT_THAT(error_of<c10::ValueError>([&] { AotiUNet::load(mixed.path()); }),
+              HasSubstr("network and weights"));
+}
+
+// ---- rows
+
 // A call of other rows is filled up and split; hooks and reports see what was asked for.
 TEST(AotiUNet, APackageForOneNumberOfRowsTakesAny) {
   const Folder folder(Links{{"a.pt2", "folder/rows_2.pt2"}, {"weights.pt", "folder/weights.pt"}});
@@ -653,6 +802,20 @@ TEST_F(AotiCuda, GivesATorchScriptUNetsValues) {
                   .slice(0, 1)
                   .view({1, 4, 12, 16});
   EXPECT_TRUE(unet->forward(shifted).equal(plain));
+}
+
+TEST_F(AotiCuda, TakesWeightsFromTheCpuAndFromTheDevice) {
+  const auto expected = load("cuda")->forward(make_input(2, 12, 16, device()));
+  auto weights = stored_weights();
+  const auto with = [&] {
+    return AotiUNet::load(kPackages + "cuda", {.weights = giving(weights)})
+        ->forward(make_input(2, 12, 16, device()));
+  };
+  EXPECT_TRUE(with().equal(expected));
+  for (auto& [name, t] : weights) t = t.to(torch::kDouble);
+  EXPECT_TRUE(with().equal(expected));
+  for (auto& [name, t] : weights) t = t.to(device());
+  EXPECT_TRUE(with().equal(expected));
 }
 
 TEST_F(AotiCuda, RunsInsideCudaGraphs) {

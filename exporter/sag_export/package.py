@@ -6,6 +6,8 @@ The compiled code does not check its inputs, so the metadata of a package says w
     sag.device   "cpu" or "cuda"
     sag.torch    the version of PyTorch that compiled it
     sag.model    a fingerprint of the network, the same for all packages of a folder
+    sag.skeleton the family of checkpoints whose skeleton it was compiled from, "sdxl" for example;
+                 only for packages that run every checkpoint of the family
     sag.gpu      the compute capability it was compiled for, "9.0" for example; only for CUDA
     sag.inputs   a line for each input, in the order of forward: <name> <dtype> <dim> <dim> ...;
                  a dim is "77", or "1-8", or "8-128/8": multiples of 8. The first dim is the rows,
@@ -14,19 +16,27 @@ The compiled code does not check its inputs, so the metadata of a package says w
                  <dotted path>
     sag.weights  a line for each tensor that weights.pt must hold: <name> <dtype> <sizes> <strides>,
                  the last two with commas between the numbers; empty if the package has its weights
+
+A package of a skeleton also has the record extra/names.json: what a checkpoint calls each weight.
 """
 
 import hashlib
 import os
 import pathlib
 import tempfile
+import zipfile
 
 import torch
 
 from sag_export.attention import marked
 
+# What a checkpoint calls each weight of a skeleton; the library reads it from archives, too.
+NAMES = "extra/names.json"
 
-def write_package(module, example, out, *, sites, dims, weights=None, inductor_configs=None):
+
+def write_package(
+    module, example, out, *, sites, dims, weights=None, skeleton=None, inductor_configs=None
+):
     """Compiles a module and writes the package, whole or not at all.
 
     module: in eval mode; its forward takes tensors. Convolutions keep the memory format of their
@@ -40,6 +50,8 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
         first dimension is the rows, the same for every input.
     weights: None puts them into the package. True leaves them out, for packages that share one
         weights.pt (write_weights) in the same folder.
+    skeleton: the name of the family and the text of names.json, for a package that runs every
+        checkpoint of the family. Leaves the weights out, too.
     inductor_configs: further options of AOTInductor, for example {"max_autotune": True}.
 
     Raises ValueError, in one sentence, if the module cannot be exported like this.
@@ -47,15 +59,22 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
     out = pathlib.Path(out)
     example = {name: tensor.contiguous() for name, tensor in example.items()}
     _check(module, example, out, dims, sites)
+    left_out = bool(weights or skeleton)
     with torch.no_grad():
         with marked(module, sites) as ordinals:
             program = _export(module, example, dims)
-        metadata = {**_metadata(example, dims, ordinals), "sag.model": _fingerprint(module)}
-        metadata["sag.weights"] = "\n".join(_describe_weights(module, program)) if weights else ""
+        metadata = _metadata(example, dims, ordinals)
+        metadata["sag.model"] = _fingerprint(module, with_values=not skeleton)
+        metadata["sag.weights"] = "\n".join(_describe_weights(module, program)) if left_out else ""
+        if skeleton:
+            metadata["sag.skeleton"], names = skeleton
         configs = {
             # As many threads as the program that runs it has, not the one that compiled it.
             "cpp.dynamic_threads": True,
-            "aot_inductor.package_constants_in_so": not weights,
+            "aot_inductor.package_constants_in_so": not left_out,
+            # Else it writes the values of vectors of up to eight elements into the code, such as
+            # the bias of the last convolution.
+            "always_keep_tensor_constants": left_out,
             **(inductor_configs or {}),
             "aot_inductor.metadata": metadata,
         }
@@ -64,7 +83,17 @@ def write_package(module, example, out, *, sites, dims, weights=None, inductor_c
             torch._inductor.aoti_compile_and_package(
                 program, package_path=whole, inductor_configs=configs
             )
+            if skeleton:
+                add_record(whole, NAMES, names)
             os.replace(whole, out)
+
+
+def add_record(package, name, text):
+    """Adds a file to a package."""
+    with zipfile.ZipFile(package, "a") as archive:
+        # Everything in it is in one folder.
+        root = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{root}/{name}", text)
 
 
 def write_weights(module, path):
@@ -85,12 +114,12 @@ def _tensors(module):
     }
 
 
-def _fingerprint(module):
+def _fingerprint(module, with_values):
     """Of the names, shapes and first values of all tensors: it differs for other weights of the
-    same network."""
+    same network. Without values it does not."""
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(module).items()):
-        first = tensor.detach().flatten()[:16].double().tolist()
+        first = tensor.detach().flatten()[:16].double().tolist() if with_values else []
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {first}\n".encode())
     return digest.hexdigest()[:16]
 

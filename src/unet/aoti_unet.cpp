@@ -4,19 +4,17 @@
 #include <charconv>
 #include <filesystem>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 
 #include <ATen/ops/from_blob.h>
 #include <c10/core/DeviceGuard.h>
-#include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/csrc/jit/serialization/import_read.h>
 
+#include "alignment.h"
 #include "call_checks.h"
-#include "file_problem.h"
 #include "numbered_device.h"
 #include "package.h"
+#include "package_weights.h"
 #include "plain_message.h"
 #include "row_calls.h"
 #include "sag/attention.h"
@@ -32,8 +30,6 @@ namespace {
 
 using torch::inductor::AOTIModelPackageLoader;
 
-using Weights = std::unordered_map<std::string, torch::Tensor>;
-
 // A package that is loaded. The stream orders what it launches; its own state is for one thread at
 // a time. The mutex is recursive: a hook may call the UNet that it runs in.
 struct LoadedPackage {
@@ -41,6 +37,13 @@ struct LoadedPackage {
   std::unique_ptr<AOTIModelPackageLoader> loader;
   std::recursive_mutex mutex;
 };
+
+// One load at a time in the process: LibTorch reads all metadata into one static object. It is
+// recursive: what gives the weights may look at packages, too.
+std::recursive_mutex& one_at_a_time() {
+  static std::recursive_mutex mutex;
+  return mutex;
+}
 
 // The device to run on.
 torch::Device choose_device(const PackageInfo& package,
@@ -89,53 +92,39 @@ void check_belongs(const PackageInfo& package, const PackageInfo& first) {
   check(std::equal(package.sites.begin(), package.sites.end(), first.sites.begin(),
                    first.sites.end(), same_site),
         "attention sites");
-  check(package.model == first.model, "network and weights");
+  check(package.model == first.model && package.skeleton == first.skeleton, "network and weights");
 }
 
-// ---- weights.pt
-
-Weights read_weights(const std::string& path, torch::Device device) {
-  const auto refuse = [&](const std::string& what) {
-    TORCH_CHECK_VALUE(false,
-                      "[AotiUNet::load] packages that were compiled without their weights need the "
-                      "file weights.pt next to them, a plain dict of tensors, got \"",
-                      path, "\", ", what);
-  };
-  if (const auto problem = zip_problem(path); !problem.empty()) refuse(problem);
-  c10::IValue value;
-  try {
-    caffe2::serialize::PyTorchStreamReader reader(path);
-    value = torch::jit::readArchiveAndTensors("data", "", "", {}, {}, device, reader);
-  } catch (const std::exception& error) {
-    const auto message = plain_message(error);
-    if (message.find("INTERNAL ASSERT") != std::string::npos)
-      refuse("which holds something else: save dict(module.state_dict()).");
-    refuse("which cannot be read: " + message);
+// What the packages of a folder, or the one that is named, say about themselves.
+std::vector<PackageInfo> read_packages(const std::string& path) {
+  std::vector<PackageInfo> infos;
+  for (const auto& file : find_packages(path)) {
+    infos.push_back(read_package(file));
+    check_belongs(infos.back(), infos.front());
   }
-  if (!value.isGenericDict()) refuse("which holds something else.");
-  Weights weights;
-  for (const auto& entry : value.toGenericDict())
-    if (entry.key().isString() && entry.value().isTensor())
-      weights.emplace(entry.key().toStringRef(), entry.value().toTensor().resolve_neg());
-  return weights;
+  return infos;
 }
 
-void check_weights(const PackageInfo& package, const Weights& weights) {
-  for (const auto& [name, wanted] : package.weights) {
-    const auto found = weights.find(name);
-    TORCH_CHECK_VALUE(found != weights.end(), "[AotiUNet::load] weights.pt must hold \"", name,
-                      "\", which \"", package.path, "\" needs.");
-    const auto given = describe_weight(found->second);
-    TORCH_CHECK_VALUE(given == wanted, "[AotiUNet::load] weights.pt must hold \"", name, "\" as \"",
-                      package.path, "\" was compiled for (dtype, sizes, strides), ", wanted,
-                      ", got ", given, ".");
-  }
+// The weights that the packages do not hold themselves.
+PackageWeights weights_for(const std::vector<PackageInfo>& packages, const AotiUNetOptions& options,
+                           torch::Device device) {
+  if (!options.weights.empty()) return convert_weights(options.weights, packages, device);
+  const auto& first = packages.front();
+  TORCH_CHECK_VALUE(
+      first.skeleton.empty(),
+      "[AotiUNet::load] packages that were compiled from a skeleton need weights "
+      "from a checkpoint (sag-sample --checkpoint FILE --compiled DIR), got none for \"",
+      first.path, "\", which runs those of ", first.skeleton, ".");
+  const auto lacks = [](const auto& package) { return !package.weights.empty(); };
+  if (std::none_of(packages.begin(), packages.end(), lacks)) return {};
+  const auto folder = std::filesystem::path(first.path).parent_path();
+  return read_weights_file((folder / "weights.pt").string(), packages, device);
 }
 
 // Gives a package the weights that it shares with others, as views that own nothing: LibTorch does
 // not release the tensors that it is given here.
-void give_weights(LoadedPackage& package, const Weights& weights) {
-  Weights views;
+void give_weights(LoadedPackage& package, const PackageWeights& weights) {
+  PackageWeights views;
   for (const auto& name : package.loader->get_constant_fqns()) {
     const auto found = weights.find(name);
     TORCH_CHECK_VALUE(found != weights.end() && package.info.weights.contains(name),
@@ -197,13 +186,10 @@ void check_argument(const PackageInput& input, const torch::Tensor& t, const tor
                     x.sizes(), ".");
 }
 
-// Compiled code assumes that the elements follow each other, from an address from which kernels can
-// read several at once.
+// Compiled code assumes that the elements follow each other.
 torch::Tensor contiguous_and_aligned(const torch::Tensor& t) {
-  constexpr std::uintptr_t kAlignment = 16;
   const auto plain = t.resolve_conj().resolve_neg().contiguous();
-  return reinterpret_cast<std::uintptr_t>(plain.const_data_ptr()) % kAlignment == 0 ? plain
-                                                                                    : plain.clone();
+  return is_aligned(plain) ? plain : plain.clone();
 }
 
 }  // namespace
@@ -220,33 +206,25 @@ struct AotiUNet::State {
   const PackageInfo& first() const { return packages.front()->info; }
 
   // Shared by all packages that need them, and destroyed after those.
-  Weights weights;
+  PackageWeights weights;
   // The most specific first.
   std::vector<std::unique_ptr<LoadedPackage>> packages;
   torch::Device device = torch::kCPU;
 };
 
 AotiUNet::State::State(const std::string& path, const AotiUNetOptions& options) {
-  for (const auto& file : find_packages(path)) {
-    packages.push_back(std::make_unique<LoadedPackage>());
-    packages.back()->info = read_package(file);
-    check_belongs(packages.back()->info, first());
-  }
-  std::stable_sort(packages.begin(), packages.end(), [](const auto& a, const auto& b) {
-    return a->info.free_dims() < b->info.free_dims();
-  });
-  device = choose_device(first(), options.device);
+  auto infos = read_packages(path);
+  std::stable_sort(infos.begin(), infos.end(),
+                   [](const auto& a, const auto& b) { return a.free_dims() < b.free_dims(); });
+  device = choose_device(infos.front(), options.device);
   // Everything is checked before anything is loaded: a loader that throws leaves files in /tmp.
-  for (const auto& package : packages) {
-    check_gpu(package->info, device);
-    if (package->info.weights.empty()) continue;
-    const auto folder = std::filesystem::path(package->info.path).parent_path();
-    if (weights.empty()) weights = read_weights((folder / "weights.pt").string(), device);
-    check_weights(package->info, weights);
-  }
-  for (const auto& package : packages) {
-    package->loader = unpack(package->info, device);
-    if (!package->info.weights.empty()) give_weights(*package, weights);
+  for (const auto& info : infos) check_gpu(info, device);
+  weights = weights_for(infos, options, device);
+  for (auto& info : infos) {
+    auto& package = *packages.emplace_back(std::make_unique<LoadedPackage>());
+    package.info = std::move(info);
+    package.loader = unpack(package.info, device);
+    if (!package.info.weights.empty()) give_weights(package, weights);
   }
 }
 
@@ -340,15 +318,18 @@ std::shared_ptr<AotiUNet> AotiUNet::load(const std::string& path, const AotiUNet
   const torch::NoGradGuard no_grad;
   // Tensors made in a caller's InferenceMode could not be used outside of it.
   const c10::InferenceMode ordinary_tensors(false);
-  // One load at a time in the process: LibTorch reads all metadata into one static object.
-  static std::mutex one_at_a_time;
-  const std::lock_guard lock(one_at_a_time);
+  const std::lock_guard lock(one_at_a_time());
   return std::shared_ptr<AotiUNet>(new AotiUNet(std::make_unique<State>(path, options)));
 }
 
 bool AotiUNet::is_package(const std::string& path) {
   std::error_code error;
   return path.ends_with(".pt2") || std::filesystem::is_directory(path, error);
+}
+
+std::string AotiUNet::skeleton(const std::string& path) {
+  const std::lock_guard lock(one_at_a_time());
+  return read_packages(path).front().skeleton;
 }
 
 torch::Tensor AotiUNet::forward(const UNetInput& input) const {

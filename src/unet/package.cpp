@@ -104,14 +104,19 @@ const std::vector<std::pair<std::string, torch::ScalarType>>& dtypes() {
   return known;
 }
 
+// Null: there is none of that name.
+const torch::ScalarType* find_dtype(const std::string& name) {
+  const auto found = std::find_if(dtypes().begin(), dtypes().end(),
+                                  [&](const auto& known) { return known.first == name; });
+  return found == dtypes().end() ? nullptr : &found->second;
+}
+
 std::vector<PackageInput> read_inputs(const Metadata& metadata, const std::string& path) {
   std::vector<PackageInput> inputs;
   for (const auto& line : lines_of(metadata, "sag.inputs", path)) {
-    const auto dtype = std::find_if(dtypes().begin(), dtypes().end(), [&](const auto& known) {
-      return line.size() > 2 && known.first == line[1];
-    });
-    if (dtype == dtypes().end()) refuse(path, "whose metadata lists inputs that make no sense.");
-    PackageInput input{line[0], dtype->second, {}};
+    const auto* dtype = line.size() > 2 ? find_dtype(line[1]) : nullptr;
+    if (dtype == nullptr) refuse(path, "whose metadata lists inputs that make no sense.");
+    PackageInput input{line[0], *dtype, {}};
     for (std::size_t i = 2; i < line.size(); ++i) input.dims.push_back(parse_dim(line[i], path));
     inputs.push_back(std::move(input));
   }
@@ -130,16 +135,37 @@ std::vector<AttentionSiteInfo> read_sites(const Metadata& metadata, const std::s
   return sites;
 }
 
-std::map<std::string, std::string> read_weights(const Metadata& metadata, const std::string& path) {
-  std::map<std::string, std::string> weights;
+// "320,4,3,3".
+std::vector<std::int64_t> parse_numbers(const std::string& text, const std::string& path) {
+  std::vector<std::int64_t> numbers;
+  std::istringstream parts(text);
+  for (std::string part; std::getline(parts, part, ',');) numbers.push_back(number(part, path));
+  return numbers;
+}
+
+std::map<std::string, PackageWeight> read_weights(const Metadata& metadata,
+                                                  const std::string& path) {
+  std::map<std::string, PackageWeight> weights;
   for (const auto& line : lines_of(metadata, "sag.weights", path)) {
+    PackageWeight weight;
     // A tensor of no dimensions has neither sizes nor strides.
-    if (line.size() != 2 && line.size() != 4)
+    const bool is_scalar = line.size() == 2;
+    if (line.size() == 4) {
+      weight.sizes = parse_numbers(line[2], path);
+      weight.strides = parse_numbers(line[3], path);
+    }
+    const auto* dtype = is_scalar || line.size() == 4 ? find_dtype(line[1]) : nullptr;
+    if (dtype == nullptr || weight.sizes.size() != weight.strides.size())
       refuse(path, "whose metadata lists weights that make no sense.");
-    auto& text = weights[line[0]] = line[1];
-    for (std::size_t i = 2; i < line.size(); ++i) text += ' ' + line[i];
+    weight.dtype = *dtype;
+    weights.emplace(line[0], std::move(weight));
   }
   return weights;
+}
+
+std::string read_skeleton(const Metadata& metadata) {
+  const auto found = metadata.find("sag.skeleton");
+  return found == metadata.end() ? "" : found->second;
 }
 
 void check_format(const Metadata& metadata, const std::string& path) {
@@ -246,20 +272,24 @@ PackageInfo read_package(const std::string& path) {
   return {.path = path,
           .device = device,
           .model = value_of(metadata, "sag.model", path),
+          .skeleton = read_skeleton(metadata),
           .gpu = device == torch::kCUDA ? value_of(metadata, "sag.gpu", path) : "",
           .inputs = read_inputs(metadata, path),
           .sites = read_sites(metadata, path),
           .weights = read_weights(metadata, path)};
 }
 
-std::string describe_weight(const torch::Tensor& t) {
-  const auto dtype = std::find_if(dtypes().begin(), dtypes().end(), [&](const auto& known) {
-    return known.second == t.scalar_type();
-  });
-  std::string text = dtype != dtypes().end() ? dtype->first : c10::toString(t.scalar_type());
-  for (const auto numbers : {t.sizes(), t.strides()})
-    for (std::size_t i = 0; i < numbers.size(); ++i)
-      text += c10::str(i == 0 ? " " : ",", numbers[i]);
+PackageWeight weight_form(const torch::Tensor& t) {
+  return {.dtype = t.scalar_type(), .sizes = t.sizes().vec(), .strides = t.strides().vec()};
+}
+
+std::string PackageWeight::text() const {
+  const auto known = std::find_if(dtypes().begin(), dtypes().end(),
+                                  [&](const auto& entry) { return entry.second == dtype; });
+  std::string text = known != dtypes().end() ? known->first : c10::toString(dtype);
+  for (const auto* numbers : {&sizes, &strides})
+    for (std::size_t i = 0; i < numbers->size(); ++i)
+      text += c10::str(i == 0 ? " " : ",", (*numbers)[i]);
   return text;
 }
 

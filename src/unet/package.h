@@ -29,6 +29,19 @@ struct PackageInput {
   bool takes(const torch::Tensor& t) const;
 };
 
+/// How a tensor lies that a package needs from outside.
+struct PackageWeight {
+  torch::ScalarType dtype = torch::kFloat;
+  std::vector<std::int64_t> sizes = {}, strides = {};
+
+  bool operator==(const PackageWeight&) const = default;
+  /// Returns "<dtype> <sizes> <strides>".
+  std::string text() const;
+};
+
+/// Returns how a tensor lies.
+PackageWeight weight_form(const torch::Tensor& t);
+
 /// What a compiled package (.pt2) says about itself. Its code does not check what it is given, so
 /// `exporter/sag_export/package.py` writes this into its metadata.
 struct PackageInfo {
@@ -36,14 +49,15 @@ struct PackageInfo {
   torch::DeviceType device = torch::kCPU;
   /// A fingerprint of the network.
   std::string model;
+  /// The family of checkpoints whose skeleton it was compiled from; empty: it is of one model.
+  std::string skeleton;
   /// The compute capability, "9.0"; empty for the CPU.
   std::string gpu;
   /// In the order of its forward.
   std::vector<PackageInput> inputs;
   std::vector<AttentionSiteInfo> sites;
-  /// "<dtype> <sizes> <strides>" of the tensors that it needs from weights.pt, by name. Empty: it
-  /// holds its own weights.
-  std::map<std::string, std::string> weights;
+  /// The tensors that it needs from outside, by name. Empty: it holds its own weights.
+  std::map<std::string, PackageWeight> weights;
 
   /// Returns "x [1-4, 4, 8-64 in steps of 8, …], timesteps [1-4], …".
   std::string list_inputs() const;
@@ -54,9 +68,6 @@ struct PackageInfo {
 /// Reads the metadata of a package. Throws ValueError, in one sentence, when the file was not
 /// written by sag's exporter, or was compiled for another LibTorch or another kind of machine.
 PackageInfo read_package(const std::string& path);
-
-/// Returns a tensor's dtype, sizes and strides as `PackageInfo::weights` writes them.
-std::string describe_weight(const torch::Tensor& t);
 
 /// Returns the packages in a folder (*.pt2), or the one that is named. Throws ValueError if a
 /// folder has none.
