@@ -412,10 +412,14 @@ class Pipelines(Case):
                 ("decoder", latent, decoded),
                 ("encoder", picture, encoded),
             ):
-                got = torch.jit.load(str(out / f"{name}.ts"))(given)
+                module = torch.jit.load(str(out / f"{name}.ts"))
                 self.assertLessEqual(
-                    (got - expected).abs().max(), 2e-5 * expected.abs().max(), name
+                    (module(given) - expected).abs().max(), 2e-5 * expected.abs().max(), name
                 )
+                # Not the weights of the other direction, too.
+                other = {"decoder": "vae.encoder.", "encoder": "vae.decoder."}[name]
+                for parameter, _ in module.named_parameters():
+                    self.assertFalse(parameter.startswith(other), parameter)
 
     def test_every_kind(self):
         table = {

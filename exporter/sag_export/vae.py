@@ -1,6 +1,8 @@
 """A pipeline's VAE as two networks: from latents to pictures in [−1, 1], and back. Both stay in
 fp32: some give NaN in half precision."""
 
+import copy
+
 import torch
 
 from sag_export.mistake import Mistake
@@ -43,12 +45,19 @@ class Scale(torch.nn.Module):
         return latent / self.factor + self.shift
 
 
+def without(vae, *parts):
+    """The VAE without the parts that a direction does not use: its file would hold them."""
+    other = copy.copy(vae)
+    other._modules = {name: part for name, part in vae._modules.items() if name not in parts}
+    return other
+
+
 class Decoder(torch.nn.Module):
     """[images, channels, height, width] → [images, 3, height · 8, width · 8]."""
 
     def __init__(self, vae):
         super().__init__()
-        self.vae, self.scale = vae, Scale(vae.config)
+        self.vae, self.scale = without(vae, "encoder", "quant_conv"), Scale(vae.config)
 
     def forward(self, latent):
         return self.vae.decode(self.scale.to_vae(latent), return_dict=False)[0]
@@ -59,7 +68,7 @@ class Encoder(torch.nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.vae, self.scale = vae, Scale(vae.config)
+        self.vae, self.scale = without(vae, "decoder", "post_quant_conv"), Scale(vae.config)
 
     def forward(self, picture):
         return self.scale.to_unet(self.vae.encode(picture, return_dict=False)[0].mode())
