@@ -12,11 +12,11 @@ import torch
 LEFT_OUT = re.compile(r"\.debug_pkl$|^\.data/serialization_id$|^traced_inputs")
 
 
-def save(module, path):
-    """Writes a scripted or traced module."""
+def save(module, path, notes=None):
+    """Writes a scripted or traced module. `notes`: texts to lie beside the code, by file name."""
     path = pathlib.Path(path)
     whole = path.with_suffix(".whole")
-    module.save(str(whole))
+    module.save(str(whole), _extra_files=notes or {})
     reader, writer = torch._C.PyTorchFileReader(str(whole)), torch._C.PyTorchFileWriter(str(path))
     for name in reader.get_all_records():
         if not LEFT_OUT.search(name):

@@ -18,6 +18,10 @@ class Stored:
     rows: tuple[int, ...] = ()
     # Its two dimensions are swapped.
     transposed: bool = False
+    # Dimensions whose size the file decides: how many channels a UNet takes.
+    free: tuple[int, ...] = ()
+    # Other ways in which files hold it.
+    also: tuple["Stored", ...] = ()
 
 
 RESNET = {
@@ -34,6 +38,8 @@ UNET = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -90,7 +96,11 @@ def unet_names(unet):
         has_attention = any(other.startswith(f"{block}.1.") for other in used)
         return name.replace("UPSAMPLER", "2" if has_attention else "1")
 
-    return {name: Stored(f"model.diffusion_model.{placed(other)}") for name, other in names.items()}
+    stored = {
+        name: Stored(f"model.diffusion_model.{placed(other)}") for name, other in names.items()
+    }
+    channels = "conv_in.weight"
+    return stored | {channels: dataclasses.replace(stored[channels], free=(1,))}
 
 
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
@@ -153,7 +163,8 @@ OPEN_CLIP_LAYER = {
 def open_clip_stored(name, width):
     """A parameter of a CLIPTextModel of this width as OpenCLIP stores it."""
     if name == "text_projection.weight":
-        return Stored("text_projection", transposed=True)
+        # diffusers' script of old and Playground v2 wrote transformers' own.
+        return Stored("text_projection", transposed=True, also=(Stored(name),))
     name = name.removeprefix("text_model.")
     found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
     if not found:
@@ -172,5 +183,10 @@ def open_clip_names(model, prefix):
     names = {}
     for name, _ in model.named_parameters():
         stored = open_clip_stored(name, model.config.hidden_size)
-        names[name] = dataclasses.replace(stored, key=f"{prefix}.{stored.key}")
+        names[name] = prefixed(stored, prefix)
     return names
+
+
+def prefixed(stored, prefix):
+    also = tuple(prefixed(other, prefix) for other in stored.also)
+    return dataclasses.replace(stored, key=f"{prefix}.{stored.key}", also=also)
