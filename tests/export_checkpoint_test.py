@@ -1,0 +1,357 @@
+"""Checkpoints in one file: a skeleton that is filled from one gives what the pipeline's own parts
+give, in Python and with the command."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import subprocess
+import unittest
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
+
+import export_model_test
+import make_golden_skeletons
+from export_ldm_names_test import as_file
+from export_skeleton_test import names_of
+from sag_export import ldm_names, skeleton, text, vae
+
+SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
+GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
+TEXT_CONFIG = (
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "projection_dim",
+    "vocab_size",
+)
+# What each kind of tiny pipeline is to checkpoints: its family, and the markers of its file.
+FAMILY = {"inpaint": "sd1", "edit": "sd1"}
+MARKERS = {"sd2": ("v_pred", "ztsnr")}
+# Beside the networks, as files of each family have it.
+EXTRA = {
+    "sd1": {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
+        "model_ema.diffusion_modelinput_blocks00weight": (3,),
+        "first_stage_model.loss.discriminator.main.0.weight": (2, 2),
+        "alphas_cumprod": (1000,),
+    },
+    "sd2": {
+        "cond_stage_model.model.transformer.resblocks.3.ln_1.weight": (32,),
+        "cond_stage_model.model.text_projection": (32, 32),
+        "cond_stage_model.model.logit_scale": (),
+    },
+    "sdxl": {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": (1, 77),
+        "conditioner.embedders.1.model.logit_scale": (),
+        "denoiser.sigmas": (1000,),
+    },
+}
+
+
+def tokenizers_of(folder):
+    return [
+        CLIPTokenizerFast.from_pretrained(part)
+        for part in sorted(folder.glob("tokenizer*"))
+        if part.is_dir()
+    ]
+
+
+def text_models_of(folder):
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    return [
+        kind.from_pretrained(folder / part, attn_implementation="eager").eval()
+        for part, kind in kinds.items()
+        if (folder / part).is_dir()
+    ]
+
+
+def family_of(kind, folder):
+    """Of a tiny pipeline."""
+
+    def config(part):
+        content = json.loads((folder / part / "config.json").read_text())
+        return {key: value for key, value in content.items() if not key.startswith("_")}
+
+    shipped = skeleton.FAMILIES[kind]
+    texts = []
+    for model, part in zip(shipped.text, ("text_encoder", "text_encoder_2"), strict=False):
+        own = {key: value for key, value in config(part).items() if key in TEXT_CONFIG}
+        texts.append(dataclasses.replace(model, config=own))
+    return skeleton.Family(f"tiny-{kind}", config("unet"), config("vae"), tuple(texts))
+
+
+def is_convolution_in_files(key):
+    parts = key.split(".")
+    return "attn_1" in parts and parts[-2] in ("q", "k", "v", "proj_out") and parts[-1] == "weight"
+
+
+def checkpoint_of(family, folder):
+    """The tensors of a pipeline as a checkpoint of its family holds them."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae")
+    parts = [(unet, ldm_names.unet_names(unet)), (autoencoder, ldm_names.vae_names(autoencoder))]
+    for model, module in zip(family.text, text_models_of(folder), strict=True):
+        parts.append((module, skeleton.text_names(model, module)))
+    file = {}
+    for module, names in parts:
+        file |= as_file(module, names)
+    for key in filter(is_convolution_in_files, file):
+        file[key] = file[key][..., None, None]
+    return file
+
+
+def stored(entry, file):
+    """A parameter's value, as the library finds it in C++."""
+    value = file[entry["key"]].float()
+    value = value.T if entry.get("transposed") else value
+    value = value[slice(*entry["rows"])] if "rows" in entry else value
+    shape = [
+        value.shape[i] if i in entry.get("free", ()) else n for i, n in enumerate(entry["shape"])
+    ]
+    return value.reshape(shape).clone()
+
+
+@torch.no_grad()
+def filled(path, file):
+    module = torch.jit.load(str(path))
+    entries = names_of(path)["parameters"]
+    for name, parameter in module.named_parameters():
+        parameter.set_(stored(entries[name], file))
+    return module
+
+
+class Case(export_model_test.Case):
+    def pipeline(self, kind):
+        """Its weights are numbers of half precision, so files in both dtypes hold the same."""
+        folder = self.folder / f"pipeline-{kind}"
+        if not folder.exists():
+            super().pipeline(kind)
+            for path in folder.glob("*/*.safetensors"):
+                tensors = {k: t.half().float() for k, t in load_file(path).items()}
+                save_file(tensors, path, {"format": "pt"})
+        return folder
+
+    def skeleton(self, kind):
+        """Its family and its folder."""
+        kind = FAMILY.get(kind, kind)
+        family = family_of(kind, self.pipeline(kind))
+        folder = self.folder / family.name
+        if not folder.exists():
+            folder.mkdir()
+            with contextlib.redirect_stderr(io.StringIO()):
+                skeleton.write(family, folder, tokenizers_of(self.pipeline(kind)))
+        return family, folder
+
+    def tensors(self, kind):
+        return checkpoint_of(self.skeleton(kind)[0], self.pipeline(kind))
+
+    def compare(self, got, expected, tolerance=1e-5):
+        self.assertEqual(got.shape, expected.shape)
+        self.assertLessEqual((got - expected).abs().max(), tolerance * expected.abs().max())
+
+
+class Networks(Case):
+    """Skeletons that are filled in Python."""
+
+    KINDS = ("sd1", "sd2", "sdxl", "inpaint", "edit")
+
+    @torch.no_grad()
+    def check_unet(self, kind, folder, file):
+        module = filled(folder / "unet.ts", file)
+        unet = UNet2DConditionModel.from_pretrained(self.pipeline(kind) / "unet").eval()
+        network = skeleton.unet.wrap(unet)
+        for rows, size in ((1, (9, 7)), (3, (16, 24))):
+            inputs = network.example(rows, *size, seed=1).values()
+            self.compare(module(*inputs), network.module(*inputs))
+
+    @torch.no_grad()
+    def check_vae(self, kind, folder, file):
+        autoencoder = AutoencoderKL.from_pretrained(self.pipeline(kind) / "vae").eval()
+        torch.manual_seed(0)
+        latent, picture = torch.randn(2, 4, 5, 7), torch.randn(2, 3, 40, 56)
+        for name, module, given in (
+            ("decoder", vae.Decoder(autoencoder), latent),
+            ("encoder", vae.Encoder(autoencoder), picture),
+        ):
+            self.compare(filled(folder / f"{name}.ts", file)(given), module(given))
+
+    @torch.no_grad()
+    def check_text(self, kind, folder, file):
+        encoder = filled(folder / "text_encoder.ts", file)
+        pipeline = self.pipeline(kind)
+        pairs = zip(tokenizers_of(pipeline), text_models_of(pipeline), strict=True)
+        parts = [part for pair in pairs for part in pair]
+        for prompt in ("", "the red cat", "many words " * 40):
+            if len(parts) == 2:
+                self.compare(encoder.encode(prompt), text.expected(prompt, *parts))
+                continue
+            expected = text.expected(prompt, *parts, size=(5 * 8, 7 * 8))
+            for got, one in zip(encoder.encode(prompt, 5, 7), expected, strict=True):
+                self.compare(got, one)
+
+    def test_they_are_the_pipelines(self):
+        for kind in self.KINDS:
+            with self.subTest(kind):
+                _, folder = self.skeleton(kind)
+                file = self.tensors(kind)
+                self.check_unet(kind, folder, file)
+                self.check_vae(kind, folder, file)
+                self.check_text(kind, folder, file)
+
+    def test_every_tensor_is_used(self):
+        for kind in self.KINDS:
+            _, folder = self.skeleton(kind)
+            used = {
+                entry["key"]
+                for path in folder.glob("*.ts")
+                for entry in names_of(path)["parameters"].values()
+            }
+            self.assertEqual(used, set(self.tensors(kind)))
+
+
+class Golden(Case):
+    """ComfyUI's own UNets, whose state has LDM's names, in skeletons of diffusers' modules."""
+
+    @torch.no_grad()
+    def test_they_give_what_comfyui_gives(self):
+        calls = torch.load(GOLDEN / "unet_io.pt", weights_only=True)
+        for name in make_golden_skeletons.FAMILIES:
+            golden = torch.jit.load(str(GOLDEN / f"{name}.ts"))
+            file = make_golden_skeletons.checkpoint(golden)
+            module = filled(GOLDEN / "skeletons" / name / "unet.ts", file)
+            for call in "ab":
+                given = {
+                    key.removeprefix(f"{name}.{call}."): value
+                    for key, value in calls.items()
+                    if key.startswith(f"{name}.{call}.")
+                }
+                inputs = [given[key] for key in ("x", "timesteps", "context", "y") if key in given]
+                self.compare(module(*inputs), given["out"])
+
+
+class Command(Case):
+    """With a checkpoint and a skeleton, against the directory that sag-export writes."""
+
+    def sample(self, *arguments, code=0):
+        command = [SAMPLE, *map(str, arguments), "--device", "cpu", "--threads", "1"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual(run.returncode, code, run.stderr)
+        return run.stdout if code == 0 else run.stderr
+
+    def checkpoint(self, kind, dtype=torch.float32, markers=(), **changes):
+        """A file; `changes`: tensors by name, None leaves one out."""
+        file = {key: value.to(dtype) for key, value in self.tensors(kind).items()}
+        torch.manual_seed(1)
+        for key, shape in EXTRA[FAMILY.get(kind, kind)].items():
+            file[key] = torch.randn(shape)
+        file |= {marker: torch.tensor([]) for marker in markers} | changes
+        path = self.folder / "checkpoint.safetensors"
+        save_file(
+            {key: value.contiguous() for key, value in file.items() if value is not None}, path
+        )
+        return path
+
+    def drawn(self, *arguments):
+        """The latent and the bytes of the picture."""
+        latent, picture = self.folder / "drawn.pt", self.folder / "drawn.png"
+        run = ("--prompt", "the red cat", "--negative", "a (dog:1.3)", "--steps", "3")
+        run += ("--cfg", "5", "--sag-scale", "0.75", "--seed", "3", "--quiet")
+        self.sample(*arguments, *run, "--save-latent", latent, "--out", picture)
+        return torch.load(latent, weights_only=True), picture.read_bytes()
+
+    def check_draws_the_same(self, kind, model, *given, markers=()):
+        expected = self.drawn("--model", model, *given)
+        _, folder = self.skeleton(kind)
+        for dtype in (torch.float32, torch.float16):
+            with self.subTest(kind, dtype=dtype, markers=markers):
+                file = self.checkpoint(kind, dtype, markers)
+                latent, picture = self.drawn("--checkpoint", file, "--skeleton", folder, *given)
+                self.compare(latent, expected[0])
+                self.assertEqual(picture, expected[1])
+
+    def test_every_family(self):
+        for kind in ("sd1", "sd2", "sdxl"):
+            model, _ = self.export(self.pipeline(kind), f"exported-{kind}")
+            self.check_draws_the_same(kind, model, markers=MARKERS.get(kind, ()))
+
+    def test_without_markers_it_predicts_what_the_skeleton_says(self):
+        model, _ = self.export(
+            *(self.pipeline("sd2"), "eps", "--prediction", "eps"),
+            *("--constant", "zero_terminal_snr=false"),
+        )
+        self.check_draws_the_same("sd2", model)
+
+    def test_unets_with_more_channels(self):
+        photo, mask = self.folder / "photo.png", self.folder / "mask.png"
+        export_model_test.png(photo, 136, 72)
+        export_model_test.png(mask, 136, 72)
+        for kind, given in (
+            ("inpaint", ("--image", photo, "--mask", mask)),
+            ("edit", ("--image", photo, "--image-cfg", "1.5")),
+        ):
+            model, _ = self.export(self.pipeline(kind), f"exported-{kind}")
+            self.check_draws_the_same(kind, model, *given)
+
+    def test_other_spellings(self):
+        """NovelAI's, sgm's, and diffusers' script of old."""
+        changes = {
+            "sd1": ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+            "sd2": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
+            "sdxl": ("first_stage_model.decoder.mid.attn_1.q.",) * 2,
+        }
+        changes["sdxl"] = (changes["sdxl"][0], changes["sdxl"][0].replace(".q.", ".to_q."))
+        for kind, (usual, other) in changes.items():
+            with self.subTest(kind):
+                _, folder = self.skeleton(kind)
+                given = ("--skeleton", folder, "--checkpoint")
+                expected, _ = self.drawn(*given, self.checkpoint(kind))
+                file = load_file(self.checkpoint(kind))
+                renamed = {}
+                for key, value in file.items():
+                    begins = key.startswith(usual)
+                    renamed[other + key.removeprefix(usual) if begins else key] = value
+                self.assertNotEqual(set(renamed), set(file))
+                path = self.folder / "renamed.safetensors"
+                save_file(renamed, path)
+                self.compare(self.drawn(*given, path)[0], expected)
+
+    def test_a_projection_as_transformers_stores_it(self):
+        _, folder = self.skeleton("sdxl")
+        given = ("--skeleton", folder, "--checkpoint")
+        expected, _ = self.drawn(*given, self.checkpoint("sdxl"))
+        key = "conditioner.embedders.1.model.text_projection"
+        changes = {key: None, f"{key}.weight": self.tensors("sdxl")[key].T}
+        self.compare(self.drawn(*given, self.checkpoint("sdxl", **changes))[0], expected)
+
+    def test_files_that_do_not_fit_are_refused(self):
+        _, folder = self.skeleton("sd1")
+        last = "model.diffusion_model.out.2.weight"
+        for changes, names in (
+            ({last: None}, last),
+            ({last: torch.zeros(4, 8, 3, 3)}, last),
+            ({"model.diffusion_model.something": torch.zeros(3)}, "something"),
+        ):
+            file = self.checkpoint("sd1", **changes)
+            said = self.sample(
+                *("--checkpoint", file, "--skeleton", folder, "--prompt", "cat", "--out", "x.png"),
+                code=1,
+            )
+            self.assertIn(names, said)
+            self.assertEqual(said.count("\n"), 1, said)
+
+
+if __name__ == "__main__":
+    unittest.main()
