@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import make_skeletons
 import make_tiny_pipeline
-from sag_export import skeleton
+from sag_export import archive, skeleton
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "models" / "skeletons"
 PARTS = ("unet", "text_encoder", "decoder", "encoder")
@@ -29,15 +29,15 @@ CAT = ("a photo of a cat!!", [320, 1125, 539, 320, 2368, 748])
 
 def names_of(path):
     """An archive's names.json, without loading the archive."""
-    with zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read(f"{path.stem}/extra/{skeleton.NAMES}"))
+    with zipfile.ZipFile(path) as file:
+        return json.loads(file.read(f"{path.stem}/extra/{skeleton.NAMES}"))
 
 
 def records(path):
     """An archive's code and names.json."""
     kept = tuple(f"{path.stem}/{folder}/" for folder in ("code", "extra"))
-    with zipfile.ZipFile(path) as archive:
-        return {n: archive.read(n) for n in archive.namelist() if n.startswith(kept)}
+    with zipfile.ZipFile(path) as file:
+        return {n: file.read(n) for n in file.namelist() if n.startswith(kept)}
 
 
 def matches(name, pattern):
@@ -173,6 +173,7 @@ class Files(unittest.TestCase):
     @each_family
     def test_archives_hold_no_weights(self, family, folder):
         for part, notes in notes_of(folder).items():
+            archive.check_clean(folder / f"{part}.ts")
             module = torch.jit.load(str(folder / f"{part}.ts"))
             shapes = {name: list(p.shape) for name, p in module.named_parameters()}
             self.assertEqual(
