@@ -6,3 +6,6 @@ PROGRAM = "sag-export"
 
 # What --dtype takes, and what PyTorch calls it.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# The families of checkpoints that --skeleton knows.
+FAMILIES = ("sd1", "sd2", "sdxl")

@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 
-from sag_export import DTYPES, PROGRAM, __version__
+from sag_export import DTYPES, FAMILIES, PROGRAM, __version__
 from sag_export.description import CONSTANTS
 from sag_export.mistake import Mistake
 from sag_export.needs import needed_packages
@@ -28,6 +28,10 @@ SOURCE is one of
     --prediction and --sample, --context and --y if its forward takes them, and --site if it has
     no middle block
 
+or, in place of SOURCE, --skeleton FAMILY: the UNet of a family of checkpoints, compiled without
+weights. DIR becomes a folder of packages, on which sag-sample --checkpoint FILE --compiled DIR runs
+every checkpoint of the family.
+
 Nothing is downloaded. Every file is read back and compared with what it was made from, and DIR
 appears only when all of them agree.
 """
@@ -36,6 +40,7 @@ EPILOG = """examples:
   sag-export ~/models/sdxl --out sdxl --device cuda --dtype fp16
   sag-export ~/models/sdxl --out sdxl --device cuda --format aoti --rows 1,2,3 --size 128x128
   sag-export ~/models/sd21/unet --out sd21 --prediction v --constant zero_terminal_snr=true
+  sag-export --skeleton sdxl --out any-sdxl --device cuda --format aoti --rows 1,2,3 --size 128x128
   sag-export my_models:make_unet --out mine --prediction flow --sample 4x32x32 --context 77x768
 
 docs/models.md in sag's repository is the guide.
@@ -107,15 +112,19 @@ def parse(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="what to export; see above")
+    add("source", metavar="SOURCE", nargs="?", help="what to export; see above")
+    add(
+        "--skeleton",
+        choices=FAMILIES,
+        help="a family of checkpoints, in place of SOURCE; needs --format aoti",
+    )
     add(
         "--out",
         metavar="DIR",
-        required=True,
         type=pathlib.Path,
-        help="the model directory to write",
+        help="the model directory to write; with --skeleton, the folder of packages",
     )
-    add("--force", action="store_true", help="replace DIR if it is a model directory")
+    add("--force", action="store_true", help="replace DIR if sag-export wrote it")
     add("--name", help="the model's name [SOURCE's]")
     add(
         "--format",
@@ -225,6 +234,9 @@ def parse(arguments):
         "and convolutions hold 5 %% of the parameters [auto]",
     )
     options = parser.parse_args(arguments)
+    needed = {"SOURCE or --skeleton": options.source or options.skeleton, "--out": options.out}
+    if missing := [name for name, given in needed.items() if not given]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     options.y, options.multiple = options.y and options.y[0], options.multiple[0]
     return options
 

@@ -13,6 +13,7 @@ from sag_export.check import check_calls
 from sag_export.mistake import Mistake
 from sag_export.network import first_line
 from sag_export.package import bounds, write_package, write_weights
+from sag_export.random_weights import randomize
 
 # A dim is a number, (low, high), or (low, high, multiple), as write_package takes them.
 
@@ -42,25 +43,50 @@ def dims_of(network, rows, height, width):
     return dims
 
 
+def variants_of(rows, sizes):
+    """Rows, height and width of each package, and its name in a folder of several."""
+    return [
+        ((dim, height, width), f"rows{text_of(dim)}_{text_of(height)}x{text_of(width)}.pt2")
+        for dim, (height, width) in itertools.product(rows, sizes)
+    ]
+
+
 def write_unet(network, folder, rows, sizes, sites, say):
     """Compiles for all `rows` (dims) and `sizes` (pairs of dims). Returns the name for model.json:
     unet.pt2, or unet, a folder."""
-    variants = [(dim, height, width) for dim, (height, width) in itertools.product(rows, sizes)]
+    variants = variants_of(rows, sizes)
     if len(variants) == 1:
-        compile_and_check(network, folder / "unet.pt2", variants[0], sites, None, say)
+        path = folder / "unet.pt2"
+        compile_package(network, path, variants[0][0], sites, say)
+        check_package(network, path, variants[0][0], None, say)
         return "unet.pt2"
     (folder / "unet").mkdir()
     weights = folder / "unet" / "weights.pt"
     write_weights(network.module, weights)
-    for dim, height, width in variants:
-        name = f"rows{text_of(dim)}_{text_of(height)}x{text_of(width)}.pt2"
-        compile_and_check(
-            network, folder / "unet" / name, (dim, height, width), sites, weights, say
-        )
+    for dims, name in variants:
+        path = folder / "unet" / name
+        compile_package(network, path, dims, sites, say, weights=True)
+        check_package(network, path, dims, weights, say)
     return "unet"
 
 
-def compile_and_check(network, path, dims, sites, weights, say):
+def write_skeleton(network, folder, rows, sizes, sites, skeleton, say):
+    """Compiles a network of random weights without them, and changes them. `skeleton`: as
+    write_package takes it."""
+    variants = variants_of(rows, sizes)
+    for dims, name in variants:
+        compile_package(network, folder / name, dims, sites, say, skeleton=skeleton)
+    # A package that holds a part of the weights that it was compiled with fails with others.
+    randomize(network.module, seed=1)
+    weights = folder / "weights.pt"
+    write_weights(network.module, weights)
+    for dims, name in variants:
+        check_package(network, folder / name, dims, weights, say)
+    weights.unlink()
+
+
+def compile_package(network, path, dims, sites, say, **options):
+    """`options`: of write_package."""
     rows, height, width = dims
     say(f"compiling {path.name} for {text_of(rows)} rows of {text_of(height)} x {text_of(width)}")
     example = network.example(tried(rows)[0], tried(height)[0], tried(width)[1])
@@ -71,18 +97,22 @@ def compile_and_check(network, path, dims, sites, weights, say):
             path,
             sites=sites,
             dims=dims_of(network, *dims),
-            weights=None if weights is None else True,
+            **options,
         )
     # The module and the compiler are not ours: they may raise anything.
     except Exception as error:
         raise Mistake(
             f"The network cannot be compiled: {first_line(error).removesuffix('.')}."
         ) from error
+
+
+def check_package(network, path, dims, weights, say):
+    """Compares a package with the network. `weights`: the file for one that holds none."""
     say(f"checking {path.name}")
     sizes = {tuple(bounds(dim)[0] for dim in dims), tuple(tried(dim)[1] for dim in dims)}
     calls = [tuple(network.example(*size, seed=1).values()) for size in sorted(sizes)]
     check_calls(
-        path.name, OtherProcess(path, weights, calls), network.module, calls, example["x"].dtype
+        path.name, OtherProcess(path, weights, calls), network.module, calls, calls[0][0].dtype
     )
 
 

@@ -5,15 +5,19 @@ import time
 
 import torch
 
-from sag_export import DTYPES, PROGRAM, compiled, description, torchscript
+from sag_export import DTYPES, PROGRAM, compiled, compiled_skeleton, description, torchscript
 from sag_export import sites as sites_of
 from sag_export.mistake import Mistake
 from sag_export.model_folder import new_folder
 from sag_export.package import bounds
+from sag_export.skeleton import FAMILIES
 from sag_export.source import open_source
 
 # TorchScriptUNet::load follows the same rule, which docs/performance.md measures.
 CHANNELS_LAST_SHARE = 0.05
+
+# Options that a skeleton does not take: the checkpoint says what they would.
+OF_MODELS = ("name", "unet_only", "variant", "prediction", "constant", "sample", "context", "y")
 
 
 def say(text):
@@ -33,6 +37,9 @@ def complete(options):
             "--rows, --size and --channels-last are for --format aoti; "
             "TorchScript takes any rows and sizes."
         )
+    if options.skeleton:
+        check_skeleton_options(options)
+        return
     for_modules = options.context or options.y or options.multiple != 1
     if ":" not in options.source and for_modules:
         raise Mistake(
@@ -44,6 +51,23 @@ def complete(options):
     if options.y and not options.context:
         raise Mistake(
             "--y needs --context: a forward takes x, timesteps, context and y, in this order."
+        )
+
+
+def check_skeleton_options(options):
+    if options.source is not None:
+        raise Mistake(
+            f'--skeleton stands in place of SOURCE, but "{options.source}" is given, too.'
+        )
+    if options.format != "aoti":
+        raise Mistake("--skeleton needs --format aoti: sag brings the TorchScript ones along.")
+    given = [name.replace("_", "-") for name in OF_MODELS if getattr(options, name)]
+    if options.multiple != 1:
+        given.append("multiple")
+    if given:
+        raise Mistake(
+            f"--{given[0]} is for a model of its own; with --skeleton the family says what the "
+            "network is, and the checkpoint the rest."
         )
 
 
@@ -97,8 +121,8 @@ def wants_channels_last(options, network):
     return options.device == "cuda" and half and share >= CHANNELS_LAST_SHARE
 
 
-def write_compiled(network, folder, options, sites):
-    """Compiles the UNet. Returns its name and what height and width must be multiples of."""
+def rows_and_sizes(network, options):
+    """What to compile the network for, which gets its layout here."""
     sizes = sizes_of(options, network)
     rows = options.rows or [(1, 8)]
     if all(bounds(dim)[0] > 1 for dim in rows):
@@ -108,6 +132,12 @@ def write_compiled(network, folder, options, sites):
         )
     if wants_channels_last(options, network):
         network.module.to(memory_format=torch.channels_last)
+    return rows, sizes
+
+
+def write_compiled(network, folder, options, sites):
+    """Compiles the UNet. Returns its name and what height and width must be multiples of."""
+    rows, sizes = rows_and_sizes(network, options)
     name = compiled.write_unet(network, folder, rows, sizes, sites, say)
     network.shape = (network.shape[0], *fitting(network.shape[1:], sizes))
     step = network.fastest_multiple
@@ -126,13 +156,30 @@ def fitting(latent, sizes):
     return latent if latent in fits else fits[0]
 
 
+def say_unet(network, options):
+    millions = sum(p.numel() for p in network.module.parameters()) / 1e6
+    say(f"the UNet: {millions:.1f} M parameters, {options.dtype}, {options.format}")
+
+
+def write_skeleton(family, folder, options):
+    """Compiles the UNet of a family without weights."""
+    say(f"making the UNet of {family.name} with random weights, to compile and check it with")
+    network = compiled_skeleton.random_network(
+        family, options.concat, options.device, options.torch_dtype
+    )
+    network.check()
+    sites = sites_of.choose(options.site, network.sites())
+    say_unet(network, options)
+    rows, sizes = rows_and_sizes(network, options)
+    compiled_skeleton.write(family, network, folder, rows, sizes, sites, say)
+
+
 def write(source, folder, options):
     network = source.network
     network.check()
     found = network.sites()
     sites = sites_of.choose(options.site, found)
-    millions = sum(p.numel() for p in network.module.parameters()) / 1e6
-    say(f"the UNet: {millions:.1f} M parameters, {options.dtype}, {options.format}")
+    say_unet(network, options)
     if options.format == "aoti":
         name, multiple = write_compiled(network, folder, options, sites)
     else:
@@ -156,18 +203,26 @@ def write(source, folder, options):
     (folder / "model.json").write_text(text, encoding="utf-8")
 
 
+def write_model(folder, options):
+    say(f"reading {options.source}")
+    source = open_source(options)
+    # A module's own file may have set them, for this process and not for those that run it.
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    write(source, folder, options)
+
+
 def export_model(options):
-    """Writes the model directory, whole or not at all. `options`: of cli.parse."""
+    """Writes the model directory or the folder of packages, whole or not at all. `options`: of
+    cli.parse."""
     start = time.time()
     complete(options)
     torch.manual_seed(0)
     # The files are compared with the modules.
     torch.backends.cudnn.allow_tf32 = False
     with new_folder(options.out, options.force) as folder:
-        say(f"reading {options.source}")
-        source = open_source(options)
-        # A module's own file may have set them, for this process and not for those that run it.
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-        write(source, folder, options)
+        if options.skeleton:
+            write_skeleton(FAMILIES[options.skeleton], folder, options)
+        else:
+            write_model(folder, options)
     say(f"wrote {options.out} in {time.time() - start:.0f} s")
