@@ -232,7 +232,7 @@ Lora Lora::open(const std::string& path, double strength) {
 }
 
 void Lora::check_targets(const std::vector<LoraTarget>& all) const {
-  const auto& [path, strength, pairs] = *state_;
+  const auto& pairs = state_->pairs;
   std::map<std::string, int> targets_of;
   Names doubled;
   for (const auto& target : all) {
@@ -252,7 +252,7 @@ void Lora::check_targets(const std::vector<LoraTarget>& all) const {
   }
   const auto refuse = [&](const Names& names, const char* says) {
     if (names.empty()) return;
-    C10_THROW_ERROR(ValueError, c10::str("[Lora::check_targets] the LoRA \"", path,
+    C10_THROW_ERROR(ValueError, c10::str("[Lora::check_targets] the LoRA \"", state_->path,
                                          "\" must fit the model, but ", counted(names), " ", says,
                                          family_of(pairs), "."));
   };
