@@ -32,6 +32,8 @@ struct Encoder {
   bool takes_size;
 
   Module load(const std::string& end = ".ts") const {
+    // It would take far longer than these few calls.
+    torch::jit::setGraphExecutorOptimize(false);
     auto module = torch::jit::load(kFolder + file + end);
     module.eval();
     return module;

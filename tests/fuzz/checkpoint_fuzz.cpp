@@ -4,10 +4,18 @@
 #include <cstring>
 #include <string>
 
+#include <c10/util/Logging.h>
+
 #include "fuzz/read_input.h"
 
 // Of libFuzzer.
 extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t most);
+
+// Most inputs are refused, and a traceback for each would take most of the time.
+extern "C" int LLVMFuzzerInitialize(int*, char***) {
+  c10::SetStackTraceFetcher([] { return std::string(); });
+  return 0;
+}
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   sag::test::read_input({reinterpret_cast<const char*>(data), size});
