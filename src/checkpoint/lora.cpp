@@ -37,13 +37,13 @@ struct Pair {
 
   torch::Tensor& of(LoraRole role) {
     switch (role) {
-      case LoraRole::kDown:
+      case LoraRole::Down:
         return down;
-      case LoraRole::kUp:
+      case LoraRole::Up:
         return up;
-      case LoraRole::kMid:
+      case LoraRole::Mid:
         return mid;
-      case LoraRole::kAlpha:
+      case LoraRole::Alpha:
         return alpha;
     }
     TORCH_INTERNAL_ASSERT(false, "unknown role");

@@ -9,20 +9,20 @@ namespace {
 
 constexpr std::array<std::pair<std::string_view, LoraRole>, 12> kSuffixes = {{
     // kohya's scripts, LyCORIS, ComfyUI
-    {".lora_down.weight", LoraRole::kDown},
-    {".lora_up.weight", LoraRole::kUp},
-    {".lora_mid.weight", LoraRole::kMid},
-    {".alpha", LoraRole::kAlpha},
+    {".lora_down.weight", LoraRole::Down},
+    {".lora_up.weight", LoraRole::Up},
+    {".lora_mid.weight", LoraRole::Mid},
+    {".alpha", LoraRole::Alpha},
     // diffusers: attention processors, layers, text encoders
-    {"_lora.down.weight", LoraRole::kDown},
-    {"_lora.up.weight", LoraRole::kUp},
-    {".lora.down.weight", LoraRole::kDown},
-    {".lora.up.weight", LoraRole::kUp},
-    {".lora_linear_layer.down.weight", LoraRole::kDown},
-    {".lora_linear_layer.up.weight", LoraRole::kUp},
+    {"_lora.down.weight", LoraRole::Down},
+    {"_lora.up.weight", LoraRole::Up},
+    {".lora.down.weight", LoraRole::Down},
+    {".lora.up.weight", LoraRole::Up},
+    {".lora_linear_layer.down.weight", LoraRole::Down},
+    {".lora_linear_layer.up.weight", LoraRole::Up},
     // PEFT
-    {".lora_A.weight", LoraRole::kDown},
-    {".lora_B.weight", LoraRole::kUp},
+    {".lora_A.weight", LoraRole::Down},
+    {".lora_B.weight", LoraRole::Up},
 }};
 
 // PEFT's with the adapter's name in it: ".lora_A.default.weight".
@@ -34,7 +34,7 @@ std::optional<LoraName> split_adapter_name(std::string_view name) {
   if (adapter == std::string_view::npos || adapter + 1 == rest.size()) return std::nullopt;
   const auto module = rest.substr(0, adapter);
   for (const auto& [half, role] :
-       {std::pair(std::string_view(".lora_A"), LoraRole::kDown), {".lora_B", LoraRole::kUp}})
+       {std::pair(std::string_view(".lora_A"), LoraRole::Down), {".lora_B", LoraRole::Up}})
     if (module.ends_with(half))
       return LoraName{std::string(module.substr(0, module.size() - half.size())), role};
   return std::nullopt;
