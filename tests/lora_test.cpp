@@ -6,6 +6,7 @@
 #include <limits>
 #include <utility>
 
+#include <ATen/autocast_mode.h>
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -193,6 +194,23 @@ TEST(Lora, ReadsHalfPrecisionAndAddsInFp32) {
       EXPECT_TRUE(torch::allclose(merged, weight.to(stored).to(torch::kFloat) + change));
     }
   }
+}
+
+TEST(Lora, AddsInFp32WhateverTheProcessSets) {
+  const File file({{"unet." + kConv.path + ".lora_A.weight", noise({32, 64}, 1)},
+                   {"unet." + kConv.path + ".lora_B.weight", noise({48, 32}, 2)}});
+  const auto weight = noise({48, 64}, 3);
+  const auto expected = file.open().merged(kConv, weight);
+  at::autocast::set_autocast_enabled(torch::kCPU, true);
+  const auto under_autocast = file.open().merged(kConv, weight);
+  at::autocast::set_autocast_enabled(torch::kCPU, false);
+  EXPECT_TRUE(torch::equal(under_autocast, expected));
+
+  auto& context = at::globalContext();
+  context.setFloat32MatmulPrecision("medium");
+  const auto with_rounded_products = file.open().merged(kConv, weight);
+  context.setFloat32MatmulPrecision("highest");
+  EXPECT_TRUE(torch::allclose(with_rounded_products, expected, 1e-5, 1e-5));
 }
 
 // What the trained layers do to a picture, one after the other, is what the merged weight does.

@@ -10,6 +10,8 @@
 #include <utility>
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 
 #include "checkpoint/json_text.h"
@@ -37,13 +39,13 @@ struct Pair {
 
   torch::Tensor& of(LoraRole role) {
     switch (role) {
-      case LoraRole::Down:
+      case LoraRole::down:
         return down;
-      case LoraRole::Up:
+      case LoraRole::up:
         return up;
-      case LoraRole::Mid:
+      case LoraRole::mid:
         return mid;
-      case LoraRole::Alpha:
+      case LoraRole::alpha:
         return alpha;
     }
     TORCH_INTERNAL_ASSERT(false, "unknown role");
@@ -179,11 +181,21 @@ Names modules_of(const Pairs& pairs) {
   return modules;
 }
 
-// up · down, as a matrix or with a convolution's kernel.
+// In which products are made, fp32 or more. On the CPU a process may have its fp32 products made in
+// bf16 or TF32 (set_float32_matmul_precision); fp64 is never touched.
+torch::ScalarType exact_dtype(torch::Device device) {
+  const auto precision =
+      at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  const bool rounds =
+      precision == at::Float32Precision::BF16 || precision == at::Float32Precision::TF32;
+  return device.is_cpu() && rounds ? torch::kDouble : torch::kFloat;
+}
+
+// up · down in fp32, as a matrix or with a convolution's kernel.
 torch::Tensor product(const Pair& pair, torch::Device device) {
-  const auto load = [device](const torch::Tensor& tensor) {
-    return tensor.to(device, torch::kFloat);
-  };
+  const at::NoTF32Guard no_tf32;
+  const auto dtype = exact_dtype(device);
+  const auto load = [&](const torch::Tensor& tensor) { return tensor.to(device, dtype); };
   const auto up = load(pair.up).flatten(1);
   auto down = load(pair.down);
   if (pair.mid.defined()) {
@@ -192,7 +204,7 @@ torch::Tensor product(const Pair& pair, torch::Device device) {
   }
   auto sizes = down.sizes().vec();
   sizes[0] = up.size(0);
-  return up.matmul(down.flatten(1)).reshape(sizes);
+  return up.matmul(down.flatten(1)).reshape(sizes).to(torch::kFloat);
 }
 
 // A linear layer's [out, in] and a convolution's [out, in, 1, 1] are the same.
@@ -271,6 +283,8 @@ torch::Tensor Lora::merged(const LoraTarget& target, const torch::Tensor& weight
   }
   if (found == pairs.end()) return weight;
   const torch::NoGradGuard no_grad;
+  // Autocast would make the product in half precision.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto& [module, pair] = *found;
   const auto change = product(pair, weight.device());
   TORCH_CHECK_VALUE(without_ones(change.sizes()) == without_ones(weight.sizes()),

@@ -9,20 +9,20 @@ namespace {
 
 constexpr std::array<std::pair<std::string_view, LoraRole>, 12> kSuffixes = {{
     // kohya's scripts, LyCORIS, ComfyUI
-    {".lora_down.weight", LoraRole::Down},
-    {".lora_up.weight", LoraRole::Up},
-    {".lora_mid.weight", LoraRole::Mid},
-    {".alpha", LoraRole::Alpha},
+    {".lora_down.weight", LoraRole::down},
+    {".lora_up.weight", LoraRole::up},
+    {".lora_mid.weight", LoraRole::mid},
+    {".alpha", LoraRole::alpha},
     // diffusers: attention processors, layers, text encoders
-    {"_lora.down.weight", LoraRole::Down},
-    {"_lora.up.weight", LoraRole::Up},
-    {".lora.down.weight", LoraRole::Down},
-    {".lora.up.weight", LoraRole::Up},
-    {".lora_linear_layer.down.weight", LoraRole::Down},
-    {".lora_linear_layer.up.weight", LoraRole::Up},
+    {"_lora.down.weight", LoraRole::down},
+    {"_lora.up.weight", LoraRole::up},
+    {".lora.down.weight", LoraRole::down},
+    {".lora.up.weight", LoraRole::up},
+    {".lora_linear_layer.down.weight", LoraRole::down},
+    {".lora_linear_layer.up.weight", LoraRole::up},
     // PEFT
-    {".lora_A.weight", LoraRole::Down},
-    {".lora_B.weight", LoraRole::Up},
+    {".lora_A.weight", LoraRole::down},
+    {".lora_B.weight", LoraRole::up},
 }};
 
 // PEFT's with the adapter's name in it: ".lora_A.default.weight".
@@ -34,7 +34,7 @@ std::optional<LoraName> split_adapter_name(std::string_view name) {
   if (adapter == std::string_view::npos || adapter + 1 == rest.size()) return std::nullopt;
   const auto module = rest.substr(0, adapter);
   for (const auto& [half, role] :
-       {std::pair(std::string_view(".lora_A"), LoraRole::Down), {".lora_B", LoraRole::Up}})
+       {std::pair(std::string_view(".lora_A"), LoraRole::down), {".lora_B", LoraRole::up}})
     if (module.ends_with(half))
       return LoraName{std::string(module.substr(0, module.size() - half.size())), role};
   return std::nullopt;
@@ -126,10 +126,9 @@ std::vector<std::string> lora_names_of(const LoraTarget& target) {
 
   std::vector<std::string> paths = {path};
   if (const auto older = older_path(target); older != path) paths.push_back(older);
-  for (const auto& spelled : paths)
-    for (const std::string& before : {std::string(), part + "."})
-      for (const char* wrapper : {"", "base_model.model."})
-        names.push_back(before + wrapper + spelled);
+  const std::string peft = "base_model.model.", in_part = part + ".";
+  for (const auto& before : {std::string(), peft, in_part, in_part + peft})
+    for (const auto& spelled : paths) names.push_back(before + spelled);
 
   if (!key.empty()) names.push_back(key);
   constexpr std::string_view kUNet = "model.diffusion_model.";

@@ -10,7 +10,7 @@
 namespace sag {
 
 /// What a tensor of a LoRA is to the weight it changes.
-enum class LoraRole { Down, Up, Mid, Alpha };
+enum class LoraRole { down, up, mid, alpha };
 
 /// A tensor's name, taken apart.
 struct LoraName {
