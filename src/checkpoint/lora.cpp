@@ -191,20 +191,12 @@ torch::ScalarType exact_dtype(torch::Device device) {
   return device.is_cpu() && rounds ? torch::kDouble : torch::kFloat;
 }
 
-// up · down in fp32, as a matrix or with a convolution's kernel.
-torch::Tensor product(const Pair& pair, torch::Device device) {
-  const at::NoTF32Guard no_tf32;
-  const auto dtype = exact_dtype(device);
-  const auto load = [&](const torch::Tensor& tensor) { return tensor.to(device, dtype); };
-  const auto up = load(pair.up).flatten(1);
-  auto down = load(pair.down);
-  if (pair.mid.defined()) {
-    // [rank, rank, kernel…] · [rank, in]
-    down = at::tensordot(load(pair.mid), down.flatten(1), {1}, {0}).movedim(-1, 1);
-  }
-  auto sizes = down.sizes().vec();
-  sizes[0] = up.size(0);
-  return up.matmul(down.flatten(1)).reshape(sizes).to(torch::kFloat);
+// down [rank, in, kernel…], with the kernel that may lie between.
+torch::Tensor whole_down(const Pair& pair, torch::TensorOptions options) {
+  const auto down = pair.down.to(options);
+  if (!pair.mid.defined()) return down;
+  // [rank, rank, kernel…] · [rank, in]
+  return at::tensordot(pair.mid.to(options), down.flatten(1), {1}, {0}).movedim(-1, 1);
 }
 
 // A linear layer's [out, in] and a convolution's [out, in, 1, 1] are the same.
@@ -286,17 +278,27 @@ torch::Tensor Lora::merged(const LoraTarget& target, const torch::Tensor& weight
   // Autocast would make the product in half precision.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto& [module, pair] = *found;
-  const auto change = product(pair, weight.device());
-  TORCH_CHECK_VALUE(without_ones(change.sizes()) == without_ones(weight.sizes()),
+  const at::NoTF32Guard no_tf32;
+  const auto options = weight.options().dtype(exact_dtype(weight.device())).requires_grad(false);
+  const auto down = whole_down(pair, options);
+  auto sizes = down.sizes().vec();
+  sizes[0] = pair.up.size(0);
+  TORCH_CHECK_VALUE(without_ones(sizes) == without_ones(weight.sizes()),
                     "[Lora::merged] the LoRA \"", path, "\" must fit the model, but ",
-                    quoted_name(module), " changes a weight ", change.sizes(), ", which is ",
-                    weight.sizes(), family_of(pairs), ".");
+                    quoted_name(module), " changes a weight ", c10::IntArrayRef(sizes),
+                    ", which is ", weight.sizes(), family_of(pairs), ".");
   const double factor = strength * pair.scale;
   torch::Tensor sum;
-  if (std::abs(factor) <= std::numeric_limits<float>::max())
-    sum = at::add(weight.to(torch::kFloat), change.reshape(weight.sizes()), factor);
-  TORCH_CHECK_VALUE(sum.defined() && sum.isfinite().all().item<bool>(),
-                    "[Lora::merged] the LoRA \"", path,
+  bool is_finite = std::abs(factor) <= std::numeric_limits<float>::max();
+  if (is_finite) {
+    // Into the copy: large weights would fill the memory with what lies between.
+    sum = weight.detach().to(options, /*non_blocking=*/false, /*copy=*/true).contiguous();
+    sum.view({sizes[0], -1}).addmm_(pair.up.to(options).flatten(1), down.flatten(1), 1, factor);
+    sum = sum.to(torch::kFloat);
+    const auto [least, most] = sum.aminmax();
+    is_finite = std::isfinite(least.item<float>()) && std::isfinite(most.item<float>());
+  }
+  TORCH_CHECK_VALUE(is_finite, "[Lora::merged] the LoRA \"", path,
                     "\" must leave the weights finite, but with the strength ", strength, " ",
                     quoted_name(module), " does not.");
   return sum;
