@@ -21,6 +21,7 @@ install(FILES "${PROJECT_BINARY_DIR}/sag-config.cmake" "${PROJECT_BINARY_DIR}/sa
   DESTINATION "${sag_package_dir}")
 
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/models/skeletons" DESTINATION share/sag)
 
 if(TARGET sag-sample)
   install(TARGETS sag-sample RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")

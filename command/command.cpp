@@ -13,18 +13,20 @@
 #include <fmt/ranges.h>
 #include <torch/torch.h>
 
+#include "checkpoint.h"
 #include "drawing.h"
 #include "errors.h"
-#include "files/networks.h"
 #include "files/output_file.h"
 #include "files/tensor_file.h"
 #include "further_inputs.h"
 #include "input_tensors.h"
 #include "inputs.h"
+#include "model_networks.h"
 #include "picture/pictures.h"
 #include "picture/png_file.h"
 #include "progress.h"
 #include "report_json.h"
+#include "sag/checkpoint.h"
 #include "sag/cuda_graph_unet.h"
 #include "sampling.h"
 #include "settings.h"
@@ -64,10 +66,11 @@ void set_up_torch(const DeviceOptions& options) {
   at::globalContext().setAllowTF32CuBLAS(options.tf32);
 }
 
-std::optional<Decoder> load_decoder(const std::string& file, std::int64_t channels,
-                                    torch::Device device) {
-  if (!file.empty()) return Decoder(file, device);
-  if (is_picture(channels)) return std::nullopt;
+// Nothing: the latents are pictures.
+std::optional<sag::PictureNetwork> load_decoder(const Network& network, std::int64_t channels,
+                                                torch::Device device) {
+  auto decoder = load_decoder(network, device);
+  if (decoder || is_picture(channels)) return decoder;
   throw UsageError(
       fmt::format("--out needs a model with a decoder to make pictures of latents with {} "
                   "channels; --save-latent saves them.",
@@ -96,6 +99,7 @@ bool says_negative(const std::string& where) {
 std::vector<std::string> notes_on(const Settings& settings) {
   const auto& pictures = settings.pictures;
   std::vector<std::string> notes;
+  if (settings.network.checkpoint) notes = settings.network.checkpoint->info().notes;
   const bool starts =
       (!pictures.image.empty() || !pictures.latent.empty()) && starts_from_picture(settings);
   if (starts && pictures.mask.empty() && pictures.sigmas.empty() &&
@@ -148,7 +152,7 @@ std::string describe_run(const Settings& settings, const SamplingPlan& plan, con
 // The picture or the sheet, as a PNG file.
 std::string draw_png(const Settings& settings, const Inputs& inputs, const SamplingPlan& plan,
                      const Sampled& sampled, const Sampled& unguided,
-                     const std::optional<Decoder>& decoder) {
+                     const std::optional<sag::PictureNetwork>& decoder) {
   const auto pictures = [&](const torch::Tensor& latents) {
     return decoder && latents.defined() ? decoder->run(latents) : latents;
   };
@@ -199,9 +203,9 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
   if (!settings.guidances.empty()) check_site(*unet, settings.network.site);
   const GuidedModel plain = {sag::ModelPatcher(unet, settings.network.noise_levels)};
   const GuidedModel guided = guide(plain.model, settings.guidances);
-  const auto decoder = outputs.out ? load_decoder(settings.network.files.decoder,
-                                                  inputs.size.channels, unet->device())
-                                   : std::nullopt;
+  const auto decoder = outputs.out
+                           ? load_decoder(settings.network, inputs.size.channels, unet->device())
+                           : std::nullopt;
 
   const bool compare = settings.output.compare;
   Progress progress(Progress::style_for(settings.output.quiet),
@@ -226,7 +230,7 @@ void load_and_draw(const Settings& settings, std::ostream& out) {
   // What cannot be written, or is missing, is said before minutes of loading.
   static_cast<void>(open_outputs(settings.output));
   check_further_inputs(settings);
-  auto unet = load_unet(settings.network.files.unet, settings.unet);
+  auto unet = load_unet(settings.network, settings.unet);
   if (unet->device().is_cuda() && !settings.device.no_cuda_graph) {
     unet = std::make_shared<sag::CudaGraphUNet>(unet);
   }
@@ -236,13 +240,19 @@ void load_and_draw(const Settings& settings, std::ostream& out) {
 }  // namespace
 
 void run_command(const Choices& command_line, std::ostream& out) {
-  const auto path = source_options().decide(command_line).model;
+  const auto source = source_options().decide(command_line);
   std::optional<ModelDirectory> directory;
-  if (!path.empty()) directory = read_model_directory(path);
+  if (!source.model.empty()) directory = read_model_directory(source.model);
+  if (!source.checkpoint.empty()) {
+    const auto checkpoint =
+        open_checkpoint(source.checkpoint, checkpoint_options().decide(command_line));
+    if (source.describe) return describe_checkpoint(*checkpoint, source.checkpoint, out);
+    directory = model_of(checkpoint, source.checkpoint);
+  }
   const auto settings = decide_settings(command_line, directory ? &*directory : nullptr);
   set_up_torch(settings.device);
   if (settings.source.list_sites) {
-    const auto unet = load_unet(settings.network.files.unet, settings.unet);
+    const auto unet = load_unet(settings.network, settings.unet);
     list_sites(settings.pictures, settings.network, *unet, out);
   } else {
     load_and_draw(settings, out);

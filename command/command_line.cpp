@@ -23,6 +23,7 @@ namespace {
 
 constexpr const char* kFooter = R"(
 Examples:
+  sag-sample --checkpoint v1-5-pruned-emaonly.safetensors --prompt "a red fox" --out fox.png
   sag-sample --model models/emoji --prompt "red heart" --out heart.png
   sag-sample --model models/emoji --prompt pizza --unconditional 3 --compare --out sheet.png
   sag-sample --model sd15 --prompt "a red fox" --image photo.png --denoise 0.6 --out fox.png
@@ -194,13 +195,27 @@ void check_guidances(const Choices& choices) {
   }
 }
 
+void check_source(const Choices& choices) {
+  std::vector<std::string_view> sources;
+  for (const char* option : {"--checkpoint", "--model", "--unet"}) {
+    if (choices.contains(option)) sources.emplace_back(option);
+  }
+  if (sources.empty()) throw UsageError("One of --checkpoint, --model and --unet is needed.");
+  if (sources.size() > 1) {
+    throw UsageError(fmt::format("{} cannot be given together.", fmt::join(sources, " and ")));
+  }
+  if (choices.contains("--checkpoint")) return;
+  never_both(choices.contains("--describe"), true, "--describe needs a --checkpoint.");
+  for (const auto& option : checkpoint_options().options) {
+    never_both(choices.contains(option.id()), true,
+               fmt::format("{} needs a --checkpoint.", option.name));
+  }
+}
+
 void check_combinations(const Choices& choices) {
   const auto given = [&](const char* option) { return choices.contains(option); };
-  if (!given("--model") && !given("--unet")) {
-    throw UsageError("One of --model and --unet is needed.");
-  }
-  never_both(given("--model"), given("--unet"), "--model and --unet cannot be given together.");
-  if (given("--list-sites")) return;
+  check_source(choices);
+  if (given("--list-sites") || given("--describe")) return;
   check_outputs(choices);
   const bool texts = given("--prompt") || picture_options().decide(choices).unconditional > 0;
   never_both(texts, given("--cond") || given("--uncond"),

@@ -7,8 +7,8 @@
 #include <torch/torch.h>
 
 #include "errors.h"
-#include "files/networks.h"
 #include "files/tensor_file.h"
+#include "model_networks.h"
 #include "picture/pictures.h"
 #include "picture/png_file.h"
 
@@ -108,11 +108,12 @@ void check_size(const char* option, const torch::Tensor& tensor, std::int64_t im
 
 torch::Tensor encode_picture(const torch::Tensor& picture, const Network& network,
                              torch::Device device) {
-  if (network.files.encoder.empty() && network.channels == picture.size(1)) return picture;
-  if (network.files.encoder.empty()) {
+  const auto encoder = load_encoder(network, device);
+  if (!encoder && network.channels == picture.size(1)) return picture;
+  if (!encoder) {
     throw UsageError("--image needs a model with an encoder; --latent takes a latent.");
   }
-  const auto latent = Encoder(network.files.encoder, device).run(picture);
+  const auto latent = encoder->run(picture);
   const auto pixels = picture.sizes(), cells = latent.sizes();
   if (pixels[2] % cells[2] != 0 || pixels[2] / cells[2] * cells[3] != pixels[3]) {
     throw UsageError(

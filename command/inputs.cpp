@@ -9,9 +9,9 @@
 #include <torch/torch.h>
 
 #include "errors.h"
-#include "files/networks.h"
 #include "further_inputs.h"
 #include "input_tensors.h"
+#include "model_networks.h"
 #include "prompt.h"
 #include "sag/noise.h"
 
@@ -73,17 +73,39 @@ Batch tensor_batch(const InputTensors& tensors, std::size_t images, const Settin
   return batch;
 }
 
+// What the text encoder cannot do, in the words of the options that ask for it.
+void check_gives(const sag::TextEncoder& encoder, const std::vector<sag::PromptPiece>& prompt,
+                 std::optional<std::int64_t> clip_skip) {
+  constexpr const char* kAgain =
+      "; sag-export writes text encoders that do, so export the model again";
+  if (const auto range = encoder.clip_skip_range()) {
+    if (!clip_skip || (*clip_skip >= range->first && *clip_skip <= range->second)) return;
+    throw UsageError(fmt::format("--clip-skip must be between {} and {} for this model, got {}.",
+                                 range->first, range->second, *clip_skip));
+  }
+  for (const auto& piece : prompt) {
+    if (piece.weight == 1.0) continue;
+    throw UsageError(fmt::format(
+        "The model's text encoder cannot weigh parts of a prompt, as the parentheses around "
+        "\"{}\" ask for{}, or write \\( and \\) for parentheses of the text.",
+        piece.text, kAgain));
+  }
+  if (clip_skip) {
+    throw UsageError(fmt::format(
+        "The model's text encoder gives no other layer, as --clip-skip asks for{}.", kAgain));
+  }
+}
+
 // Encodes every text once, for latents of one size.
 class Texts {
  public:
-  Texts(const std::string& encoder, const PictureOptions& options, const LatentSize& size,
+  Texts(const Network& network, const PictureOptions& options, const LatentSize& size,
         torch::Device device)
       : weights_(options.prompt_weights),
         clip_skip_(options.clip_skip),
         size_(size),
-        device_(device) {
-    if (!encoder.empty()) encoder_.emplace(encoder);
-  }
+        device_(device),
+        encoder_(load_text_encoder(network)) {}
 
   bool can_encode() const { return encoder_.has_value(); }
 
@@ -92,8 +114,9 @@ class Texts {
     auto& cond = conds_[text];
     if (!encoder_ || cond.context.defined()) return cond;
     const auto pieces =
-        weights_ ? parse_prompt(text) : std::vector<PromptPiece>{{.text = text, .weight = 1.0}};
-    const auto encoded = encoder_->encode(pieces, clip_skip_, size_.height, size_.width);
+        weights_ ? parse_prompt(text) : std::vector<sag::PromptPiece>{{.text = text}};
+    check_gives(*encoder_, pieces, clip_skip_);
+    const auto encoded = encoder_->encode(pieces, size_.height, size_.width, clip_skip_);
     cond.context = encoded.context.to(device_);
     if (encoded.y.defined()) cond.y = encoded.y.to(device_);
     if (!encoded.cut.empty()) {
@@ -111,7 +134,7 @@ class Texts {
   std::optional<std::int64_t> clip_skip_;
   LatentSize size_;
   torch::Device device_;
-  std::optional<TextEncoder> encoder_;
+  std::optional<sag::TextEncoder> encoder_;
   std::map<std::string, sag::Conditioning> conds_;
   std::vector<std::string> notes_;
 };
@@ -156,13 +179,14 @@ std::vector<Batch> text_batches(const std::vector<Picture>& pictures, const std:
 
 void add_text_batches(Inputs& inputs, const PictureOptions& options, const Network& network,
                       double cfg, torch::Device device) {
-  Texts texts(network.files.text_encoder, options, inputs.size, device);
+  Texts texts(network, options, inputs.size, device);
   if (!texts.can_encode() && !options.prompts.empty()) {
     throw UsageError(
         network.has_directory
             ? "--prompt needs a text encoder, which this model does not have; give --cond and "
               "--uncond."
-            : "--prompt needs a --model with a text encoder; --unet takes --cond and --uncond.");
+            : "--prompt needs a --checkpoint or --model with a text encoder; --unet takes --cond "
+              "and --uncond.");
   }
   inputs.batches = text_batches(inputs.pictures, options.negative, cfg, texts);
   inputs.notes = texts.notes();

@@ -151,10 +151,10 @@ nlohmann::json read_description(const std::string& path, const std::string& file
         "--model takes a directory with a model.json, got the file \"{}\": {}.", path,
         fs::exists(folder / "model.json", error)
             ? fmt::format("give --model \"{}\"", folder.string())
-        : is_unet ? "--unet takes the file of a UNet"
-                  : "sag-export makes such a directory of a diffusers folder, and diffusers makes "
-                    "that folder of a checkpoint in one file "
-                    "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER))"));
+        : is_unet
+            ? "--unet takes the file of a UNet"
+            : "--checkpoint takes a checkpoint in one .safetensors file, and sag-export makes "
+              "such a directory of a diffusers folder"));
   }
   if (!fs::is_directory(path, error)) {
     throw UsageError(
@@ -179,10 +179,11 @@ nlohmann::json read_description(const std::string& path, const std::string& file
 
 }  // namespace
 
-ModelDirectory read_model_directory(const std::string& path) {
+ModelDirectory read_model_directory(const std::string& path, const nlohmann::json& patch) {
   constexpr Range<std::int64_t> kFormat = whole(1, 65536);
   const std::string file = (fs::path(path) / "model.json").string();
-  const auto content = read_description(path, file);
+  auto content = read_description(path, file);
+  if (content.is_object()) content.merge_patch(patch);
   JsonObject root(content, file);
   if (const auto format = read_number(root.given("format"), kFormat); format != 1) {
     throw UsageError(fmt::format("{} has format {}, but only format 1 is known.", file, format));

@@ -1,10 +1,17 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 
+#include <nlohmann/json.hpp>
+
 #include "given.h"
+
+namespace sag {
+class Checkpoint;
+}
 
 namespace sag_sample {
 
@@ -58,11 +65,14 @@ struct ModelDirectory {
   std::int64_t multiple = 1;
   NetworkInputs inputs;
   Choices choices;
+  /// The file that the weights are in; null: in the model's own files.
+  std::shared_ptr<const sag::Checkpoint> checkpoint = {};
 };
 
-/// Reads `model.json` in a directory and checks that the files it names are there. Throws
-/// UsageError, in one sentence, also for keys that it does not know and names that lead out of the
-/// directory.
-ModelDirectory read_model_directory(const std::string& path);
+/// Reads `model.json` in a directory, after a JSON merge patch (RFC 7396), and checks that the
+/// files it names are there. Throws UsageError, in one sentence, also for keys that it does not
+/// know and names that lead out of the directory.
+ModelDirectory read_model_directory(const std::string& path,
+                                    const nlohmann::json& patch = nlohmann::json::object());
 
 }  // namespace sag_sample

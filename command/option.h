@@ -162,6 +162,25 @@ Row<T> texts(const char* name, std::vector<std::string> T::*field, const char* t
   return row;
 }
 
+/// Texts that are not empty, each with an option of its own. The report has them joined by commas.
+template <typename T>
+Row<T> several(const char* name, const char* key, std::vector<std::string> T::*field,
+               const char* type, const char* help) {
+  Row<T> row = {{name, key, type, help},
+                [=](T& t, const Given& given) {
+                  for (const auto& word : given.words) {
+                    (t.*field).push_back(read_text({.where = given.where, .words = {word}}));
+                  }
+                },
+                [=](const T& t) {
+                  std::string joined;
+                  for (const auto& text : t.*field) joined += (joined.empty() ? "" : ", ") + text;
+                  return joined.empty() ? Value() : Value(joined);
+                }};
+  row.repeats = true;
+  return row;
+}
+
 template <typename T>
 Row<T> flag(const char* name, const char* key, bool T::*field, const char* help) {
   return {{name, key, "", help},

@@ -16,7 +16,7 @@
 namespace sag_sample {
 namespace {
 
-constexpr const char* kModel = "Model (one of --model and --unet)";
+constexpr const char* kModel = "Model (one of --checkpoint, --model and --unet)";
 constexpr const char* kPictures = "Pictures (T is FILE or FILE:KEY, of torch.save or safetensors)";
 constexpr const char* kSampling = "Sampling";
 constexpr const char* kDevice = "Device";
@@ -90,14 +90,36 @@ const OptionTable<SourceOptions>& source_options() {
   using S = SourceOptions;
   static const OptionTable<S> table(
       kModel,
-      {text("--model", "model", &S::model, "DIR",
+      {text("--checkpoint", "checkpoint", &S::checkpoint, "FILE",
+            "Checkpoint of Stable Diffusion 1, 2 or XL as it is downloaded, one .safetensors file"),
+       text("--model", "model", &S::model, "DIR",
             "Directory with model.json and the files that it names"),
        text("--unet", "", &S::unet, "FILE",
             "TorchScript UNet, compiled package (*.pt2) or folder of packages, to be used with "
             "tensors"),
        flag("--list-sites", "", &S::list_sites,
             "Print the self-attentions of the UNet, and exit; with their sizes where the text "
-            "encoder or --cond tells how to run it")});
+            "encoder or --cond tells how to run it"),
+       flag("--describe", "", &S::describe, "Print what --checkpoint is, and exit")});
+  return table;
+}
+
+const OptionTable<CheckpointFiles>& checkpoint_options() {
+  using C = CheckpointFiles;
+  static const OptionTable<C> table(
+      "Beside --checkpoint",
+      {several(
+           "--lora", "lora", &C::loras, "FILE[:X]",
+           "LoRA to merge into it, X times as strong, a .safetensors file; may be given several "
+           "times"),
+       several("--embedding", "embedding", &C::embeddings, "NAME=FILE",
+               "Textual inversion, a .safetensors file that NAME in prompts stands for; may be "
+               "given several times"),
+       text("--vae", "vae", &C::vae, "FILE", "VAE to use in place of the checkpoint's own"),
+       text("--skeleton", "skeleton", &C::skeleton, "DIR",
+            "Networks of the checkpoint's family, for families that sag does not bring"),
+       text("--compiled", "compiled", &C::compiled, "DIR",
+            "Run the UNet on packages that sag-export --skeleton compiled for its family")});
   return table;
 }
 
@@ -324,9 +346,9 @@ const OptionGroup& noise_level_options(const std::string& prediction) {
 std::span<const OptionGroup* const> all_options() {
   static const std::vector<const OptionGroup*> all = [] {
     std::vector<const OptionGroup*> groups = {
-        &source_options(),   &network_options(), &edm_options(),         &flow_options(),
-        &discrete_options(), &picture_options(), &latent_size_options(), &sampling_options(),
-        &guider_options(),   &further_options()};
+        &source_options(),   &checkpoint_options(), &network_options(), &edm_options(),
+        &flow_options(),     &discrete_options(),   &picture_options(), &latent_size_options(),
+        &sampling_options(), &guider_options(),     &further_options()};
     for (const auto& kind : guidance_kinds()) groups.push_back(kind.options);
     groups.insert(groups.end(), {&unet_options(), &device_options(), &output_options()});
     return groups;

@@ -16,8 +16,15 @@ namespace sag_sample {
 
 /// Which model, and what to do with it.
 struct SourceOptions {
-  std::string model = {}, unet = {};
-  bool list_sites = false;
+  std::string model = {}, checkpoint = {}, unet = {};
+  bool list_sites = false, describe = false;
+};
+
+/// What goes with a checkpoint. Empty: not given.
+struct CheckpointFiles {
+  std::string vae = {}, skeleton = {}, compiled = {};
+  /// FILE or FILE:STRENGTH, and NAME=FILE.
+  std::vector<std::string> loras = {}, embeddings = {};
 };
 
 /// The network, as far as it is not a matter of its kind.
@@ -81,6 +88,7 @@ struct OutputOptions {
 /// The options of the command, each stated here and nowhere else. Where the struct is one of the
 /// library's, so are the defaults. (The options of guidances are in guidances.h.)
 const OptionTable<SourceOptions>& source_options();
+const OptionTable<CheckpointFiles>& checkpoint_options();
 const OptionTable<NetworkOptions>& network_options();
 const OptionTable<sag::EdmSamplingOptions>& edm_options();
 const OptionTable<sag::FlowSamplingOptions>& flow_options();

@@ -79,7 +79,7 @@ std::optional<double> parse_weight(std::string_view word) {
 }
 
 void add_pieces(const Marked& marked, Span span, double weight, int depth,
-                std::vector<PromptPiece>& pieces) {
+                std::vector<sag::PromptPiece>& pieces) {
   if (depth > kDeepest) {
     throw UsageError(fmt::format(
         "A prompt's parentheses must not nest deeper than {}; \\( is a parenthesis of the text.",
@@ -106,9 +106,9 @@ void add_pieces(const Marked& marked, Span span, double weight, int depth,
 
 }  // namespace
 
-std::vector<PromptPiece> parse_prompt(std::string_view prompt) {
+std::vector<sag::PromptPiece> parse_prompt(std::string_view prompt) {
   const auto marked = mark(prompt);
-  std::vector<PromptPiece> pieces;
+  std::vector<sag::PromptPiece> pieces;
   add_pieces(marked, {0, marked.text.size()}, 1.0, 0, pieces);
   return pieces;
 }

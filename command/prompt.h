@@ -3,7 +3,7 @@
 #include <string_view>
 #include <vector>
 
-#include "prompt_piece.h"
+#include "sag/text_encoder.h"
 
 namespace sag_sample {
 
@@ -11,6 +11,6 @@ namespace sag_sample {
 /// within other parentheses, and `\(` and `\)` are parentheses of the text. What is not a finite
 /// number after the last colon belongs to the text, and so do parentheses without a partner.
 /// Returns no piece for a prompt without text. Throws UsageError where it nests deeper than 100.
-std::vector<PromptPiece> parse_prompt(std::string_view prompt);
+std::vector<sag::PromptPiece> parse_prompt(std::string_view prompt);
 
 }  // namespace sag_sample

@@ -47,6 +47,7 @@ json options_json(const Settings& settings, const Inputs& inputs, const Sampling
                   const sag::UNet& unet) {
   json options;
   add(options, source_options().report(settings.source));
+  add(options, checkpoint_options().report(settings.checkpoint));
   options["unet"] = settings.network.files.unet;
   options["prediction"] = settings.network.prediction;
   options["latent_scale"] = settings.network.latent_scale;

@@ -62,6 +62,8 @@ Network decide_network(const Choices& choices, const SourceOptions& source,
   if (directory) {
     network.has_directory = true;
     network.files = directory->files;
+    network.checkpoint = directory->checkpoint;
+    network.compiled = checkpoint_options().decide(choices).compiled;
     network.usual_size = latent_size_options().decide(directory->choices);
     network.channels = network.usual_size.channels;
     network.multiple = directory->multiple;
@@ -82,6 +84,7 @@ Settings decide_settings(const Choices& command_line, const ModelDirectory* dire
   auto unet = unet_options().decide(choices);
   unet.rows = network.unet_rows;
   return {.source = source,
+          .checkpoint = checkpoint_options().decide(choices),
           .network = decide_network(choices, source, directory),
           .unet = unet,
           .pictures = picture_options().decide(choices),

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,6 +15,10 @@ namespace sag_sample {
 /// What a run knows of its network.
 struct Network {
   ModelFiles files = {};
+  /// The file that the weights are in; null: in those files.
+  std::shared_ptr<const sag::Checkpoint> checkpoint = {};
+  /// The packages that a checkpoint's UNet runs on; empty: on the skeleton.
+  std::string compiled = {};
   /// Whether a model directory describes it.
   bool has_directory = false;
   std::string prediction = {}, site = {};
@@ -33,6 +38,7 @@ struct Network {
 /// Everything that a run needs to know, decided.
 struct Settings {
   SourceOptions source;
+  CheckpointFiles checkpoint;
   Network network;
   UNetFileOptions unet;
   PictureOptions pictures;

@@ -9,9 +9,9 @@
 #include <torch/torch.h>
 
 #include "errors.h"
-#include "files/networks.h"
 #include "input_tensors.h"
 #include "messages.h"
+#include "model_networks.h"
 #include "words/nearest.h"
 
 namespace sag_sample {
@@ -25,9 +25,8 @@ sag::UNetInput probe_input(const PictureOptions& pictures, const Network& networ
   const bool conditional = tensors.cond.defined();
   auto context = conditional ? tensors.cond : tensors.uncond;
   auto y = conditional ? tensors.cond_y : tensors.uncond_y;
-  if (!context.defined() && !network.files.text_encoder.empty()) {
-    const auto text =
-        TextEncoder(network.files.text_encoder).encode({}, {}, size.height, size.width);
+  if (const auto encoder = context.defined() ? std::nullopt : load_text_encoder(network)) {
+    const auto text = encoder->encode("", size.height, size.width);
     context = text.context;
     y = text.y;
   }

@@ -338,6 +338,65 @@ class Command(Case):
         changes = {key: None, f"{key}.weight": self.tensors("sdxl")[key].T}
         self.compare(self.drawn(*given, self.checkpoint("sdxl", **changes))[0], expected)
 
+    def test_loras_are_merged(self):
+        """Into a checkpoint whose weights were changed in Python."""
+        unet = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+        layer = "lora_te_text_model_encoder_layers_0_self_attn_k_proj"
+        query = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+        convolution = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+        resblock = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+        text_layer = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn"
+        for kind, text_key in (("sd1", f"{text_layer}.k_proj.weight"), ("sd2", resblock)):
+            with self.subTest(kind):
+                _, folder = self.skeleton(kind)
+                given = ("--skeleton", folder, "--checkpoint")
+                plain = self.tensors(kind)
+                width = plain[text_key].shape[1]
+                changed, lora = {}, {}
+                for name, key, rows in (
+                    (f"lora_unet_{unet}", query, slice(None)),
+                    ("lora_unet_down_blocks_0_resnets_0_conv1", convolution, slice(None)),
+                    (layer, text_key, slice(None) if kind == "sd1" else slice(width, 2 * width)),
+                ):
+                    weight = plain[key].clone()
+                    part = weight[rows]
+                    kernel = part.shape[2:]
+                    down = torch.randn(2, part.shape[1], *kernel)
+                    up = torch.randn(part.shape[0], 2, *[1 for _ in kernel])
+                    lora |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                    lora[f"{name}.alpha"] = torch.tensor(1.0)
+                    change = (up.flatten(1) @ down.flatten(1)).reshape(part.shape)
+                    weight[rows] = part + 0.3 * (1.0 / 2) * change
+                    changed[key] = weight
+                file = self.folder / "style.safetensors"
+                save_file(lora, file)
+                expected, _ = self.drawn(*given, self.checkpoint(kind, **changed))
+                path = self.checkpoint(kind)
+                got, _ = self.drawn(*given, path, "--lora", f"{file}:0.3")
+                self.compare(got, expected)
+                self.assertGreater((got - self.drawn(*given, path)[0]).abs().max(), 1e-2)
+                # There and back.
+                twice = ("--lora", f"{file}:0.3", "--lora", f"{file}:-0.3")
+                self.compare(self.drawn(*given, path, *twice)[0], self.drawn(*given, path)[0], 1e-4)
+                save_file(lora | {"lora_unet_other.alpha": torch.tensor(1.0)}, file)
+                said = self.sample(*given, path, "--lora", file, "--describe", code=1)
+                self.assertIn("lora_unet_other", said)
+
+    def test_textual_inversions_are_words(self):
+        """A word whose vectors are those of others."""
+        _, folder = self.skeleton("sd1")
+        given = ("--skeleton", folder, "--checkpoint", self.checkpoint("sd1"))
+        words = tokenizers_of(self.pipeline("sd1"))[0]("red cat").input_ids[1:-1]
+        table = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+        file = self.folder / "fox.safetensors"
+        save_file({"emb_params": self.tensors("sd1")[table][words]}, file)
+        latents = []
+        for prompt, more in (("the red cat", ()), ("the zorro", ("--embedding", f"zorro={file}"))):
+            latent = self.folder / "drawn.pt"
+            self.sample(*given, *more, "--prompt", prompt, "--steps", 2, "--save-latent", latent)
+            latents.append(torch.load(latent, weights_only=True))
+        self.compare(latents[1], latents[0], 1e-6)
+
     def test_files_that_do_not_fit_are_refused(self):
         _, folder = self.skeleton("sd1")
         last = "model.diffusion_model.out.2.weight"

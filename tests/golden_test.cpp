@@ -4,10 +4,12 @@
 #include <filesystem>
 
 #include <gtest/gtest.h>
+#include <torch/script.h>
 #include <torch/torch.h>
 #include <nlohmann/json.hpp>
 
 #include "sag/cfg_guider.h"
+#include "sag/checkpoint.h"
 #include "sag/run_sampler.h"
 #include "sag/sample.h"
 #include "sag/samplers.h"
@@ -16,6 +18,7 @@
 #include "support/device.h"
 #include "support/golden_runs.h"
 #include "support/reference.h"
+#include "support/safetensors_file.h"
 
 namespace sag {
 namespace {
@@ -77,9 +80,10 @@ torch::Tensor sample_as(const json& run, CfgGuider& guider, const test::Golden& 
          factor;
 }
 
-Repeated repeat(const json& run, const test::Golden& golden, torch::Device device) {
+Repeated repeat(const json& run, const test::Golden& golden,
+                const std::shared_ptr<const UNet>& unet) {
   Repeated result;
-  ModelPatcher model(test::load_unet(run["unet"], device), test::sampling_of(run));
+  ModelPatcher model(unet, test::sampling_of(run));
   if (run["variant"] != "no_sag") {
     const auto options = test::sag_of(run);
     model = apply_self_attention_guidance(model, options);
@@ -156,10 +160,45 @@ TEST_P(ComfyUi, RunIsReproduced) {
   const torch::Device device(device_name);
   SAG_SKIP_WITHOUT_CUDA(device);
   const test::Golden golden(run["file"], device);
-  expect_reproduced(run, repeat(run, golden, device), golden, device);
+  expect_reproduced(run, repeat(run, golden, test::load_unet(run["unet"], device)), golden, device);
 }
 INSTANTIATE_TEST_SUITE_P(Golden, ComfyUi,
                          testing::Combine(test::backends(), testing::ValuesIn(comfyui_runs())),
+                         run_name);
+
+// The same from a checkpoint in one file: ComfyUI's weights, under LDM's names, in a skeleton that
+// was traced from diffusers' module.
+class ComfyUiCheckpoint : public RunTest {};
+
+// One UNet per file and device.
+std::shared_ptr<const UNet> checkpoint_unet(const std::string& file, torch::Device device) {
+  static std::map<std::string, std::shared_ptr<const UNet>> loaded;
+  auto& unet = loaded[c10::str(file, device)];
+  if (unet) return unet;
+  std::map<std::string, torch::Tensor> tensors;
+  const auto module = torch::jit::load(test::kGoldenDir + file).attr("unet").toModule();
+  for (const auto& parameter : module.named_parameters())
+    tensors["model.diffusion_model." + parameter.name] = parameter.value.detach();
+  const test::TemporaryFolder folder;
+  const auto path = folder.write("a.safetensors", test::safetensors_bytes(tensors));
+  const auto skeleton = std::filesystem::path(file).stem().string();
+  unet = Checkpoint::open(path, {.skeleton = test::kGoldenDir + "skeletons/" + skeleton})
+             .load_unet({.device = device});
+  return unet;
+}
+
+TEST_P(ComfyUiCheckpoint, RunIsReproduced) {
+  const auto& [device_name, run] = GetParam();
+  const torch::Device device(device_name);
+  SAG_SKIP_WITHOUT_CUDA(device);
+  const test::Golden golden(run["file"], device);
+  expect_reproduced(run, repeat(run, golden, checkpoint_unet(run["unet"], device)), golden, device);
+}
+INSTANTIATE_TEST_SUITE_P(Golden, ComfyUiCheckpoint,
+                         testing::Combine(test::backends(),
+                                          testing::ValuesIn(runs_where([](const json& run) {
+                                            return run["variant"] == "reference" && !is_faulty(run);
+                                          }))),
                          run_name);
 
 // Where ComfyUI throws or goes wrong, ours is the same run with the fault fixed, and differs from
@@ -172,7 +211,7 @@ TEST_P(ComfyUiFault, IsMended) {
   SAG_SKIP_WITHOUT_CUDA(device);
   const test::Golden golden(faulty["file"], device);
   const auto& run = test::mended(faulty);
-  const auto ours = repeat(run, golden, device);
+  const auto ours = repeat(run, golden, test::load_unet(run["unet"], device));
   expect_reproduced(run, ours, golden, device);
   EXPECT_EQ(ours.report.guided(), static_cast<std::int64_t>(ours.report.evaluations.size()));
   if (faulty.contains("error")) {

@@ -458,7 +458,7 @@ TEST(Lora, RefusesAPickleBeforeItIsRead) {
   const TemporaryFolder folder;
   EXPECT_THAT(error_of<c10::ValueError>(
                   [&] { Lora::open(folder.write("a.pt", "PK\x03\x04 and more"), 1); }),
-              HasSubstr("such files are programs, and are not run, so convert it to .safetensors"));
+              HasSubstr("pickles are programs that run when they are read"));
 }
 
 }  // namespace

@@ -148,9 +148,9 @@ std::vector<Refusal> refusals() {
   return {
       {"empty", "", "is empty"},
       {"short", "abc", "is not safetensors"},
-      {"pickle", std::string("\x80\x02}q\0.aaaaaaaaa", 16), "is a pickle: such files are programs"},
+      {"pickle", std::string("\x80\x02}q\0.aaaaaaaaa", 16), "is a pickle"},
       {"zip", "PK\x03\x04xxxxxxxxxxxx",
-       "zip archive, as torch.save makes it: such files are programs"},
+       "is a pickle (.ckpt, .pt, .pth, .bin), and pickles are programs"},
       {"gguf", "GGUF\x03xxxxxxxxxxxx", "GGUF"},
       {"lfs", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"},
       {"html", "<!DOCTYPE html><html></html>", "is not safetensors"},

@@ -502,7 +502,7 @@ TEST_F(SampleCommand, TextEncodersOfAnotherFormAreRefused) {
                                     "x",       "--json", path("report.json")};
   };
   EXPECT_THAT(sentence(1, with("def encode(self, text: str, height: int):\n    return text\n")),
-              HasSubstr("no method encode(str) or encode(str, int, int)"));
+              HasSubstr("must have a method encode(str) or encode(str, int, int)"));
   EXPECT_THAT(sentence(2, with("def encode(self, text: str, h: int, w: int):\n"
                                "    return torch.zeros([1, 10, 32])\n")),
               HasSubstr("must return a tensor [1, tokens, width] and a tensor [1, features]"));

@@ -123,6 +123,11 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
   const auto model = [&](const std::string& directory) {
     return Arguments{"--model", directory, "--prompt", "x"};
   };
+  const auto checkpoint = [&](const std::string& file, const Arguments& more = {}) {
+    Arguments all = {"--checkpoint", file, "--prompt", "x"};
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
   // A small run that works, and what spoils it.
   const auto run = [&](const Arguments& more) {
     Arguments all = {"--unet", kUNet, "--cond", kRun + ":cond", "--uncond", kRun + ":uncond"};
@@ -143,8 +148,8 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
   };
   const std::vector<Row> table = {
       // Files of another kind.
-      {unet(path("sd.safetensors")), {"safetensors", "sag-export", "from_single_file"}},
-      {unet(path("lora.safetensors")), {"LoRA", "fuse_lora", "sag-export"}},
+      {unet(path("sd.safetensors")), {"safetensors", "--checkpoint FILE", "sag-export"}},
+      {unet(path("lora.safetensors")), {"LoRA", "--lora FILE", "fuse_lora", "sag-export"}},
       {unet(path("sd.gguf")), {"GGUF", "sag-export"}},
       {unet(path("sd.onnx")), {"ONNX", "sag-export"}},
       {unet(path("old.ckpt")), {"checkpoint", "sag-export"}},
@@ -160,7 +165,7 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {model(sag::test::kModelDir + "model.json"),
        {"got the file", "give --model", "models/emoji"}},
       {model(path("packages")), {"no model.json"}},
-      {model(path("sd.safetensors")), {"directory", "sag-export", "from_single_file"}},
+      {model(path("sd.safetensors")), {"directory", "--checkpoint", "sag-export"}},
       {model(kUNet), {"directory", "--unet"}},
       {run({"--latent", path("comfy.latent")}), {"latent_tensor", "0.18215", "python3 -c"}},
       {run({"--latent", path("sd.safetensors") + ":x"}),
@@ -175,6 +180,23 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {repaint("photo.avif"), {"--mask", "AVIF", "save it as PNG"}},
       {repaint("alpha.png"), {"--mask", "transparent", "save it without"}},
       {repaint("grey_alpha.png"), {"--mask", "transparent", "save it without"}},
+      {checkpoint(path("lora.safetensors")), {"--checkpoint must name", "LoRA", "--lora"}},
+      {checkpoint(path("sd.gguf")), {"--checkpoint must name", "GGUF", "not read"}},
+      {checkpoint(path("old.ckpt")), {"pickle", "program", "save_file"}},
+      {checkpoint(kGoldenDir + "unet_io.pt"), {"pickle", "program", "save_file"}},
+      {checkpoint(kUNet), {"--checkpoint must name"}},
+      {checkpoint(path("empty.ts")), {"--checkpoint must name", "is empty"}},
+      {checkpoint(path("diffusers")), {"--checkpoint", "no file"}},
+      {checkpoint(path("sd.safetensor")), {"no file", "do you mean", "sd.safetensors\""}},
+      {checkpoint(path("sd.safetensors"), {"--vae", path("sd.gguf")}), {"--vae must name", "GGUF"}},
+      {checkpoint(path("sd.safetensors"), {"--vae", path("none")}), {"--vae", "no file"}},
+      {checkpoint(path("sd.safetensors"), {"--lora", path("none:0.5")}), {"--lora", "no file"}},
+      {checkpoint(path("sd.safetensors"), {"--embedding", path("sd.gguf")}),
+       {"--embedding must be NAME=FILE"}},
+      {sized({"--vae", path("sd.safetensors")}), {"--vae needs a --checkpoint"}},
+      {sized({"--lora", path("sd.safetensors")}), {"--lora needs a --checkpoint"}},
+      {sized({"--describe"}), {"--describe needs a --checkpoint"}},
+      {{"--checkpoint", path("sd.safetensors"), "--unet", kUNet}, {"together"}},
       // Files that are not there.
       {unet(kGoldenDir + "comfy_sd15_tiny.tss"),
        {"no file", "do you mean", "comfy_sd15_tiny.ts\""}},
@@ -207,7 +229,7 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {{"--unet", kUNet, "--model", path("diffusers")}, {"--model", "--unet", "together"}},
       {run({"--prompt", "a fox"}), {"--prompt", "--cond", "together"}},
       {run({"--noise", path("noise.pt"), "--height", "16"}), {"--height", "--noise", "together"}},
-      {{"--prompt", "a fox"}, {"--model", "--unet"}},
+      {{"--prompt", "a fox"}, {"--checkpoint", "--model", "--unet"}},
       {sized({"--sag-one-pass", "--no-sag"}), {"--sag-one-pass", "--no-sag", "together"}},
       // Places that cannot be written to.
       {sized({"--json", path("nowhere/report.json")}), {"--json", "no directory"}},

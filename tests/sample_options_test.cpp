@@ -172,7 +172,7 @@ TEST(SampleOptions, NamesUnknownAndIncompleteOptions) {
 }
 
 TEST(SampleOptions, RefusesWhatDoesNotGoTogether) {
-  EXPECT_EQ(mistake({"--out", "x.png"}), "One of --model and --unet is needed.");
+  EXPECT_EQ(mistake({"--out", "x.png"}), "One of --checkpoint, --model and --unet is needed.");
   EXPECT_EQ(mistake({"--model", "m", "--unet", "u", "--out", "x"}),
             "--model and --unet cannot be given together.");
   EXPECT_EQ(mistake({"--model", "m"}), "Nothing to write: give --out, --save-latent or --json.");

@@ -473,6 +473,35 @@ TEST(TorchScriptUNetLoad, ReadsWhatASavedModuleGives) {
   EXPECT_EQ(unet->dtype(), torch::kFloat);
 }
 
+TEST(TorchScriptUNetLoad, TakesItsWeightsFromAFunction) {
+  const TemporaryFile file("unet.ts");
+  make_torchscript_unet().save(file.path());
+  auto other = make_torchscript_unet();
+  std::map<std::string, torch::Tensor> values;
+  for (const auto& parameter : other.named_parameters()) {
+    parameter.value.set_data(parameter.value * 1.5);
+    values[parameter.name] = parameter.value;
+  }
+  other.eval();
+  std::size_t calls = 0;
+  const auto give = [&](const std::string& parameter) {
+    ++calls;
+    return values.at(parameter).to(torch::kDouble);
+  };
+  const auto unet = TorchScriptUNet::load(file.path(), {.weights = give});
+  EXPECT_EQ(calls, values.size());
+  EXPECT_TRUE(unet->forward(fixture_input())
+                  .equal(TorchScriptUNet::from_module(other)->forward(fixture_input())));
+  const auto refusal = [&](const torch::Tensor& value) {
+    return error_of<c10::ValueError>([&] {
+      TorchScriptUNet::load(file.path(), {.weights = [&](const std::string&) { return value; }});
+    });
+  };
+  EXPECT_THAT(refusal({}), AllOf(one_sentence(), HasSubstr("got nothing")));
+  EXPECT_THAT(refusal(torch::zeros({2})), HasSubstr("must return a floating tensor of 2 dim"));
+  EXPECT_THAT(refusal(torch::zeros({2, 2, 2, 2}, torch::kLong)), HasSubstr("of Long"));
+}
+
 TEST(TorchScriptUNetLoad, TellsSelfFromCrossAttentionInAFrozenFile) {
   const auto module = make_torchscript_unet();
   const auto frozen = torch::jit::freeze(module);

@@ -46,6 +46,10 @@ class SAG_API Safetensors {
   /// alive; writing to it does not reach the file. Only what is not aligned to its dtype is copied.
   /// Throws ValueError when there is no such tensor, or when a bool is neither 0 nor 1.
   torch::Tensor tensor(const std::string& name) const;
+  /// Gives the memory that a tensor's bytes take back to the system. Who uses them later reads them
+  /// from the file again; what was written to them is lost. For those who have copied a tensor, to
+  /// a device or into another dtype, and need no second copy of it in memory.
+  void forget(const std::string& name) const;
 
  private:
   struct State;

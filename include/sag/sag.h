@@ -13,6 +13,7 @@
 #include "sag/calc_cond_batch.h"
 #include "sag/cfg_functions.h"
 #include "sag/cfg_guider.h"
+#include "sag/checkpoint.h"
 #include "sag/conditioning.h"
 #include "sag/cuda_graph_unet.h"
 #include "sag/denoised.h"
@@ -20,8 +21,10 @@
 #include "sag/model_patcher.h"
 #include "sag/model_sampling.h"
 #include "sag/pass.h"
+#include "sag/picture_network.h"
 #include "sag/run_context.h"
 #include "sag/step_context.h"
+#include "sag/text_encoder.h"
 #include "sag/unet.h"
 
 // Files: for callers with a model file.

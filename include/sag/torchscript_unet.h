@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -34,6 +35,10 @@ struct TorchScriptUNetOptions {
   /// call is split and filled up to it. 0: the inputs that torch.jit.trace stores in a file tell;
   /// without them (frozen files) any number of rows is given to the file as it is.
   std::int64_t rows = 0;
+  /// Gives each parameter of the file its value, by its name (a dotted path): for files whose own
+  /// are only placeholders, such as the skeletons of checkpoints. It is called once for each, and
+  /// returns a floating tensor with as many dimensions, on any device and in any dtype.
+  std::function<torch::Tensor(const std::string& parameter)> weights = {};
 };
 
 /// A UNet from a TorchScript archive, traced, scripted or frozen, whose self-attentions can be
@@ -71,7 +76,7 @@ class SAG_API TorchScriptUNet final : public UNet {
   /// Loads an archive, also one for the lite interpreter (.ptl). Throws ValueError, in one
   /// sentence, when the file cannot be read, is truncated, is not a TorchScript archive, calls an
   /// op that is not registered, has no self-attention that can be hooked, or holds a number in
-  /// place of the timesteps.
+  /// place of the timesteps; or when `weights` returns something else than it must.
   static std::shared_ptr<TorchScriptUNet> load(const std::string& path,
                                                const TorchScriptUNetOptions& options = {});
   /// Wraps a loaded module as it is, on its device, in its dtype, and shares its weights. Throws

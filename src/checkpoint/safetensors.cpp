@@ -40,6 +40,10 @@ struct Mapping {
 struct MappedFile {
   std::shared_ptr<const Mapping> pages = {};
   SafetensorsHeader header = {};
+
+  std::string_view bytes_of(const SafetensorsEntry& entry) const {
+    return pages->bytes().substr(header.data + entry.begin, entry.end - entry.begin);
+  }
 };
 
 // What keeps an open file from being mapped, as the end of a sentence; null if nothing does.
@@ -84,6 +88,13 @@ struct Safetensors::State {
   std::map<std::string, std::string> metadata = {};
   // Name → which of the files.
   std::map<std::string, std::size_t> file_of = {};
+
+  const MappedFile& file_with(const std::string& name) const {
+    const auto found = file_of.find(name);
+    TORCH_CHECK_VALUE(found != file_of.end(), "[Safetensors::tensor] \"", path,
+                      "\" must hold the tensor that is asked for, got ", quoted_name(name), ".");
+    return files[found->second];
+  }
 
   // Throws ValueError when another file has a tensor of the same name.
   void add(MappedFile file) {
@@ -174,16 +185,12 @@ const std::map<std::string, std::string>& Safetensors::metadata() const {
 }
 
 torch::Tensor Safetensors::tensor(const std::string& name) const {
-  const auto found = state_->file_of.find(name);
-  TORCH_CHECK_VALUE(found != state_->file_of.end(), "[Safetensors::tensor] \"", state_->path,
-                    "\" must hold the tensor that is asked for, got ", quoted_name(name), ".");
-  const auto& file = state_->files[found->second];
+  const auto& file = state_->file_with(name);
   const auto& entry = file.header.tensors.at(name);
   const auto options = torch::TensorOptions().dtype(entry.info.dtype).device(torch::kCPU);
   if (entry.begin == entry.end) return at::empty(entry.info.sizes, options);
 
-  const auto bytes =
-      file.pages->bytes().substr(file.header.data + entry.begin, entry.end - entry.begin);
+  const auto bytes = file.bytes_of(entry);
   if (entry.info.dtype == torch::kBool)
     TORCH_CHECK_VALUE(bytes.find_first_not_of(std::string_view("\0\1", 2)) == bytes.npos,
                       "[Safetensors::tensor] bools must be 0 or 1, got another byte in ",
@@ -199,6 +206,17 @@ torch::Tensor Safetensors::tensor(const std::string& name) const {
       // The pages are private to this process, and may be written.
       const_cast<char*>(bytes.data()), entry.info.sizes,
       [pages = file.pages](void*) mutable { pages.reset(); }, options);
+}
+
+void Safetensors::forget(const std::string& name) const {
+  const auto& file = state_->file_with(name);
+  const auto bytes = file.bytes_of(file.header.tensors.at(name));
+  // The pages that belong to this tensor alone.
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<std::uintptr_t>(bytes.data()) + page - 1) / page * page;
+  const auto end = reinterpret_cast<std::uintptr_t>(bytes.data() + bytes.size()) / page * page;
+  // A system that does not want to may leave them.
+  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 }  // namespace sag

@@ -154,17 +154,21 @@ void check_layout(const SafetensorsHeader& header, std::uint64_t data_bytes,
   if (end != data_bytes) refuse_safetensors(path, "which has bytes of no tensor at its end");
 }
 
+constexpr const char* kPickle =
+    "which is a pickle (.ckpt, .pt, .pth, .bin), and pickles are programs that run when they are "
+    "read. In Python, safetensors.torch.save_file(torch.load(FILE, "
+    "weights_only=True)[\"state_dict\"], \"new.safetensors\") makes a file that can be read of a "
+    "checkpoint";
+
 // What a file that is none of this format is, if it can be told.
 std::string what_it_is(std::string_view file) {
-  if (file.starts_with("PK\x03\x04"))
-    return "which is a zip archive, as torch.save makes it: such files are programs, and are not "
-           "run, so convert it to .safetensors";
-  if (file.starts_with("GGUF")) return "which is a GGUF file";
+  if (file.starts_with("PK\x03\x04")) return kPickle;
+  if (file.starts_with("GGUF"))
+    return "which is a GGUF file: its quantized weights are not read here";
   if (file.starts_with("version https://git-lfs"))
     return "which is a pointer of Git LFS in place of the file: fetch it with git lfs pull";
   if (file.starts_with("\x80\x02") || file.starts_with("\x80\x03") || file.starts_with("\x80\x04"))
-    return "which is a pickle: such files are programs, and are not run, so convert it to "
-           ".safetensors";
+    return kPickle;
   return "which is not safetensors: it does not begin with a header";
 }
 

@@ -14,16 +14,22 @@
 namespace sag {
 namespace {
 
-[[noreturn]] void refuse(const std::string& path, const std::string& what) {
-  C10_THROW_ERROR(ValueError,
-                  c10::str("[TorchScriptUNet::load] path must name a TorchScript archive, got \"",
-                           path, "\", ", what));
-}
+// The file, and who reads it.
+struct Reading {
+  const std::string& path;
+  const char* caller;
 
-void check_holds_code(const std::string& path) {
+  [[noreturn]] void refuse(const std::string& what) const {
+    C10_THROW_ERROR(ValueError,
+                    c10::str("[", caller, "] path must name a TorchScript archive, got \"", path,
+                             "\", ", what));
+  }
+};
+
+void check_holds_code(const Reading& reading) {
   std::string problem;
   try {
-    caffe2::serialize::PyTorchStreamReader reader(path);
+    caffe2::serialize::PyTorchStreamReader reader(reading.path);
     if (reader.hasRecord("constants.pkl")) return;
     problem = reader.hasRecord("data.pkl")
                   ? std::string("which is a file of torch.save, ") + kWeightsAlone
@@ -31,7 +37,7 @@ void check_holds_code(const std::string& path) {
   } catch (const std::exception& error) {
     problem = read_problem(error);
   }
-  refuse(path, problem);
+  reading.refuse(problem);
 }
 
 // The op that is not registered, as the loader's message names it; empty if it says something else.
@@ -45,7 +51,7 @@ std::string unknown_op(const std::string& message) {
   return op;
 }
 
-[[noreturn]] void refuse_op(const std::string& path, const std::string& op) {
+[[noreturn]] void refuse_op(const Reading& reading, const std::string& op) {
   const auto mentions = [&op](const char* part) { return op.find(part) != std::string::npos; };
   const char* way_out = "load the library that registers it first, or export the model without it";
   if (op.starts_with("aten::") || op.starts_with("prim::"))
@@ -54,8 +60,8 @@ std::string unknown_op(const std::string& message) {
     way_out =
         "export the model with scaled_dot_product_attention (diffusers: "
         "unet.set_attn_processor(AttnProcessor2_0()); ComfyUI: --use-pytorch-cross-attention)";
-  refuse(path,
-         c10::str("which uses ", op, ", an op that this program does not have: ", way_out, "."));
+  reading.refuse(
+      c10::str("which uses ", op, ", an op that this program does not have: ", way_out, "."));
 }
 
 // torch.jit.load reads what a trace was made with only to write it into the graph.
@@ -70,9 +76,10 @@ void restore_traced_inputs(torch::jit::Module& module, const std::string& path) 
 
 }  // namespace
 
-torch::jit::Module read_archive(const std::string& path) {
-  if (const auto problem = zip_problem(path); !problem.empty()) refuse(path, problem);
-  check_holds_code(path);
+torch::jit::Module read_archive(const std::string& path, const char* caller) {
+  const Reading reading{path, caller};
+  if (const auto problem = zip_problem(path); !problem.empty()) reading.refuse(problem);
+  check_holds_code(reading);
   // Tensors made in a caller's InferenceMode could not be used outside of it.
   c10::InferenceMode ordinary_tensors(false);
   try {
@@ -83,8 +90,8 @@ torch::jit::Module read_archive(const std::string& path) {
     return module;
   } catch (const std::exception& error) {
     const auto message = plain_message(error);
-    if (const auto op = unknown_op(message); !op.empty()) refuse_op(path, op);
-    refuse(path, "which cannot be loaded: " + message);
+    if (const auto op = unknown_op(message); !op.empty()) refuse_op(reading, op);
+    reading.refuse("which cannot be loaded: " + message);
   }
 }
 

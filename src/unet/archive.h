@@ -6,8 +6,8 @@
 
 namespace sag {
 
-/// Reads a TorchScript archive onto the CPU, in eval mode. Throws ValueError, in one sentence, when
-/// the file cannot be read or is something else.
-torch::jit::Module read_archive(const std::string& path);
+/// Reads a TorchScript archive onto the CPU, in eval mode. Throws ValueError as `caller`, in one
+/// sentence, when the file cannot be read or is something else.
+torch::jit::Module read_archive(const std::string& path, const char* caller);
 
 }  // namespace sag

@@ -16,9 +16,9 @@ bool is_safetensors(const std::string& head) {
 std::string safetensors_problem(const std::string& head) {
   const auto mentions = [&head](const char* text) { return head.find(text) != std::string::npos; };
   if (mentions(".lora_") || mentions("lora_unet_") || mentions("lora_down.weight"))
-    return "which is a LoRA, a change to a model: fuse it into its model in diffusers "
-           "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained), and give that "
-           "folder to sag-export.";
+    return "which is a LoRA, a change to a model: sag-sample merges it into a checkpoint "
+           "(--checkpoint FILE --lora FILE); for sag-export, fuse it into its model in diffusers "
+           "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained).";
   if (mentions("\"latent_tensor\"")) return "which is a latent that ComfyUI saved, not a UNet.";
   return std::string("which is a safetensors file, ") + kWeightsAlone;
 }
@@ -38,9 +38,10 @@ std::string format_problem(const std::string& head, const std::string& path) {
 }  // namespace
 
 const char* const kWeightsAlone =
-    "weights without their network: sag-export makes a UNet's file of a diffusers folder, and "
-    "diffusers makes that folder of a checkpoint in one file "
-    "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)).";
+    "weights without their network: Checkpoint (sag-sample --checkpoint FILE) reads a checkpoint "
+    "of "
+    "Stable Diffusion in one .safetensors file, and sag-export makes a UNet's file of a diffusers "
+    "folder.";
 
 std::string folder_problem(const std::string& path) {
   namespace fs = std::filesystem;

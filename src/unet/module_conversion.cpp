@@ -1,12 +1,24 @@
 #include "module_conversion.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <map>
+#include <vector>
 
+#include <ATen/ops/stack.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/jit/api/module.h>
 
 namespace sag {
+void check_finite(const std::vector<std::string>& names, const std::vector<torch::Tensor>& finite,
+                  const std::string& dtype, const char* caller) {
+  if (finite.empty()) return;
+  const auto wrong = at::stack(finite).logical_not().cpu().nonzero();
+  if (wrong.size(0) == 0) return;
+  TORCH_CHECK_VALUE(false, "[", caller, "] weights must be finite in ", dtype,
+                    ", got NaN or infinity in ", wrong.size(0), " of ", names.size(),
+                    ", first in \"", names[wrong[0].item<std::int64_t>()], "\".");
+}
 
 void convert_module(torch::jit::Module& module, torch::Device device,
                     std::optional<torch::ScalarType> dtype) {
@@ -19,6 +31,28 @@ void convert_module(torch::jit::Module& module, torch::Device device,
                        c10::elementSize(*dtype) > c10::elementSize(t.scalar_type());
     t.set_data(t.to(device, wider ? *dtype : t.scalar_type()));
   }
+}
+
+void fill_parameters(torch::jit::Module& module, const WeightSource& weights, torch::Device device,
+                     torch::ScalarType dtype, const char* caller) {
+  torch::NoGradGuard no_grad;
+  c10::InferenceMode ordinary_tensors(false);
+  std::vector<std::string> names;
+  std::vector<torch::Tensor> finite;
+  for (const auto& [name, parameter] : module.named_parameters()) {
+    const auto value = weights(name);
+    const bool fits =
+        value.defined() && value.is_floating_point() && value.dim() == parameter.dim();
+    TORCH_CHECK_VALUE(fits, "[", caller, "] weights must return a floating tensor of ",
+                      parameter.dim(), " dimensions for \"", name, "\", got ",
+                      value.defined() ? c10::str(value.sizes(), " of ", value.scalar_type())
+                                      : std::string("nothing"),
+                      ".");
+    parameter.set_data(value.detach().to(device, dtype));
+    names.push_back(name);
+    finite.push_back(parameter.isfinite().all());
+  }
+  check_finite(names, finite, c10::toString(dtype), caller);
 }
 
 void use_channels_last(torch::jit::Module& module) {

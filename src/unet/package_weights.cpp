@@ -6,13 +6,13 @@
 
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/stack.h>
 #include <c10/util/Exception.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import_read.h>
 
 #include "alignment.h"
 #include "file_problem.h"
+#include "module_conversion.h"
 #include "plain_message.h"
 
 namespace sag {
@@ -135,18 +135,6 @@ torch::Tensor converted(const torch::Tensor& given, const PackageWeight& form,
   return copy;
 }
 
-// `finite`: a truth value for each weight. They are fetched from the device at once.
-void check_finite(const std::vector<std::string>& names, const std::vector<torch::Tensor>& finite) {
-  if (finite.empty()) return;
-  const auto wrong = at::stack(finite).logical_not().cpu().nonzero();
-  if (wrong.size(0) == 0) return;
-  TORCH_CHECK_VALUE(false,
-                    "[AotiUNet::load] weights must be finite in the dtype that the packages were "
-                    "compiled for, got NaN or infinity in ",
-                    wrong.size(0), " of ", names.size(), ", first in \"",
-                    names[wrong[0].item<std::int64_t>()], "\".");
-}
-
 }  // namespace
 
 PackageWeights read_weights_file(const std::string& path, const std::vector<PackageInfo>& packages,
@@ -182,7 +170,7 @@ PackageWeights convert_weights(const GivenWeights& weights,
     converted_weights.emplace(name, std::move(t));
   }
   // Waits for all copies, too: another stream may read the weights next.
-  check_finite(names, finite);
+  check_finite(names, finite, "the dtype that the packages were compiled for", "AotiUNet::load");
   return converted_weights;
 }
 

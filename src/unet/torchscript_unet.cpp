@@ -211,6 +211,7 @@ struct TorchScriptUNet::State {
     if (wanted) {
       device = wanted->device;
       dtype = wanted->dtype.value_or(device.is_cpu() ? torch::kFloat : recorded);
+      if (wanted->weights) fill_parameters(module, wanted->weights, device, dtype, origin.caller);
       convert_module(module, device, dtype == recorded ? std::nullopt : std::make_optional(dtype));
     }
     fit_graph(*flat.graph, device, recorded, dtype);
@@ -395,7 +396,7 @@ std::shared_ptr<TorchScriptUNet> TorchScriptUNet::load(const std::string& path,
   ensure_ops_registered();
   const auto wanted = checked(options);
   const Origin origin{"TorchScriptUNet::load", "\"" + path + "\""};
-  auto state = std::make_unique<State>(read_archive(path), origin, &wanted);
+  auto state = std::make_unique<State>(read_archive(path, origin.caller), origin, &wanted);
   state->fixed_rows = wanted.rows;
   return std::shared_ptr<TorchScriptUNet>(new TorchScriptUNet(std::move(state)));
 }

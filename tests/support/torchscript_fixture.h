@@ -113,9 +113,9 @@ def forward(self, t: Tensor, context: Tensor) -> Tensor:
   }
 
   Module spatial_transformer(bool with_cross_attention) {
-    std::vector<std::pair<std::string, Module>> attentions = {{"attn1", attention(kWidth)}};
-    if (with_cross_attention) attentions.push_back({"attn2", attention(kContextWidth)});
-    return container({{"transformer_blocks", container({{"0", container(attentions)}})}});
+    Module block = container({{"attn1", attention(kWidth)}});
+    if (with_cross_attention) block.register_module("attn2", attention(kContextWidth));
+    return container({{"transformer_blocks", container({{"0", block}})}});
   }
 
   // "block(self.x)" stands for the path to the transformer block inside x.
