@@ -22,7 +22,7 @@ import export_model_test
 import make_golden_skeletons
 from export_ldm_names_test import as_file
 from export_skeleton_test import names_of
-from sag_export import ldm_names, skeleton, text, vae
+from sag_export import compiled_skeleton, ldm_names, skeleton, text, vae
 
 SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -396,6 +396,34 @@ class Command(Case):
             self.sample(*given, *more, "--prompt", prompt, "--steps", 2, "--save-latent", latent)
             latents.append(torch.load(latent, weights_only=True))
         self.compare(latents[1], latents[0], 1e-6)
+
+    def test_compiled_packages_run_any_checkpoint(self):
+        family, folder = self.skeleton("sd1")
+        out = self.folder / "compiled"
+        out.mkdir()
+        network = compiled_skeleton.random_network(family, None, "cpu", torch.float32)
+        sites = [path for path in network.sites() if "mid_block" in path]
+        compiled_skeleton.write(family, network, out, [2], [(8, 8)], sites, lambda text: None)
+        run = ("--prompt", "the red cat", "--steps", 2, "--height", 8, "--width", 8)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            key = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+            changed = {key: torch.randn(self.tensors("sd1")[key].shape) * 0.1}
+            given = ("--checkpoint", self.checkpoint("sd1", torch.float16, **changed))
+            given += ("--skeleton", folder)
+            latents = []
+            for more in ((), ("--compiled", out)):
+                latent = self.folder / "drawn.pt"
+                self.sample(*given, *more, *run, "--save-latent", latent)
+                latents.append(torch.load(latent, weights_only=True))
+            self.compare(latents[1], latents[0], 2e-5)
+        said = self.sample(*given, "--compiled", out, *run, "--dtype", "fp16", "--out", "x", code=1)
+        self.assertIn("--dtype fp16", said)
+        _, other = self.skeleton("sd2")
+        given = ("--checkpoint", self.checkpoint("sd2"), "--skeleton", other, "--compiled", out)
+        said = self.sample(*given, *run, "--save-latent", self.folder / "none.pt", code=1)
+        self.assertIn("compiled from the skeleton of tiny-sd2", said)
+        self.assertIn("of tiny-sd1", said)
 
     def test_files_that_do_not_fit_are_refused(self):
         _, folder = self.skeleton("sd1")
