@@ -3,7 +3,6 @@
 #include <charconv>
 #include <filesystem>
 #include <ostream>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -15,6 +14,7 @@
 #include "files/unet_file.h"
 #include "messages.h"
 #include "sag/checkpoint.h"
+#include "sag/safetensors.h"
 #include "words/nearest.h"
 
 namespace sag_sample {
@@ -59,27 +59,27 @@ sag::EmbeddingFile parse_embedding(const std::string& given) {
   return file;
 }
 
-sag::CheckpointOptions options_for(const CheckpointFiles& files) {
+// Reads the header of a file, so that what is wrong with it is said of its option.
+void check_can_be_read(const char* option, const std::string& path) {
+  if (path.empty()) return;
+  check_is_file(option, path);
+  try {
+    static_cast<void>(sag::Safetensors::open(path));
+  } catch (const c10::ValueError& error) {
+    throw UsageError(sentence_of(error, {{"Path", option}}));
+  }
+}
+
+sag::CheckpointOptions options_for(const std::string& path, const CheckpointFiles& files) {
   sag::CheckpointOptions options = {.skeleton = files.skeleton, .vae = files.vae};
   for (const auto& lora : files.loras) options.loras.push_back(parse_lora(lora));
   for (const auto& text : files.embeddings) options.embeddings.push_back(parse_embedding(text));
-  check_is_file("--vae", files.vae);
-  for (const auto& lora : options.loras) check_is_file("--lora", lora.path);
-  for (const auto& embedding : options.embeddings) check_is_file("--embedding", embedding.path);
+  if (!files.prediction.empty()) options.prediction = sag::parse_prediction(files.prediction);
+  check_can_be_read("--checkpoint", path);
+  check_can_be_read("--vae", files.vae);
+  for (const auto& lora : options.loras) check_can_be_read("--lora", lora.path);
+  for (const auto& embedding : options.embeddings) check_can_be_read("--embedding", embedding.path);
   return options;
-}
-
-// The option in place of the library's word for it.
-std::string with_option(const std::string& sentence, const std::string& path,
-                        const CheckpointFiles& files) {
-  constexpr std::string_view kPath = "Path must name";
-  if (!sentence.starts_with(kPath)) return sentence;
-  std::string option = "--checkpoint";
-  const auto names = [&](const std::string& file) {
-    return sentence.find(fmt::format("\"{}\"", file)) != std::string::npos;
-  };
-  if (!files.vae.empty() && files.vae != path && names(files.vae)) option = "--vae";
-  return option + " must name" + sentence.substr(kPath.size());
 }
 
 // The channels after the latent's. Instruct-pix2pix takes the VAE's own latents, without the scale
@@ -102,7 +102,7 @@ nlohmann::json decided_by(const sag::CheckpointInfo& info, const std::string& pa
     patch["inputs"]["concat"] = concat;
   }
   // Those of Stable Diffusion 2 that predict v draw 768 pixels.
-  if (info.family == "sd2" && info.prediction == sag::Prediction::v) {
+  if (info.recognised && info.family == "sd2" && info.prediction == sag::Prediction::v) {
     patch["sample"]["shape"] = {4, 96, 96};
   }
   for (const auto& [file, has] : {std::pair("text_encoder", info.has_text_encoder),
@@ -135,12 +135,14 @@ const char* takes(std::int64_t in_channels) {
 
 std::shared_ptr<const sag::Checkpoint> open_checkpoint(const std::string& path,
                                                        const CheckpointFiles& files) {
-  check_is_file("--checkpoint", path);
-  const auto options = options_for(files);
+  const auto options = options_for(path, files);
   try {
     return std::make_shared<const sag::Checkpoint>(sag::Checkpoint::open(path, options));
   } catch (const c10::ValueError& error) {
-    throw UsageError(with_option(sentence_of(error), path, files));
+    throw UsageError(sentence_of(error, {{"Path", "--checkpoint"},
+                                         {"Vae", "--vae"},
+                                         {"Skeleton", "--skeleton"},
+                                         {"Prediction", "--prediction"}}));
   }
 }
 

@@ -95,11 +95,21 @@ bool says_negative(const std::string& where) {
          (key.find("uncond") != std::string::npos || key.find("neg") != std::string::npos);
 }
 
+// What was guessed of a checkpoint, or contradicts itself.
+std::vector<std::string> notes_on(const sag::CheckpointInfo& info) {
+  auto notes = info.notes;
+  if (info.prediction_reason.starts_with("judged")) {
+    notes.push_back(fmt::format("that it predicts {} was {}; --prediction decides otherwise",
+                                sag::to_string(info.prediction), info.prediction_reason));
+  }
+  return notes;
+}
+
 // What a run does that its user may not have meant.
 std::vector<std::string> notes_on(const Settings& settings) {
   const auto& pictures = settings.pictures;
   std::vector<std::string> notes;
-  if (settings.network.checkpoint) notes = settings.network.checkpoint->info().notes;
+  if (settings.network.checkpoint) notes = notes_on(settings.network.checkpoint->info());
   const bool starts =
       (!pictures.image.empty() || !pictures.latent.empty()) && starts_from_picture(settings);
   if (starts && pictures.mask.empty() && pictures.sigmas.empty() &&
@@ -244,8 +254,11 @@ void run_command(const Choices& command_line, std::ostream& out) {
   std::optional<ModelDirectory> directory;
   if (!source.model.empty()) directory = read_model_directory(source.model);
   if (!source.checkpoint.empty()) {
-    const auto checkpoint =
-        open_checkpoint(source.checkpoint, checkpoint_options().decide(command_line));
+    auto files = checkpoint_options().decide(command_line);
+    if (command_line.contains("--prediction")) {
+      files.prediction = network_options().decide(command_line).prediction;
+    }
+    const auto checkpoint = open_checkpoint(source.checkpoint, files);
     if (source.describe) return describe_checkpoint(*checkpoint, source.checkpoint, out);
     directory = model_of(checkpoint, source.checkpoint);
   }

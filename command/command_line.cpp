@@ -215,6 +215,10 @@ void check_source(const Choices& choices) {
 void check_combinations(const Choices& choices) {
   const auto given = [&](const char* option) { return choices.contains(option); };
   check_source(choices);
+  for (const char* option : {"--list-sites", "--out", "--save-latent", "--json", "--compiled"}) {
+    never_both(given("--describe"), given(option),
+               fmt::format("--describe only prints: it cannot be given together with {}.", option));
+  }
   if (given("--list-sites") || given("--describe")) return;
   check_outputs(choices);
   const bool texts = given("--prompt") || picture_options().decide(choices).unconditional > 0;

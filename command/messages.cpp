@@ -38,8 +38,12 @@ std::string without_function(std::string sentence) {
 
 }  // namespace
 
-std::string sentence_of(const c10::Error& error) {
-  return without_function(in_one_line(error.what_without_backtrace()));
+std::string sentence_of(const c10::Error& error,
+                        const std::map<std::string, std::string>& options) {
+  const auto sentence = without_function(in_one_line(error.what_without_backtrace()));
+  const auto end = std::min(sentence.find(' '), sentence.size());
+  const auto option = options.find(sentence.substr(0, end));
+  return option == options.end() ? sentence : option->second + sentence.substr(end);
 }
 
 std::string what_went_wrong(std::string message) {

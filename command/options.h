@@ -22,6 +22,8 @@ struct SourceOptions {
 
 /// What goes with a checkpoint. Empty: not given.
 struct CheckpointFiles {
+  /// That of --prediction.
+  std::string prediction = {};
   std::string vae = {}, skeleton = {}, compiled = {};
   /// FILE or FILE:STRENGTH, and NAME=FILE.
   std::vector<std::string> loras = {}, embeddings = {};

@@ -7,6 +7,8 @@
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include "files/unet_file.h"
+#include "sag/checkpoint.h"
 #include "sag/cuda_graph_unet.h"
 #include "sag/version.h"
 
@@ -39,10 +41,6 @@ void add(json& object, const std::vector<std::pair<std::string, Value>>& values)
   for (const auto& [key, value] : values) object[key] = to_json(value);
 }
 
-const char* dtype_name(torch::ScalarType dtype) {
-  return dtype == torch::kHalf ? "fp16" : dtype == torch::kBFloat16 ? "bf16" : "fp32";
-}
-
 json options_json(const Settings& settings, const Inputs& inputs, const SamplingPlan& plan,
                   const sag::UNet& unet) {
   json options;
@@ -65,7 +63,7 @@ json options_json(const Settings& settings, const Inputs& inputs, const Sampling
   }
   add(options, output_options().report(settings.output));
   options["device"] = unet.device().str();
-  options["dtype"] = dtype_name(unet.dtype());
+  options["dtype"] = short_name(unet.dtype());
   options["latent_shape"] = {inputs.size.channels, inputs.size.height, inputs.size.width};
   return options;
 }
@@ -121,6 +119,18 @@ json run_json(const RunReport& run) {
           {"steps", steps}};
 }
 
+// What was found out about a checkpoint.
+json checkpoint_json(const Network& network) {
+  if (!network.checkpoint) return nullptr;
+  const auto& info = network.checkpoint->info();
+  return {{"family", info.family},
+          {"prediction", std::string(sag::to_string(info.prediction))},
+          {"prediction_reason", info.prediction_reason},
+          {"zero_terminal_snr", info.zero_terminal_snr},
+          {"dtype", short_name(info.dtype)},
+          {"not_needed", info.skipped}};
+}
+
 json graphs_json(const sag::UNet& unet) {
   const auto* captured = dynamic_cast<const sag::CudaGraphUNet*>(&unet);
   if (!captured) return nullptr;
@@ -146,6 +156,7 @@ std::string report_json(const Settings& settings, const Inputs& inputs, const Sa
   const json report = {{"sag_sample", fmt::format("{}.{}.{}", SAG_VERSION_MAJOR, SAG_VERSION_MINOR,
                                                   SAG_VERSION_PATCH)},
                        {"options", options_json(settings, inputs, plan, unet)},
+                       {"checkpoint", checkpoint_json(settings.network)},
                        {"pictures", pictures},
                        {"evaluations", totals.evaluations},
                        {"rows", totals.rows},

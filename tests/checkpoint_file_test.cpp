@@ -356,6 +356,30 @@ TEST_F(CheckpointFile, TakesAVaeFromAnotherFile) {
   EXPECT_TRUE(open(vae(ldm)).info().has_decoder);
 }
 
+TEST_F(CheckpointFile, NeedsNothingOfItsOwnVaeBesideAnother) {
+  tensors_["first_stage_model.decoder.weight"] = torch::zeros({7}, torch::kChar);
+  tensors_.erase("first_stage_model.encoder.weight");
+  tensors_["first_stage_model.other"] = torch::zeros({1});
+  refusal();
+  test::write_bytes(path("vae.safetensors"),
+                    test::safetensors_bytes({{"decoder.weight", torch::ones({3, 4, 1, 1})}}));
+  const auto checkpoint = open({.vae = path("vae.safetensors")});
+  EXPECT_EQ(checkpoint.info().skipped.at("first_stage_model.*"), 2);
+  EXPECT_FALSE(checkpoint.info().has_encoder);
+  EXPECT_TRUE(checkpoint.load_decoder()
+                  .run(torch::ones({1, 4, 2, 2}))
+                  .equal(torch::full({1, 3, 2, 2}, 4.0)));
+}
+
+TEST_F(CheckpointFile, TakesEmbeddingsForATextEncoderOnly) {
+  test::write_bytes(path("word.safetensors"),
+                    test::safetensors_bytes({{"emb_params", torch::ones({2, 5})}}));
+  const CheckpointOptions options = {.embeddings = {{"word", path("word.safetensors")}}};
+  EXPECT_THAT(refusal(options), AllOf(HasSubstr("word.safetensors"), HasSubstr("vectors of 5")));
+  tensors_.erase("text.long.table");
+  EXPECT_THAT(refusal(options), HasSubstr("must have a text encoder for textual inversions"));
+}
+
 TEST_F(CheckpointFile, ReadsWhatItPredicts) {
   EXPECT_EQ(open({.prediction = Prediction::x0}).info().prediction, Prediction::x0);
   metadata_["modelspec.prediction_type"] = "epsilon";
@@ -369,6 +393,12 @@ TEST_F(CheckpointFile, RefusesSkeletonsThatAreNone) {
   open();
   unet_.save(path("tiny/unet.ts"));
   EXPECT_THAT(refusal(), HasSubstr("which has no names.json"));
+  const auto one =
+      R"({"parameters": {"conv_in": {"key": ")" + kInput + R"(", "shape": [8, 4, 3, 3]}},
+                       "unneeded": ["model.*"]})";
+  unet_.save(path("tiny/unet.ts"), {{"names.json", one}});
+  EXPECT_THAT(error_of<c10::ValueError>([&] { open().load_unet(); }),
+              AllOf(one_sentence(), HasSubstr("names.json must say what checkpoints call every")));
   unet_.save(path("tiny/unet.ts"), {{"names.json", "{\"parameters\": {\"a\": 1}}"}});
   EXPECT_THAT(refusal(), HasSubstr("names.json is damaged"));
   test::write_bytes(path("tiny/model.json"), "{}");
@@ -456,8 +486,27 @@ TEST_F(Families, TellWhatTheyPredict) {
   xl["edm_mean"] = xl["edm_std"] = {torch::kFloat, {1, 4, 1, 1}};
   EXPECT_THAT(refusal(xl), HasSubstr("Playground"));
   EXPECT_EQ(info(tensors_of("sd2")).prediction, Prediction::eps);
-  EXPECT_EQ(info(tensors_of("sd2"), {{"modelspec.prediction_type", "v"}}).prediction,
+  // kohya's merge_lora.py writes v into every file of Stable Diffusion 2.
+  const auto noted = info(tensors_of("sd2"), {{"modelspec.prediction_type", "v"}});
+  EXPECT_EQ(noted.prediction, Prediction::eps);
+  EXPECT_THAT(noted.notes, ElementsAre(HasSubstr("says v, but a weight says eps")));
+}
+
+TEST_F(Families, NoteMarkersThatSayNothing) {
+  auto xl = tensors_of("sdxl");
+  xl["ztsnr"] = {torch::kFloat, {}};
+  EXPECT_FALSE(info(xl).zero_terminal_snr);
+  EXPECT_THAT(info(xl).notes, ElementsAre(HasSubstr("ztsnr")));
+  EXPECT_THAT(info(tensors_of("sd1"), {{"modelspec.prediction_type", "sample"}}).notes,
+              ElementsAre(HasSubstr("prediction_type is unknown: \"sample\"")));
+  EXPECT_EQ(info(tensors_of("sd1"), {{"modelspec.prediction_type", "v"}}).prediction,
             Prediction::v);
+  xl.erase("ztsnr");
+  for (const char* marker : {"edm_mean", "edm_std", "edm_vpred.sigma_min"}) {
+    auto marked = xl;
+    marked[marker] = {torch::kFloat, {1}};
+    EXPECT_THAT(refusal(marked), HasSubstr(marker));
+  }
 }
 
 // Of this tensor ComfyUI asks for the spread.
@@ -517,6 +566,12 @@ TEST_F(Families, RefusesSmallerAndRefiningOnes) {
     return tensor.first.find("middle_block.1.transformer_blocks.9") != std::string::npos;
   });
   EXPECT_THAT(refusal(smaller), HasSubstr("SSD-1B"));
+  auto upscaler = tensors_of("sd2");
+  upscaler[kInput].second = {256, 7, 3, 3};
+  EXPECT_THAT(refusal(upscaler), HasSubstr("upscaling"));
+  auto video = tensors_of("sd2");
+  video[std::string(kUNet) + "input_blocks.1.0.time_stack.in_layers.0.bias"] = {torch::kHalf, {1}};
+  EXPECT_THAT(refusal(video), HasSubstr("video"));
   auto other = tensors_of("sd1");
   other[kInput].second[0] = 192;
   EXPECT_THAT(refusal(other), HasSubstr("no known family"));

@@ -330,6 +330,30 @@ class Command(Case):
                 self.compare(got[0], latent)
                 self.assertEqual(got[1], picture)
 
+    def test_a_vae_from_another_file(self):
+        """With LDM's names or diffusers', old and new; the checkpoint's own is not looked at."""
+        _, folder = self.skeleton("sd1")
+        given = ("--skeleton", folder, "--checkpoint")
+        _, expected = self.drawn(*given, self.checkpoint("sd1"))
+        tensors = self.tensors("sd1")
+        vae_keys = [key for key in tensors if key.startswith("first_stage_model.")]
+        bare = {key.removeprefix("first_stage_model."): tensors[key] for key in vae_keys}
+        new = load_file(self.pipeline("sd1") / "vae" / "diffusion_pytorch_model.safetensors")
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        old = {}
+        for key, value in new.items():
+            for now, before in names.items():
+                key = key.replace(f".{now}.", f".{before}.")
+            old[key] = value
+        self.assertNotEqual(set(old), set(new))
+        # Nothing of its own is left.
+        own = self.checkpoint("sd1", **dict.fromkeys(vae_keys))
+        file = self.folder / "vae.safetensors"
+        for kind, vae_file in (("ldm", bare), ("diffusers", new), ("old diffusers", old)):
+            with self.subTest(kind):
+                save_file({key: value.contiguous() for key, value in vae_file.items()}, file)
+                self.assertEqual(self.drawn(*given, own, "--vae", file)[1], expected)
+
     def test_a_projection_as_transformers_stores_it(self):
         _, folder = self.skeleton("sdxl")
         given = ("--skeleton", folder, "--checkpoint")

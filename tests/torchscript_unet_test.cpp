@@ -498,8 +498,9 @@ TEST(TorchScriptUNetLoad, TakesItsWeightsFromAFunction) {
     });
   };
   EXPECT_THAT(refusal({}), AllOf(one_sentence(), HasSubstr("got nothing")));
-  EXPECT_THAT(refusal(torch::zeros({2})), HasSubstr("must return a floating tensor of 2 dim"));
-  EXPECT_THAT(refusal(torch::zeros({2, 2, 2, 2}, torch::kLong)), HasSubstr("of Long"));
+  EXPECT_THAT(refusal(torch::zeros({2})),
+              HasSubstr("must return a floating tensor of shape [8, 8]"));
+  EXPECT_THAT(refusal(torch::zeros({8, 8}, torch::kLong)), HasSubstr("of Long"));
 }
 
 TEST(TorchScriptUNetLoad, TellsSelfFromCrossAttentionInAFrozenFile) {

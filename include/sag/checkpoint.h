@@ -54,10 +54,12 @@ struct CheckpointOptions {
 struct CheckpointInfo {
   /// "sd1", "sd2" or "sdxl"; with a skeleton of one's own its folder's name.
   std::string family = {};
+  /// Whether it is one of those three, by its tensors.
+  bool recognised = false;
   Prediction prediction = Prediction::eps;
   /// Why this one.
   std::string prediction_reason = {};
-  /// Whether the noise table is rescaled to end in pure noise (the marker "ztsnr").
+  /// Whether the noise table is rescaled to end in pure noise (the markers "v_pred" and "ztsnr").
   bool zero_terminal_snr = false;
   /// Channels that the UNet takes: the latent's 4; 9 with those of inpainting; 8 of
   /// instruct-pix2pix.
@@ -81,10 +83,10 @@ struct CheckpointInfo {
 /// filled once from the file. Every tensor of the file is used, or known to be unneeded.
 class SAG_API Checkpoint {
  public:
-  /// Recognises a file and checks all names and shapes in it and in its VAE's, and that the LoRAs
-  /// fit, before any weight is read. Throws ValueError, in one sentence, for other files, families
-  /// that are not supported, and tensors that are missing, left over, quantized or of another
-  /// shape.
+  /// Recognises a file and checks all names and shapes in it and in its VAE's and textual
+  /// inversions', and the names in its LoRAs, before any weight is read. Throws ValueError, in one
+  /// sentence, for other files, families that are not supported, and tensors that are missing, left
+  /// over, quantized or of another shape.
   static Checkpoint open(const std::string& path, const CheckpointOptions& options = {});
 
   const CheckpointInfo& info() const;

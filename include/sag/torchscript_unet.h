@@ -37,7 +37,8 @@ struct TorchScriptUNetOptions {
   std::int64_t rows = 0;
   /// Gives each parameter of the file its value, by its name (a dotted path): for files whose own
   /// are only placeholders, such as the skeletons of checkpoints. It is called once for each, and
-  /// returns a floating tensor with as many dimensions, on any device and in any dtype.
+  /// returns a floating tensor of its shape (a convolution may take other channels), on any device
+  /// and in any dtype.
   std::function<torch::Tensor(const std::string& parameter)> weights = {};
 };
 

@@ -25,11 +25,25 @@ namespace fs = std::filesystem;
 
 constexpr const char* kVae = "first_stage_model.";
 
+// What diffusers calls a parameter of a VAE's skeleton, and what it called it before 2023.
+std::vector<StoredTensor> diffusers_names(const std::string& parameter) {
+  constexpr std::pair<std::string_view, const char*> kOld[] = {{".to_q.", ".query."},
+                                                               {".to_k.", ".key."},
+                                                               {".to_v.", ".value."},
+                                                               {".to_out.0.", ".proj_attn."}};
+  const auto name = parameter.substr(parameter.find('.') + 1);
+  std::vector<StoredTensor> tensors = {{.key = name}};
+  for (const auto& [now, old] : kOld)
+    if (const auto at = name.find(now); at != std::string::npos)
+      tensors.push_back({.key = std::string(name).replace(at, now.size(), old)});
+  return tensors;
+}
+
 // The names of a VAE in a file of its own: LDM's, with the prefix or without it, or diffusers'.
 SkeletonNames alone(SkeletonNames names, const Safetensors& file) {
   const bool is_diffusers = file.tensors().contains("decoder.mid_block.resnets.0.conv1.weight");
   for (auto& [name, parameter] : names.parameters)
-    if (is_diffusers) parameter.tensors = {{.key = name.substr(name.find('.') + 1)}};
+    if (is_diffusers) parameter.tensors = diffusers_names(name);
   names.spellings.emplace_back(kVae, "");
   for (std::size_t i = names.unneeded.size(); i-- > 0;)
     if (names.unneeded[i].starts_with(kVae))
@@ -64,19 +78,27 @@ std::optional<LoraTarget> target_of(const std::string& name, const StoredParamet
   return std::nullopt;
 }
 
+std::string folder_name(const std::string& folder) {
+  std::error_code error;
+  return (fs::canonical(folder, error) / "").parent_path().filename().string();
+}
+
 // Files of LDM hold their noise table, which nobody reads: it is always the same.
 bool has_another_noise_table(const Safetensors& file, bool zero_terminal_snr) {
   constexpr const char* kTable = "alphas_cumprod";
   const auto found = file.tensors().find(kTable);
-  if (found == file.tensors().end() || !c10::isFloatingType(found->second.dtype)) return false;
+  if (found == file.tensors().end()) return false;
   const auto own =
       ModelSampling::discrete(Prediction::eps, {.zero_terminal_snr = zero_terminal_snr});
   const auto sigmas = at::tensor(own.sigmas(), torch::kDouble);
-  const auto table = file.tensor(kTable).to(torch::kDouble).flatten();
+  if (sigmas.sizes() != found->second.sizes || !c10::isFloatingType(found->second.dtype))
+    return true;
+  const auto table = file.tensor(kTable).to(torch::kDouble);
   // As far as half precision tells.
   constexpr double kTolerance = 2e-3;
-  return table.sizes() != sigmas.sizes() ||
-         (table - 1 / (1 + sigmas * sigmas)).abs().max().item<double>() > kTolerance;
+  // Not so for NaN.
+  const bool is_same = (table - 1 / (1 + sigmas * sigmas)).abs().max().item<double>() <= kTolerance;
+  return !is_same;
 }
 
 void check_prediction(const std::optional<Prediction>& prediction) {
@@ -92,10 +114,13 @@ struct Checkpoint::State {
   State(std::string from, CheckpointOptions chosen);
 
   std::string part(const char* name) const { return (fs::path(skeleton) / name).string(); }
-  StoredNetwork stored(const char* name, const Safetensors& in, const std::string& where) const;
+  StoredNetwork stored(const char* name, const Safetensors& in, const NamedFile& from) const;
+  void find_networks(const std::optional<Safetensors>& vae);
   void use_vae(const Safetensors& vae);
   void describe(const CheckpointKind& kind);
   void read_loras();
+  std::map<std::string, std::int64_t> text_widths() const;
+  void read_embeddings();
   torch::Tensor value(const StoredNetwork& network, const std::string& parameter) const;
   WeightSource values_of(const StoredNetwork& network) const;
   torch::jit::Module filled(const char* name, const StoredNetwork& network,
@@ -117,24 +142,64 @@ Checkpoint::State::State(std::string from, CheckpointOptions chosen)
   check_prediction(options.prediction);
   const auto vae =
       options.vae.empty() ? std::nullopt : std::optional(Safetensors::open(options.vae));
-  const bool known = !options.skeleton.empty();
-  const auto folder = fs::path(options.skeleton) / "";
-  const auto kind = known ? read_kind(file, folder.parent_path().filename().string(),
-                                      skeleton_prediction(options.skeleton), path)
-                          : recognise_checkpoint(file, path);
-  skeleton = known ? options.skeleton : find_skeleton(kind.family, options.skeletons);
-  unet = stored("unet.ts", file, path);
-  if (!unet->is_there())
-    refuse_checkpoint(path, "which has none of the tensors of the skeleton's UNet");
-  text = stored("text_encoder.ts", file, path);
-  decoder = stored("decoder.ts", file, path);
-  encoder = stored("encoder.ts", file, path);
-  info.skipped = check_all_used(file, {&*unet, &*text, &*decoder, &*encoder}, path);
-  if (vae) use_vae(*vae);
+  const bool own = !options.skeleton.empty();
+  const auto kind = own ? read_kind(file, skeleton_prediction(options.skeleton), path)
+                        : recognise_checkpoint(file, path);
+  skeleton = own ? options.skeleton : find_skeleton(kind.family, options.skeletons);
+  info.family = own ? folder_name(skeleton) : kind.family;
+  find_networks(vae);
   read_loras();
-  for (const auto& [name, from_file] : options.embeddings)
-    embeddings.push_back(read_embedding(name, from_file));
+  read_embeddings();
   describe(kind);
+}
+
+void Checkpoint::State::find_networks(const std::optional<Safetensors>& vae) {
+  const NamedFile from = {path};
+  unet = stored("unet.ts", file, from);
+  if (!unet->is_there())
+    refuse_checkpoint(from, "which has none of the tensors of the skeleton's UNet");
+  text = stored("text_encoder.ts", file, from);
+  if (vae) {
+    use_vae(*vae);
+    // Whatever the file's own is like.
+    info.skipped = check_all_used(file, {&*unet, &*text}, from, {std::string(kVae) + "*"});
+  } else {
+    decoder = stored("decoder.ts", file, from);
+    encoder = stored("encoder.ts", file, from);
+    info.skipped = check_all_used(file, {&*unet, &*text, &*decoder, &*encoder}, from);
+  }
+}
+
+// Of the token embeddings, by the text encoder's part of a model.
+std::map<std::string, std::int64_t> Checkpoint::State::text_widths() const {
+  std::map<std::string, std::int64_t> widths;
+  for (const auto& [name, stored] : text->names().parameters)
+    if (const auto target = target_of(name, stored);
+        target && target->path.ends_with("token_embedding") && text->is_there())
+      widths[target->part] = stored.shape[1];
+  return widths;
+}
+
+void Checkpoint::State::read_embeddings() {
+  const auto widths = text_widths();
+  for (const auto& [name, from_file] : options.embeddings) {
+    check_has(text->is_there(), "a text encoder for textual inversions");
+    for (const auto& known : embeddings)
+      TORCH_CHECK_VALUE(known.name != name,
+                        "[Checkpoint::open] embeddings must have names of "
+                        "their own, got \"",
+                        name, "\" twice.");
+    embeddings.push_back(read_embedding(name, from_file));
+    for (const auto& [part, vectors] : embeddings.back().vectors) {
+      const auto width = widths.find(part);
+      TORCH_CHECK_VALUE(width != widths.end() && width->second == vectors.size(1),
+                        "[Checkpoint::open] embeddings must fit the text encoder, but \"",
+                        from_file, "\" has vectors of ", vectors.size(1), " for ",
+                        width == widths.end() ? c10::str("a ", part, ", which there is not")
+                                              : c10::str("one of ", width->second),
+                        ".");
+    }
+  }
 }
 
 void Checkpoint::State::read_loras() {
@@ -160,30 +225,30 @@ torch::Tensor Checkpoint::State::value(const StoredNetwork& network,
 
 // An archive that the skeleton does not have is one that no tensor belongs to.
 StoredNetwork Checkpoint::State::stored(const char* name, const Safetensors& in,
-                                        const std::string& where) const {
+                                        const NamedFile& from) const {
   const auto archive = part(name);
   std::error_code error;
-  return {fs::exists(archive, error) ? read_skeleton_names(archive) : SkeletonNames(), in, where};
+  return {fs::exists(archive, error) ? read_skeleton_names(archive) : SkeletonNames(), in, from};
 }
 
 void Checkpoint::State::use_vae(const Safetensors& vae) {
+  const NamedFile from = {options.vae, "vae", "a VAE of " + info.family};
   const auto other = [&](const char* name) {
-    return StoredNetwork(alone(read_skeleton_names(part(name)), vae), vae, options.vae);
+    return StoredNetwork(alone(read_skeleton_names(part(name)), vae), vae, from);
   };
   decoder = other("decoder.ts");
   encoder = other("encoder.ts");
-  TORCH_CHECK_VALUE(decoder->is_there(), "[Checkpoint::open] vae must name a file with a VAE of ",
-                    info.family, ", got \"", options.vae,
-                    "\", which has no tensor of its decoder.");
-  static_cast<void>(check_all_used(vae, {&*decoder, &*encoder}, options.vae));
+  if (!decoder->is_there()) refuse_checkpoint(from, "which has no tensor of its decoder");
+  static_cast<void>(check_all_used(vae, {&*decoder, &*encoder}, from));
 }
 
 void Checkpoint::State::describe(const CheckpointKind& kind) {
-  info.family = kind.family;
+  info.recognised = !kind.family.empty();
   info.prediction = options.prediction.value_or(kind.prediction);
   info.prediction_reason = options.prediction ? "chosen by the caller" : kind.reason;
   info.zero_terminal_snr = kind.zero_terminal_snr;
   info.in_channels = kind.in_channels;
+  info.notes = kind.notes;
   info.dtype = unet->dtype();
   info.unet_parameters = unet->elements();
   info.text_parameters = text->elements();

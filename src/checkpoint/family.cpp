@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -9,6 +10,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include "checkpoint/json_text.h"
 #include "checkpoint/names.h"
 
 namespace sag {
@@ -121,8 +123,9 @@ std::string unknown_unet(const UNetShape& shape) {
     return "which is SDXL's refiner: only the base model is read";
   if (shape.context == 2048 && shape.features == 2816)
     return "which is a smaller SDXL (SSD-1B, Vega, KOALA): only SDXL itself is read";
+  if (shape.channels == 256) return "which is an upscaling model, which is not read";
   if (shape.context == 1024 && shape.features != 0)
-    return "which is an unCLIP or upscaling model of Stable Diffusion 2, which is not read";
+    return "which is an unCLIP model of Stable Diffusion 2, which is not read";
   return c10::str("whose UNet is of no known family: ", shape.channels, " channels, context of ",
                   shape.context, ", y of ", shape.features, ", and ", shape.depths.size(),
                   " attention blocks in the first half");
@@ -134,50 +137,84 @@ std::string family_of(const UNetShape& shape, const std::string& path) {
     any_input.in_channels = shape.in_channels;
     if (shape != any_input) continue;
     if (shape.in_channels == 5)
-      refuse_checkpoint(path, "which is a model with a depth picture, which is not read");
+      refuse_checkpoint({path}, "which is a model with a depth picture, which is not read");
     if (shape.in_channels != 4 && shape.in_channels != 8 && shape.in_channels != 9)
-      refuse_checkpoint(path, c10::str("whose UNet takes ", shape.in_channels,
-                                       " channels, where 4, 8 and 9 are known"));
+      refuse_checkpoint({path}, c10::str("whose UNet takes ", shape.in_channels,
+                                         " channels, where 4, 8 and 9 are known"));
     return family;
   }
-  refuse_checkpoint(path, unknown_unet(shape));
+  refuse_checkpoint({path}, unknown_unet(shape));
 }
 
 // ComfyUI: `SD20.model_type`. Nothing else in the file tells which one was trained.
-bool is_v_of_sd2(const Safetensors& file) {
+std::optional<Prediction> judge_sd2(const Safetensors& file) {
   const auto name = std::string(kUNet) + "output_blocks.11.1.transformer_blocks.0.norm1.bias";
-  if (!file.tensors().contains(name)) return false;
-  return file.tensor(name).to(torch::kDouble).std(/*unbiased=*/false).item<double>() > 0.09;
+  // A file may claim anything; this is as wide as the UNet.
+  if (Names(file).size(name, 0) != 320 || file.tensors().at(name).sizes.size() != 1)
+    return std::nullopt;
+  const auto spread = file.tensor(name).to(torch::kDouble).std(/*unbiased=*/false).item<double>();
+  return spread > 0.09 ? Prediction::v : Prediction::eps;
 }
 
+// What the notes of the header say: modelspec.prediction_type, as kohya's programs write it.
+std::optional<Prediction> noted_prediction(const Safetensors& file, CheckpointKind& kind) {
+  const auto found = file.metadata().find("modelspec.prediction_type");
+  if (found == file.metadata().end()) return std::nullopt;
+  if (found->second == "v" || found->second == "v_prediction") return Prediction::v;
+  if (found->second == "epsilon") return Prediction::eps;
+  kind.notes.push_back("its modelspec.prediction_type is unknown: " + quoted_name(found->second));
+  return std::nullopt;
+}
+
+void refuse_edm(const Names& names, const std::string& path) {
+  for (const char* marker : {"edm_vpred.sigma_max", "edm_vpred.sigma_min"})
+    if (names.has(marker))
+      refuse_checkpoint({path}, c10::str("which has the marker ", marker,
+                                         ": EDM with v-prediction, which is not read"));
+  for (const char* marker : {"edm_mean", "edm_std"})
+    if (names.has(marker))
+      refuse_checkpoint({path}, c10::str("which has the marker ", marker,
+                                         " (Playground 2.5): its latents are scaled by channel, "
+                                         "which is not read"));
+}
+
+// ComfyUI: `SDXL.model_type`, `SD20.model_type`.
 void read_prediction(const Safetensors& file, const std::string& path, CheckpointKind& kind) {
   const Names names(file);
-  if (names.has("edm_vpred.sigma_max"))
-    refuse_checkpoint(path,
-                      "which has the marker edm_vpred.sigma_max: EDM with v-prediction, "
-                      "which is not read");
-  if (names.has("edm_mean") && names.has("edm_std"))
-    refuse_checkpoint(path,
-                      "which has the markers edm_mean and edm_std (Playground 2.5): its "
-                      "latents are scaled by channel, which is not read");
-  kind.zero_terminal_snr = names.has("ztsnr");
-  const auto& notes = file.metadata();
-  const auto note = notes.find("modelspec.prediction_type");
-  const auto noted = note == notes.end() ? std::string() : note->second;
+  refuse_edm(names, path);
+  const bool marked = names.has("v_pred");
+  kind.zero_terminal_snr = marked && names.has("ztsnr");
+  if (!marked && names.has("ztsnr"))
+    kind.notes.emplace_back("its marker ztsnr does nothing without v_pred, as in ComfyUI");
   const auto choose = [&](Prediction prediction, const char* reason) {
     kind.prediction = prediction;
     kind.reason = reason;
   };
-  if (names.has("v_pred"))
+  const auto noted = noted_prediction(file, kind);
+  const auto judged =
+      kind.family == "sd2" && kind.in_channels == 4 ? judge_sd2(file) : std::nullopt;
+  if (marked) {
     choose(Prediction::v, "the file has the marker v_pred");
-  else if (noted == "v" || noted == "epsilon")
-    choose(noted == "v" ? Prediction::v : Prediction::eps,
-           "the file's modelspec.prediction_type says so");
-  else if (kind.family == "sd2" && kind.in_channels == 4)
-    choose(is_v_of_sd2(file) ? Prediction::v : Prediction::eps,
-           "judged by a weight of the last attention, as ComfyUI does");
-  else
+  } else if (judged) {
+    choose(*judged, "judged by a weight of the last attention, as ComfyUI does");
+    // kohya's merge_lora.py notes v in every file of Stable Diffusion 2.
+    if (noted && noted != judged)
+      kind.notes.push_back(c10::str("its modelspec.prediction_type says ", to_string(*noted),
+                                    ", but a weight says ", to_string(*judged),
+                                    ", which is believed"));
+  } else if (noted) {
+    choose(*noted, "the file's modelspec.prediction_type says so");
+  } else {
     choose(kind.prediction, "usual for the family, and no marker says otherwise");
+  }
+}
+
+CheckpointKind kind_of(const Safetensors& file, const std::string& family, Prediction usual,
+                       const std::string& path) {
+  CheckpointKind kind = {
+      .family = family, .prediction = usual, .in_channels = shape_of(Names(file)).in_channels};
+  read_prediction(file, path, kind);
+  return kind;
 }
 
 }  // namespace
@@ -185,16 +222,14 @@ void read_prediction(const Safetensors& file, const std::string& path, Checkpoin
 CheckpointKind recognise_checkpoint(const Safetensors& file, const std::string& path) {
   const Names names(file);
   if (!names.has(std::string(kUNet) + "input_blocks.0.0.weight"))
-    refuse_checkpoint(path, what_else(names));
-  return read_kind(file, family_of(shape_of(names), path), Prediction::eps, path);
+    refuse_checkpoint({path}, what_else(names));
+  if (names.any_contains(".time_stack."))
+    refuse_checkpoint({path}, "which is a video model, which is not read");
+  return kind_of(file, family_of(shape_of(names), path), Prediction::eps, path);
 }
 
-CheckpointKind read_kind(const Safetensors& file, const std::string& family, Prediction usual,
-                         const std::string& path) {
-  CheckpointKind kind = {
-      .family = family, .prediction = usual, .in_channels = shape_of(Names(file)).in_channels};
-  read_prediction(file, path, kind);
-  return kind;
+CheckpointKind read_kind(const Safetensors& file, Prediction usual, const std::string& path) {
+  return kind_of(file, "", usual, path);
 }
 
 }  // namespace sag

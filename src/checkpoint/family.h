@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "sag/model_sampling.h"
 #include "sag/safetensors.h"
@@ -10,15 +11,17 @@ namespace sag {
 
 /// What a checkpoint in one file is, as far as its names and shapes say.
 struct CheckpointKind {
-  /// "sd1", "sd2" or "sdxl".
+  /// "sd1", "sd2" or "sdxl"; empty: nobody asked.
   std::string family = {};
   /// eps or v, and what says so.
   Prediction prediction = Prediction::eps;
   std::string reason = {};
-  /// Whether the noise table ends in pure noise (SDXL's marker "ztsnr").
+  /// Whether the noise table ends in pure noise (the markers "v_pred" and "ztsnr").
   bool zero_terminal_snr = false;
   /// Channels that the UNet takes: 4, or 9 and 8 with those of inpainting and instruct-pix2pix.
   std::int64_t in_channels = 4;
+  /// What contradicts what, as ends of sentences.
+  std::vector<std::string> notes = {};
 };
 
 /// Recognises a checkpoint by the names and shapes of its tensors (and, for the prediction of
@@ -28,9 +31,8 @@ struct CheckpointKind {
 /// ComfyUI: `detect_unet_config`, `supported_models`.
 CheckpointKind recognise_checkpoint(const Safetensors& file, const std::string& path);
 
-/// Returns the same for a checkpoint whose family is known by other means, and which predicts
-/// `usual` unless a marker says otherwise.
-CheckpointKind read_kind(const Safetensors& file, const std::string& family, Prediction usual,
-                         const std::string& path);
+/// Returns the same for a checkpoint of a family of one's own, which predicts `usual` unless a
+/// marker says otherwise.
+CheckpointKind read_kind(const Safetensors& file, Prediction usual, const std::string& path);
 
 }  // namespace sag

@@ -95,10 +95,9 @@ const std::string* pattern_for(const std::string& name, const std::vector<std::s
 
 }  // namespace
 
-void refuse_checkpoint(const std::string& path, const std::string& problem) {
-  C10_THROW_ERROR(ValueError, c10::str("[Checkpoint::open] path must name a checkpoint of Stable "
-                                       "Diffusion 1, 2 or XL, got \"",
-                                       path, "\", ", problem, "."));
+void refuse_checkpoint(const NamedFile& from, const std::string& problem) {
+  C10_THROW_ERROR(ValueError, c10::str("[Checkpoint::open] ", from.argument, " must name ",
+                                       from.what, ", got \"", from.path, "\", ", problem, "."));
 }
 
 SkeletonNames read_skeleton_names(const std::string& archive) {
@@ -123,10 +122,10 @@ SkeletonNames read_skeleton_names(const std::string& archive) {
                archive, "\", ", problem, "."));
 }
 
-StoredNetwork::StoredNetwork(SkeletonNames names, Safetensors file, const std::string& path)
+StoredNetwork::StoredNetwork(SkeletonNames names, Safetensors file, const NamedFile& from)
     : names_(std::move(names)), file_(std::move(file)) {
-  find(path);
-  check_shapes(path);
+  find(from);
+  check_shapes(from);
 }
 
 std::optional<StoredTensor> StoredNetwork::look_for(const StoredParameter& parameter) const {
@@ -143,7 +142,7 @@ std::optional<StoredTensor> StoredNetwork::look_for(const StoredParameter& param
   return std::nullopt;
 }
 
-void StoredNetwork::find(const std::string& path) {
+void StoredNetwork::find(const NamedFile& from) {
   std::set<std::string> missing;
   for (const auto& [name, parameter] : names_.parameters) {
     if (auto tensor = look_for(parameter))
@@ -153,12 +152,12 @@ void StoredNetwork::find(const std::string& path) {
   }
   if (is_there() && !missing.empty())
     refuse_checkpoint(
-        path, c10::str("in which ", missing.size(),
+        from, c10::str("in which ", missing.size(),
                        missing.size() == 1 ? " tensor is missing: " : " tensors are missing: ",
                        listed({missing.begin(), missing.end()})));
 }
 
-void StoredNetwork::check_shapes(const std::string& path) {
+void StoredNetwork::check_shapes(const NamedFile& from) {
   std::map<torch::ScalarType, std::int64_t> of_dtype;
   // How many rows of a tensor the parameters take.
   std::map<std::string, std::int64_t> rows;
@@ -167,12 +166,12 @@ void StoredNetwork::check_shapes(const std::string& path) {
     const auto& info = file_.tensors().at(stored.key);
     if (!fits(parameter, stored, info.sizes))
       refuse_checkpoint(
-          path, c10::str("in which ", quoted_name(stored.key), " has the shape ",
+          from, c10::str("in which ", quoted_name(stored.key), " has the shape ",
                          c10::IntArrayRef(info.sizes), " in place of ",
                          stored.rows ? "some rows of " : "", c10::IntArrayRef(parameter.shape)));
     if (!c10::isFloatingType(info.dtype))
       refuse_checkpoint(
-          path, c10::str("in which ", quoted_name(stored.key), " is ", c10::toString(info.dtype),
+          from, c10::str("in which ", quoted_name(stored.key), " is ", c10::toString(info.dtype),
                          ": quantized weights are not read"));
     if (stored.rows) rows[stored.key] = std::max(rows[stored.key], stored.rows->second);
     const auto count = c10::multiply_integers(taken(stored, info.sizes));
@@ -181,11 +180,21 @@ void StoredNetwork::check_shapes(const std::string& path) {
   }
   for (const auto& [key, count] : rows)
     if (const auto& sizes = file_.tensors().at(key).sizes; sizes[0] != count)
-      refuse_checkpoint(path, c10::str("in which ", quoted_name(key), " has ", sizes[0],
+      refuse_checkpoint(from, c10::str("in which ", quoted_name(key), " has ", sizes[0],
                                        " rows in place of ", count));
   const auto most = std::max_element(of_dtype.begin(), of_dtype.end(),
                                      [](auto& a, auto& b) { return a.second < b.second; });
   if (most != of_dtype.end()) dtype_ = most->first;
+}
+
+const StoredTensor& StoredNetwork::stored(const std::string& parameter) const {
+  const auto found = found_.find(parameter);
+  TORCH_CHECK_VALUE(
+      found != found_.end(),
+      "[Checkpoint::load] a skeleton's names.json must say what checkpoints call every "
+      "parameter of its archive, got nothing for \"",
+      parameter, "\".");
+  return found->second;
 }
 
 torch::Tensor StoredNetwork::value(const std::string& parameter) const {
@@ -199,9 +208,9 @@ torch::Tensor StoredNetwork::value(const std::string& parameter) const {
 
 std::map<std::string, std::int64_t> check_all_used(
     const Safetensors& file, const std::vector<const StoredNetwork*>& networks,
-    const std::string& path) {
+    const NamedFile& from, std::vector<std::string> unneeded) {
   std::set<std::string> used;
-  std::vector<std::string> unneeded, unknown;
+  std::vector<std::string> unknown;
   for (const auto* network : networks) {
     const auto& names = network->names();
     unneeded.insert(unneeded.end(), names.unneeded.begin(), names.unneeded.end());
@@ -219,7 +228,7 @@ std::map<std::string, std::int64_t> check_all_used(
   }
   if (!unknown.empty())
     refuse_checkpoint(
-        path, c10::str("which has ", unknown.size(), unknown.size() == 1 ? " tensor" : " tensors",
+        from, c10::str("which has ", unknown.size(), unknown.size() == 1 ? " tensor" : " tensors",
                        " that nothing is known about: ", listed(unknown)));
   return skipped;
 }

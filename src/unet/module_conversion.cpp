@@ -10,6 +10,18 @@
 #include <torch/csrc/jit/api/module.h>
 
 namespace sag {
+namespace {
+
+// A convolution may take other channels than the file's.
+bool fits_shape(torch::IntArrayRef given, torch::IntArrayRef wanted) {
+  if (given.size() != wanted.size()) return false;
+  for (std::size_t i = 0; i < given.size(); ++i)
+    if (given[i] != wanted[i] && !(i == 1 && wanted.size() == 4)) return false;
+  return true;
+}
+
+}  // namespace
+
 void check_finite(const std::vector<std::string>& names, const std::vector<torch::Tensor>& finite,
                   const std::string& dtype, const char* caller) {
   if (finite.empty()) return;
@@ -41,10 +53,10 @@ void fill_parameters(torch::jit::Module& module, const WeightSource& weights, to
   std::vector<torch::Tensor> finite;
   for (const auto& [name, parameter] : module.named_parameters()) {
     const auto value = weights(name);
-    const bool fits =
-        value.defined() && value.is_floating_point() && value.dim() == parameter.dim();
-    TORCH_CHECK_VALUE(fits, "[", caller, "] weights must return a floating tensor of ",
-                      parameter.dim(), " dimensions for \"", name, "\", got ",
+    const bool fits = value.defined() && value.is_floating_point() &&
+                      fits_shape(value.sizes(), parameter.sizes());
+    TORCH_CHECK_VALUE(fits, "[", caller, "] weights must return a floating tensor of shape ",
+                      parameter.sizes(), " for \"", name, "\", got ",
                       value.defined() ? c10::str(value.sizes(), " of ", value.scalar_type())
                                       : std::string("nothing"),
                       ".");

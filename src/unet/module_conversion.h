@@ -23,8 +23,8 @@ void convert_module(torch::jit::Module& module, torch::Device device,
 using WeightSource = std::function<torch::Tensor(const std::string& parameter)>;
 
 /// Gives every parameter its value on `device` in `dtype`, one after the other, so that no more
-/// than one is held twice. Throws ValueError, as `caller`, for one that is not floating, has other
-/// dimensions, or is not finite in `dtype`.
+/// than one is held twice. Throws ValueError, as `caller`, for one that is not floating, has
+/// another shape (a convolution may take other channels), or is not finite in `dtype`.
 void fill_parameters(torch::jit::Module& module, const WeightSource& weights, torch::Device device,
                      torch::ScalarType dtype, const char* caller);
 
