@@ -169,7 +169,7 @@ TEST(TextEmbedding, RefusesOtherFiles) {
                 AllOf(HasSubstr(says), test::one_sentence()));
   EXPECT_THAT(error_of<c10::ValueError>(
                   [&] { read_embedding("a", folder.write("a.pt", "PK\x03\x04 and more")); }),
-              HasSubstr("such files are programs, and are not run"));
+              HasSubstr("pickles are programs that run when they are read"));
 }
 
 TEST(TextEmbedding, RefusesNamesThatNoPromptCanHave) {
