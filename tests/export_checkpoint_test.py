@@ -426,7 +426,7 @@ class Command(Case):
         out = self.folder / "compiled"
         out.mkdir()
         network = compiled_skeleton.random_network(family, None, "cpu", torch.float32)
-        sites = [path for path in network.sites() if "mid_block" in path]
+        sites = [path for _, path in network.sites() if "mid_block" in path]
         compiled_skeleton.write(family, network, out, [2], [(8, 8)], sites, lambda text: None)
         run = ("--prompt", "the red cat", "--steps", 2, "--height", 8, "--width", 8)
         for seed in (1, 2):

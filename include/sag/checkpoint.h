@@ -34,6 +34,7 @@ struct EmbeddingFile {
   std::string path = {};
 };
 
+/// How to open a checkpoint, and what goes into it.
 struct CheckpointOptions {
   /// The folder with a skeleton of each family. Empty: the environment's SAG_SKELETONS, else those
   /// that were built or installed with sag.
@@ -45,6 +46,7 @@ struct CheckpointOptions {
   std::string vae = {};
   /// Merged in this order.
   std::vector<LoraFile> loras = {};
+  /// Words for prompts.
   std::vector<EmbeddingFile> embeddings = {};
   /// What the UNet predicts: eps, v or x0. Nothing: what is recognised.
   std::optional<Prediction> prediction = {};
@@ -56,6 +58,7 @@ struct CheckpointInfo {
   std::string family = {};
   /// Whether it is one of those three, by its tensors.
   bool recognised = false;
+  /// What the UNet predicts: eps, v or x0.
   Prediction prediction = Prediction::eps;
   /// Why this one.
   std::string prediction_reason = {};
@@ -66,9 +69,18 @@ struct CheckpointInfo {
   std::int64_t in_channels = 4;
   /// The dtype of most weights of the UNet, in the file.
   torch::ScalarType dtype = torch::kFloat;
-  /// Numbers in the UNet, the text encoders, and the VAE that is used; 0: it has none.
-  std::int64_t unet_parameters = 0, text_parameters = 0, vae_parameters = 0;
-  bool has_text_encoder = false, has_decoder = false, has_encoder = false;
+  /// How many numbers the UNet has.
+  std::int64_t unet_parameters = 0;
+  /// How many the text encoders have; 0: there is none.
+  std::int64_t text_parameters = 0;
+  /// How many the VAE has that is used; 0: there is none.
+  std::int64_t vae_parameters = 0;
+  /// Whether there is a text encoder.
+  bool has_text_encoder = false;
+  /// Whether there is a VAE's decoder.
+  bool has_decoder = false;
+  /// Whether there is a VAE's encoder.
+  bool has_encoder = false;
   /// How many tensors of the file nobody needs, by their name, or by how it begins ("model_ema.*").
   std::map<std::string, std::int64_t> skipped = {};
   /// What may be wrong with the file, as ends of sentences.
@@ -89,6 +101,7 @@ class SAG_API Checkpoint {
   /// over, quantized or of another shape.
   static Checkpoint open(const std::string& path, const CheckpointOptions& options = {});
 
+  /// Returns what the checkpoint is.
   const CheckpointInfo& info() const;
   /// Returns the folder of the skeleton.
   const std::string& skeleton() const;
@@ -106,8 +119,9 @@ class SAG_API Checkpoint {
                                                std::optional<torch::Device> device = {}) const;
   /// Loads the text encoders, as one. Throws ValueError if the file has none.
   TextEncoder load_text_encoder() const;
-  /// Load the halves of the VAE, in fp32. Throw ValueError if there is none.
+  /// Loads the VAE's decoder, in fp32. Throws ValueError if there is none.
   PictureNetwork load_decoder(torch::Device device = torch::kCPU) const;
+  /// Loads the VAE's encoder, likewise.
   PictureNetwork load_encoder(torch::Device device = torch::kCPU) const;
 
  private:
@@ -118,12 +132,18 @@ class SAG_API Checkpoint {
 
 /// Everything that a sampler needs of a checkpoint.
 struct LoadedCheckpoint {
+  /// The UNet, with its sites.
   std::shared_ptr<TorchScriptUNet> unet = {};
+  /// Its noise levels and prediction.
   ModelSampling model_sampling;
+  /// What the checkpoint is.
   CheckpointInfo info = {};
   /// Nothing: the file has none.
   std::optional<TextEncoder> text_encoder = {};
-  std::optional<PictureNetwork> decoder = {}, encoder = {};
+  /// The VAE, from latents to pictures; nothing: the file has none.
+  std::optional<PictureNetwork> decoder = {};
+  /// The VAE, from pictures to latents; nothing: the file has none.
+  std::optional<PictureNetwork> encoder = {};
 };
 
 /// Opens a checkpoint and loads all of it; the UNet and the VAE onto `unet.device`. Throws as

@@ -19,6 +19,7 @@ namespace sag {
 
 /// A part of a prompt. No word goes from one piece into the next.
 struct PromptPiece {
+  /// Its words.
   std::string text = {};
   /// Of its tokens: 1 is as the text encoder gives them, 0 as they are in an empty text. ComfyUI:
   /// `(text:weight)`.
@@ -53,12 +54,12 @@ class SAG_API TextEncoder {
   /// ValueError when it has no such methods.
   static TextEncoder from_module(const torch::jit::Module& module, const std::string& name);
 
-  /// Encodes a prompt, one text or pieces with weights, for latents of this height and width.
-  /// `clip_skip`: the layer, counted from the end. Throws ValueError when the encoder has no
-  /// weights or layers to choose, or not this layer; c10::Error, with one sentence, when it fails
-  /// or returns something else.
+  /// Encodes a prompt for latents of this height and width. `clip_skip`: the layer, counted from
+  /// the end. Throws ValueError when the encoder has no weights or layers to choose, or not this
+  /// layer; c10::Error, with one sentence, when it fails or returns something else.
   EncodedText encode(const std::string& prompt, std::int64_t height, std::int64_t width,
                      std::optional<std::int64_t> clip_skip = {}) const;
+  /// Encodes pieces of a prompt with their weights, likewise.
   EncodedText encode(const std::vector<PromptPiece>& prompt, std::int64_t height,
                      std::int64_t width, std::optional<std::int64_t> clip_skip = {}) const;
 

@@ -212,11 +212,12 @@ void Safetensors::forget(const std::string& name) const {
   const auto& file = state_->file_with(name);
   const auto bytes = file.bytes_of(file.header.tensors.at(name));
   // The pages that belong to this tensor alone.
-  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const auto begin = (reinterpret_cast<std::uintptr_t>(bytes.data()) + page - 1) / page * page;
-  const auto end = reinterpret_cast<std::uintptr_t>(bytes.data() + bytes.size()) / page * page;
-  // A system that does not want to may leave them.
-  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const auto start = reinterpret_cast<std::uintptr_t>(bytes.data());
+  const auto before = (page - start % page) % page, after = (start + bytes.size()) % page;
+  if (before + after >= bytes.size()) return;
+  // A system that does not want to may leave them. The pages are private, and may be written.
+  ::madvise(const_cast<char*>(bytes.data() + before), bytes.size() - before - after, MADV_DONTNEED);
 }
 
 }  // namespace sag

@@ -32,7 +32,9 @@ std::vector<std::string> beside_library() {
 std::vector<std::string> places() {
   if (const char* chosen = std::getenv("SAG_SKELETONS"); chosen && *chosen) return {chosen};
   auto places = beside_library();
+#ifdef SAG_SKELETONS_SOURCE
   places.emplace_back(SAG_SKELETONS_SOURCE);
+#endif
   return places;
 }
 
