@@ -84,6 +84,27 @@ TEST(Safetensors, CopiesNothingAndLeavesTheFileAlone) {
   EXPECT_EQ(test::read_bytes(path), bytes);
 }
 
+TEST(Safetensors, ForgetsTheMemoryOfATensorAlone) {
+  const TemporaryFolder folder;
+  const auto numbers = torch::arange(10000, torch::kFloat);
+  std::string data(static_cast<const char*>(numbers.const_data_ptr()), numbers.nbytes());
+  const auto path =
+      folder.write("a.safetensors", file_of(object(entry("a", "F32", "3000", "0,12000") + "," +
+                                                   entry("b", "F32", "4000", "12000,28000") + "," +
+                                                   entry("c", "F32", "3000", "28000,40000")),
+                                            data));
+  const auto file = Safetensors::open(path);
+  // What is written stays where it was, also in the pages that two tensors share.
+  file.tensor("a").fill_(-1);
+  file.tensor("c").fill_(-1);
+  file.tensor("b").slice(0, 1500, 2500).fill_(-1);
+  file.forget("b");
+  EXPECT_TRUE(torch::equal(file.tensor("b").slice(0, 1500, 2500), numbers.slice(0, 4500, 5500)));
+  EXPECT_TRUE(torch::equal(file.tensor("a"), torch::full({3000}, -1.0f)));
+  EXPECT_TRUE(torch::equal(file.tensor("c"), torch::full({3000}, -1.0f)));
+  EXPECT_THAT(test::error_of<c10::ValueError>([&] { file.forget("d"); }), HasSubstr("\"d\""));
+}
+
 TEST(Safetensors, ReadsWhatIsNotAligned) {
   const TemporaryFolder folder;
   for (int spaces = 0; spaces < 8; ++spaces) {
