@@ -15,8 +15,10 @@ namespace {
 // A convolution may take other channels than the file's.
 bool fits_shape(torch::IntArrayRef given, torch::IntArrayRef wanted) {
   if (given.size() != wanted.size()) return false;
-  for (std::size_t i = 0; i < given.size(); ++i)
-    if (given[i] != wanted[i] && !(i == 1 && wanted.size() == 4)) return false;
+  for (std::size_t i = 0; i < given.size(); ++i) {
+    const bool is_free = i == 1 && wanted.size() == 4;
+    if (given[i] != wanted[i] && !is_free) return false;
+  }
   return true;
 }
 
