@@ -75,7 +75,7 @@ sag::CheckpointOptions options_for(const std::string& path, const CheckpointFile
   for (const auto& lora : files.loras) options.loras.push_back(parse_lora(lora));
   for (const auto& text : files.embeddings) options.embeddings.push_back(parse_embedding(text));
   if (!files.prediction.empty()) options.prediction = sag::parse_prediction(files.prediction);
-  check_can_be_read("--checkpoint", path);
+  check_is_file("--checkpoint", path);
   check_can_be_read("--vae", files.vae);
   for (const auto& lora : options.loras) check_can_be_read("--lora", lora.path);
   for (const auto& embedding : options.embeddings) check_can_be_read("--embedding", embedding.path);

@@ -205,10 +205,10 @@ void print_outputs(const Outputs& outputs, const sag::UNet& unet, std::ostream& 
 }
 
 void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UNet>& unet,
-                   std::ostream& out) {
+                   ComingTextEncoder encoder, std::ostream& out) {
   auto outputs = open_outputs(settings.output);
   const auto plan = make_plan(settings);
-  auto inputs = read_inputs(settings, unet->device());
+  auto inputs = read_inputs(settings, std::move(encoder), unet->device());
   for (auto& note : notes_on(settings)) inputs.notes.push_back(std::move(note));
   if (!settings.guidances.empty()) check_site(*unet, settings.network.site);
   const GuidedModel plain = {sag::ModelPatcher(unet, settings.network.noise_levels)};
@@ -240,11 +240,12 @@ void load_and_draw(const Settings& settings, std::ostream& out) {
   // What cannot be written, or is missing, is said before minutes of loading.
   static_cast<void>(open_outputs(settings.output));
   check_further_inputs(settings);
+  auto encoder = start_text_encoder(settings);
   auto unet = load_unet(settings.network, settings.unet);
   if (unet->device().is_cuda() && !settings.device.no_cuda_graph) {
     unet = std::make_shared<sag::CudaGraphUNet>(unet);
   }
-  draw_pictures(settings, unet, out);
+  draw_pictures(settings, unet, std::move(encoder), out);
 }
 
 }  // namespace

@@ -99,13 +99,13 @@ void check_gives(const sag::TextEncoder& encoder, const std::vector<sag::PromptP
 // Encodes every text once, for latents of one size.
 class Texts {
  public:
-  Texts(const Network& network, const PictureOptions& options, const LatentSize& size,
-        torch::Device device)
+  Texts(std::optional<sag::TextEncoder> encoder, const PictureOptions& options,
+        const LatentSize& size, torch::Device device)
       : weights_(options.prompt_weights),
         clip_skip_(options.clip_skip),
         size_(size),
         device_(device),
-        encoder_(load_text_encoder(network)) {}
+        encoder_(std::move(encoder)) {}
 
   bool can_encode() const { return encoder_.has_value(); }
 
@@ -177,18 +177,19 @@ std::vector<Batch> text_batches(const std::vector<Picture>& pictures, const std:
   return batches;
 }
 
-void add_text_batches(Inputs& inputs, const PictureOptions& options, const Network& network,
-                      double cfg, torch::Device device) {
-  Texts texts(network, options, inputs.size, device);
+void add_text_batches(Inputs& inputs, const Settings& settings,
+                      std::optional<sag::TextEncoder> encoder, torch::Device device) {
+  const auto& options = settings.pictures;
+  Texts texts(std::move(encoder), options, inputs.size, device);
   if (!texts.can_encode() && !options.prompts.empty()) {
     throw UsageError(
-        network.has_directory
+        settings.network.has_directory
             ? "--prompt needs a text encoder, which this model does not have; give --cond and "
               "--uncond."
             : "--prompt needs a --checkpoint or --model with a text encoder; --unet takes --cond "
               "and --uncond.");
   }
-  inputs.batches = text_batches(inputs.pictures, options.negative, cfg, texts);
+  inputs.batches = text_batches(inputs.pictures, options.negative, settings.guider.cond_scale, texts);
   inputs.notes = texts.notes();
 }
 
@@ -231,7 +232,13 @@ std::vector<Picture> list_pictures(const PictureOptions& options, std::int64_t i
   return pictures;
 }
 
-Inputs read_inputs(const Settings& settings, torch::Device device) {
+ComingTextEncoder start_text_encoder(const Settings& settings) {
+  const auto when =
+      asks_for_texts(settings.pictures) ? std::launch::async : std::launch::deferred;
+  return std::async(when, [&settings] { return load_text_encoder(settings.network); });
+}
+
+Inputs read_inputs(const Settings& settings, ComingTextEncoder encoder, torch::Device device) {
   const auto& options = settings.pictures;
   const auto& network = settings.network;
   const bool texts = asks_for_texts(options);
@@ -248,7 +255,7 @@ Inputs read_inputs(const Settings& settings, torch::Device device) {
   if (!starts_from_picture(settings)) tensors.latent = torch::Tensor();
   if (!blends_mask(settings)) tensors.mask = torch::Tensor();
   if (texts) {
-    add_text_batches(inputs, options, network, settings.guider.cond_scale, device);
+    add_text_batches(inputs, settings, encoder.get(), device);
   } else {
     inputs.batches = {tensor_batch(tensors, inputs.pictures.size(), settings, device)};
   }

@@ -2,12 +2,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <future>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include <torch/types.h>
 
 #include "sag/conditioning.h"
+#include "sag/text_encoder.h"
 #include "settings.h"
 
 namespace sag_sample {
@@ -47,8 +50,15 @@ struct Inputs {
 /// many there are when tensors are given in place of texts.
 std::vector<Picture> list_pictures(const PictureOptions& options, std::int64_t images);
 
+/// What will be the model's text encoder, or nothing when it has none.
+using ComingTextEncoder = std::future<std::optional<sag::TextEncoder>>;
+
+/// Starts to load the text encoder beside whatever is done until it is needed, if there are texts
+/// to encode.
+ComingTextEncoder start_text_encoder(const Settings& settings);
+
 /// Reads the tensors, encodes the picture and the prompts and sorts the pictures into batches, on
-/// the device. Throws UsageError.
-Inputs read_inputs(const Settings& settings, torch::Device device);
+/// the device. Throws UsageError, and what loading the text encoder throws.
+Inputs read_inputs(const Settings& settings, ComingTextEncoder encoder, torch::Device device);
 
 }  // namespace sag_sample

@@ -23,6 +23,7 @@ from export_model_test import Case
 from sag_export import text
 from sag_export.mistake import Mistake
 from sag_export.tokenizer import ClipTokenizer
+from text_encoder_fixture import make_model
 
 PROMPTS = ("", "  \n ", "red cat!", "the cat's — über-schnell 🚀", "x " * 90)
 
@@ -39,24 +40,6 @@ class TextCase(Case):
         for name, count in (vectors or {}).items():
             tokenizer.add_tokens([name, *(f"{name}_{i}" for i in range(1, count))])
         return tokenizer
-
-    def model(self, kind, tokenizer, seed, layers=3):
-        torch.manual_seed(seed)
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            projection_dim=8,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        model = kind(config).eval().requires_grad_(False)
-        # Random weights are small, and the states of all texts near each other.
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-        return model
 
     def assert_near(self, one, other, what=None):
         self.assertEqual(one.shape, other.shape, what)
@@ -214,7 +197,7 @@ class Weights(TextCase):
 
     def test_of_one_encoder(self):
         tokenizer = self.tokenizer()
-        model = self.model(CLIPTextModel, tokenizer, 0)
+        model = make_model(CLIPTextModel, tokenizer, 0)
         encoder = text.make_text_encoder(tokenizer, model)
         self.assertEqual(encoder.clip_skip_range(), (1, 3))
         for pieces, weights in self.PIECES * 2:
@@ -225,8 +208,8 @@ class Weights(TextCase):
     def test_of_two_encoders(self):
         """The pooled text knows neither weights nor layers."""
         tokenizer = self.tokenizer()
-        first = self.model(CLIPTextModel, tokenizer, 0)
-        second = self.model(CLIPTextModelWithProjection, tokenizer, 1, layers=4)
+        first = make_model(CLIPTextModel, tokenizer, 0)
+        second = make_model(CLIPTextModelWithProjection, tokenizer, 1, layers=4)
         encoder = text.make_text_and_size_encoder(tokenizer, first, tokenizer, second, 8)
         self.assertEqual(encoder.clip_skip_range(), (1, 3))
         for pieces, weights in self.PIECES * 2:
@@ -243,7 +226,7 @@ class Weights(TextCase):
 
     def test_one_piece_that_weighs_1_is_the_plain_prompt(self):
         tokenizer = self.tokenizer()
-        model = self.model(CLIPTextModel, tokenizer, 0)
+        model = make_model(CLIPTextModel, tokenizer, 0)
         encoder = text.make_text_encoder(tokenizer, model)
         for prompt in PROMPTS:
             self.assertTrue(
@@ -305,7 +288,7 @@ class ClipSkip(TextCase):
 
     def test_layers_that_are_not_there_are_an_error(self):
         tokenizer = self.tokenizer()
-        encoder = text.make_text_encoder(tokenizer, self.model(CLIPTextModel, tokenizer, 0))
+        encoder = text.make_text_encoder(tokenizer, make_model(CLIPTextModel, tokenizer, 0))
         for clip_skip in (-1, 4):
             with (
                 self.assertRaisesRegex(torch.jit.Error, "clip_skip_range"),

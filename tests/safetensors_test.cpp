@@ -15,22 +15,16 @@
 
 #include "support/error.h"
 #include "support/files.h"
+#include "support/safetensors_file.h"
 
 namespace sag {
 namespace {
 
+using test::safetensors_file;
 using test::TemporaryFolder;
 using testing::HasSubstr;
 using testing::Pair;
 using testing::UnorderedElementsAre;
-
-// A file: the length, the header, the data.
-std::string file_of(const std::string& header, const std::string& data = "") {
-  std::string bytes(8, '\0');
-  const std::uint64_t length = header.size();
-  std::memcpy(bytes.data(), &length, 8);
-  return bytes + header + data;
-}
 
 std::string object(const std::string& entries) {
   return fmt::format("{{{}}}", entries);
@@ -50,7 +44,7 @@ TEST(Safetensors, ReadsNamesShapesAndValues) {
   const TemporaryFolder folder;
   const auto path = folder.write(
       "a.safetensors",
-      file_of(object(entry("b", "F32", "2,3", "0,24") + "," + entry("a", "I64", "", "24,32") +
+      safetensors_file(object(entry("b", "F32", "2,3", "0,24") + "," + entry("a", "I64", "", "24,32") +
                      R"(,"none":{"data_offsets":[32,32],"shape":[0,5],"dtype":"BF16"})" +
                      R"(,"__metadata__":{"format":"pt"})") +
                   "  ",
@@ -71,7 +65,7 @@ TEST(Safetensors, CopiesNothingAndLeavesTheFileAlone) {
   // 8 + 56 bytes of header: the data are aligned.
   auto header = object(entry("a", "F32", "2", "0,8"));
   header.resize((header.size() + 7) / 8 * 8, ' ');
-  const auto bytes = file_of(header, floats({1, 2}));
+  const auto bytes = safetensors_file(header, floats({1, 2}));
   const auto path = folder.write("a.safetensors", bytes);
   torch::Tensor tensor;
   {
@@ -92,7 +86,7 @@ TEST(Safetensors, ForgetsTheMemoryOfATensorAlone) {
   header.resize((header.size() + 7) / 8 * 8, ' ');
   const auto numbers = torch::arange(10000, torch::kFloat);
   const std::string data(static_cast<const char*>(numbers.const_data_ptr()), numbers.nbytes());
-  const auto path = folder.write("a.safetensors", file_of(header, data));
+  const auto path = folder.write("a.safetensors", safetensors_file(header, data));
   const auto file = Safetensors::open(path);
   // What is written stays where it was, also in the pages that two tensors share.
   file.tensor("a").fill_(-1);
@@ -111,7 +105,7 @@ TEST(Safetensors, ReadsWhatIsNotAligned) {
     const auto header = object(entry("a", "F64", "1", "0,8")) + std::string(spaces, ' ');
     const double value = 0.1 + spaces;
     const auto path = folder.write(
-        "a.safetensors", file_of(header, {reinterpret_cast<const char*>(&value), sizeof value}));
+        "a.safetensors", safetensors_file(header, {reinterpret_cast<const char*>(&value), sizeof value}));
     const auto tensor = Safetensors::open(path).tensor("a");
     EXPECT_EQ(tensor.item<double>(), value);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) % 8, 0u);
@@ -141,7 +135,7 @@ TEST(Safetensors, ReadsEveryDtype) {
     const auto expected = torch::tensor({0, 1, 1}, torch::kFloat).to(dtype);
     const auto size = expected.nbytes();
     const auto path = folder.write("a.safetensors",
-                                   file_of(object(entry("a", name, "3", fmt::format("0,{}", size))),
+                                   safetensors_file(object(entry("a", name, "3", fmt::format("0,{}", size))),
                                            {static_cast<const char*>(expected.data_ptr()), size}));
     const auto tensor = Safetensors::open(path).tensor("a");
     EXPECT_EQ(tensor.scalar_type(), dtype) << name;
@@ -164,7 +158,7 @@ std::vector<Refusal> refusals() {
   const auto good = entry("a", "F32", "2", "0,8");
   const auto data = floats({1, 2});
   const auto nested = [](std::size_t depth) {
-    return file_of(R"({"a":)" + std::string(depth, '[') + std::string(depth, ']') + "}");
+    return safetensors_file(R"({"a":)" + std::string(depth, '[') + std::string(depth, ']') + "}");
   };
   return {
       {"empty", "", "is empty"},
@@ -175,52 +169,52 @@ std::vector<Refusal> refusals() {
       {"gguf", "GGUF\x03xxxxxxxxxxxx", "GGUF"},
       {"lfs", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"},
       {"html", "<!DOCTYPE html><html></html>", "is not safetensors"},
-      {"header_cut", file_of(object(good), data).substr(0, 30), "ends inside its header"},
+      {"header_cut", safetensors_file(object(good), data).substr(0, 30), "ends inside its header"},
       {"header_too_long", std::string("\xff\xff\xff\xff\xff\xff\xff\xff{", 9), "claims"},
-      {"data_cut", file_of(object(good), data.substr(1)), "truncated"},
-      {"not_json", file_of("{" + good, data), "is not JSON"},
-      {"not_utf8", file_of("{\"\xff\":1}"), "is not JSON"},
-      {"after_the_object", file_of("{} {}"), "is not JSON"},
-      {"twice", file_of(object(good + "," + good), data), "\"a\" twice"},
+      {"data_cut", safetensors_file(object(good), data.substr(1)), "truncated"},
+      {"not_json", safetensors_file("{" + good, data), "is not JSON"},
+      {"not_utf8", safetensors_file("{\"\xff\":1}"), "is not JSON"},
+      {"after_the_object", safetensors_file("{} {}"), "is not JSON"},
+      {"twice", safetensors_file(object(good + "," + good), data), "\"a\" twice"},
       {"key_twice",
-       file_of(R"({"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}})", data),
+       safetensors_file(R"({"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}})", data),
        "\"dtype\" twice"},
       {"nested", nested(200'000), "nested too deeply"},
-      {"not_an_object", file_of(R"({"a":3})"), "dtype, shape and data_offsets"},
+      {"not_an_object", safetensors_file(R"({"a":3})"), "dtype, shape and data_offsets"},
       {"unknown_key",
-       file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"stride":[1]}})", data),
+       safetensors_file(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"stride":[1]}})", data),
        "nothing else"},
-      {"unknown_dtype", file_of(object(entry("a", "F4", "2", "0,8")), data), "F4"},
-      {"dtype_number", file_of(R"({"a":{"dtype":1,"shape":[2],"data_offsets":[0,8]}})", data),
+      {"unknown_dtype", safetensors_file(object(entry("a", "F4", "2", "0,8")), data), "F4"},
+      {"dtype_number", safetensors_file(R"({"a":{"dtype":1,"shape":[2],"data_offsets":[0,8]}})", data),
        "name of a dtype"},
-      {"negative_size", file_of(object(entry("a", "F32", "-2", "0,8")), data), "whole numbers"},
-      {"fraction", file_of(object(entry("a", "F32", "2.0", "0,8")), data), "whole numbers"},
-      {"large_size", file_of(object(entry("a", "F32", "18446744073709551615", "0,8")), data),
+      {"negative_size", safetensors_file(object(entry("a", "F32", "-2", "0,8")), data), "whole numbers"},
+      {"fraction", safetensors_file(object(entry("a", "F32", "2.0", "0,8")), data), "whole numbers"},
+      {"large_size", safetensors_file(object(entry("a", "F32", "18446744073709551615", "0,8")), data),
        "63-bit"},
-      {"larger_size", file_of(object(entry("a", "F32", "18446744073709551616", "0,8")), data),
+      {"larger_size", safetensors_file(object(entry("a", "F32", "18446744073709551616", "0,8")), data),
        "whole numbers"},
-      {"overflow", file_of(object(entry("a", "F32", "4611686018427387904,4", "0,0"))), "counted"},
-      {"overflow_with_0", file_of(object(entry("a", "F32", "0,4611686018427387904,4", "0,0"))),
+      {"overflow", safetensors_file(object(entry("a", "F32", "4611686018427387904,4", "0,0"))), "counted"},
+      {"overflow_with_0", safetensors_file(object(entry("a", "F32", "0,4611686018427387904,4", "0,0"))),
        "counted"},
       {"dimensions",
-       file_of(object(entry("a", "F32", repeated("1,", 64) + "1", "0,4")), floats({1})),
+       safetensors_file(object(entry("a", "F32", repeated("1,", 64) + "1", "0,4")), floats({1})),
        "at most 64"},
-      {"bytes", file_of(object(entry("a", "F32", "3", "0,8")), data), "as many bytes"},
-      {"backwards", file_of(object(entry("a", "F32", "2", "8,0")), data), "the larger"},
-      {"three_offsets", file_of(object(entry("a", "F32", "2", "0,8,8")), data), "two"},
+      {"bytes", safetensors_file(object(entry("a", "F32", "3", "0,8")), data), "as many bytes"},
+      {"backwards", safetensors_file(object(entry("a", "F32", "2", "8,0")), data), "the larger"},
+      {"three_offsets", safetensors_file(object(entry("a", "F32", "2", "0,8,8")), data), "two"},
       {"far",
-       file_of(object(entry("a", "U8", "8", "18446744073709551607,18446744073709551615")), data),
+       safetensors_file(object(entry("a", "U8", "8", "18446744073709551607,18446744073709551615")), data),
        "truncated"},
       {"overlap",
-       file_of(object(entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "1", "4,8")), data),
+       safetensors_file(object(entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "1", "4,8")), data),
        "shares bytes"},
       {"gap",
-       file_of(object(entry("a", "U8", "2", "0,2") + "," + entry("b", "U8", "4", "4,8")), data),
+       safetensors_file(object(entry("a", "U8", "2", "0,2") + "," + entry("b", "U8", "4", "4,8")), data),
        "after bytes of no tensor"},
-      {"rest", file_of(object(entry("a", "U8", "2", "0,2")), data), "at its end"},
-      {"metadata_list", file_of(R"({"__metadata__":[1]})"), "not an object"},
-      {"metadata_number", file_of(R"({"__metadata__":{"a":1}})"), "not a text"},
-      {"many_values", file_of(R"({"a":[0)" + repeated(",0", 200'000) + "]}"), "too many values"},
+      {"rest", safetensors_file(object(entry("a", "U8", "2", "0,2")), data), "at its end"},
+      {"metadata_list", safetensors_file(R"({"__metadata__":[1]})"), "not an object"},
+      {"metadata_number", safetensors_file(R"({"__metadata__":{"a":1}})"), "not a text"},
+      {"many_values", safetensors_file(R"({"a":[0)" + repeated(",0", 200'000) + "]}"), "too many values"},
   };
 }
 
@@ -243,15 +237,15 @@ TEST(Safetensors, RefusesWhatIsNoFile) {
   EXPECT_THAT(says(folder.path()), HasSubstr("is a directory"));
   EXPECT_THAT(says("/dev/zero"), HasSubstr("is not a file"));
   const auto file =
-      Safetensors::open(folder.write("a", file_of(object(entry("a", "BOOL", "2", "0,2")), "\1\2")));
+      Safetensors::open(folder.write("a", safetensors_file(object(entry("a", "BOOL", "2", "0,2")), "\1\2")));
   EXPECT_THAT(test::error_of<c10::ValueError>([&] { file.tensor("b"); }), HasSubstr("\"b\""));
   EXPECT_THAT(test::error_of<c10::ValueError>([&] { file.tensor("a"); }), HasSubstr("0 or 1"));
 }
 
 TEST(Safetensors, ReadsShardsByTheirIndex) {
   const TemporaryFolder folder;
-  folder.write("m-1.safetensors", file_of(object(entry("a", "F32", "1", "0,4")), floats({1})));
-  folder.write("m-2.safetensors", file_of(object(entry("b", "F32", "1", "0,4")), floats({2})));
+  folder.write("m-1.safetensors", safetensors_file(object(entry("a", "F32", "1", "0,4")), floats({1})));
+  folder.write("m-2.safetensors", safetensors_file(object(entry("b", "F32", "1", "0,4")), floats({2})));
   const auto index = [&](const std::string& map) {
     return folder.write("m.safetensors.index.json",
                         R"({"metadata":{"total_size":8},"weight_map":{)" + map + "}}");
@@ -272,7 +266,7 @@ TEST(Safetensors, ReadsShardsByTheirIndex) {
   EXPECT_THAT(says(R"("a":"/m-1.safetensors")"), HasSubstr("beside it"));
   EXPECT_THAT(says(R"("a":"..")"), HasSubstr("is a directory"));
   EXPECT_THAT(says(R"("a":{"b":1})"), HasSubstr("nested too deeply"));
-  folder.write("m-2.safetensors", file_of(object(entry("a", "F32", "1", "0,4")), floats({2})));
+  folder.write("m-2.safetensors", safetensors_file(object(entry("a", "F32", "1", "0,4")), floats({2})));
   EXPECT_THAT(says(R"("a":"m-1.safetensors","b":"m-2.safetensors")"), HasSubstr("two of whose"));
 }
 
@@ -280,7 +274,7 @@ TEST(Safetensors, ReadsShardsByTheirIndex) {
 TEST(Safetensors, SurvivesRandomDamage) {
   const TemporaryFolder folder;
   const auto good =
-      file_of(object(entry("a", "F32", "2,3", "0,24") + "," + entry("b", "BOOL", "4", "24,28") +
+      safetensors_file(object(entry("a", "F32", "2,3", "0,24") + "," + entry("b", "BOOL", "4", "24,28") +
                      R"(,"__metadata__":{"format":"pt"})"),
               floats({1, 2, 3, 4, 5, 6}) + std::string("\0\1\1\0", 4));
   std::mt19937 random(7);

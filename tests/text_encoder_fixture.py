@@ -26,13 +26,13 @@ from sag_export.text import make_text_and_size_encoder, make_text_encoder
 WIDTH, WIDTH_2, VECTORS = 16, 24, 3
 
 
-def make_model(kind, tokenizer, width):
-    torch.manual_seed(width)
+def make_model(kind, tokenizer, seed, layers=3, width=16):
+    torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         projection_dim=8,
         bos_token_id=tokenizer.bos_token_id,
@@ -58,8 +58,8 @@ def main(folder):
     folder.mkdir(parents=True)
     make_tiny_pipeline.write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
-    first = make_model(CLIPTextModel, tokenizer, WIDTH)
-    second = make_model(CLIPTextModelWithProjection, tokenizer, WIDTH_2)
+    first = make_model(CLIPTextModel, tokenizer, seed=1, width=WIDTH)
+    second = make_model(CLIPTextModelWithProjection, tokenizer, seed=2, width=WIDTH_2)
     make_text_encoder(tokenizer, first).save(folder / "sd.ts")
     make_text_and_size_encoder(tokenizer, first, tokenizer, second, 8).save(folder / "sdxl.ts")
 

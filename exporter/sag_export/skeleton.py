@@ -239,10 +239,8 @@ def text_unneeded(model, prefix):
 def text_spellings(model):
     """NovelAI leaves out "text_model."; others have another prefix."""
     inside = "." if model.open_clip else ".text_model."
-    spellings = [(model.prefix + inside, other + inside) for other in model.others]
-    return (
-        spellings if model.open_clip else [(model.prefix + inside, f"{model.prefix}."), *spellings]
-    )
+    shorter = [] if model.open_clip else [(model.prefix + inside, f"{model.prefix}.")]
+    return shorter + [(model.prefix + inside, other + inside) for other in model.others]
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 #include "module_conversion.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <vector>
 
+#include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/jit/api/module.h>
@@ -20,6 +22,14 @@ bool fits_shape(torch::IntArrayRef given, torch::IntArrayRef wanted) {
     if (given[i] != wanted[i] && !is_free) return false;
   }
   return true;
+}
+
+// A sum passes over the values once and copies nothing, where `isfinite` writes several tensors of
+// their size. One that is finite was made of such values.
+torch::Tensor all_finite(const torch::Tensor& values) {
+  if (values.is_cpu() && std::isfinite(values.sum().item<double>()))
+    return at::ones({}, torch::kBool);
+  return values.isfinite().all();
 }
 
 }  // namespace
@@ -64,7 +74,7 @@ void fill_parameters(torch::jit::Module& module, const WeightSource& weights, to
                       ".");
     parameter.set_data(value.detach().to(device, dtype));
     names.push_back(name);
-    finite.push_back(parameter.isfinite().all());
+    finite.push_back(all_finite(parameter));
   }
   check_finite(names, finite, c10::toString(dtype), caller);
 }
