@@ -1,5 +1,7 @@
 #include "unet/graph_rewrite.h"
 
+#include <algorithm>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/jit/api/function_impl.h>
@@ -269,6 +271,48 @@ TEST(FollowWeights, CastsActivationsAndComputedBiases) {
   };
   EXPECT_EQ(run_in(torch::kFloat, torch::kHalf), torch::kHalf);
   EXPECT_EQ(run_in(torch::kHalf, torch::kFloat), torch::kFloat);
+}
+
+// A cast to fp32 that something else reads stays.
+TEST(FollowWeights, DropsCastsOfAttentionThatTheNextLayerTakesBack) {
+  const auto graph = parse(R"IR(
+  graph(%q : Tensor, %weight : Tensor):
+    %none : NoneType = prim::Constant()
+    %no : bool = prim::Constant[value=0]()
+    %one : int = prim::Constant[value=1]()
+    %two : int = prim::Constant[value=2]()
+    %zero : float = prim::Constant[value=0.]()
+    %float : int = prim::Constant[value=6]()
+    %a : Tensor = aten::scaled_dot_product_attention(%q, %q, %q, %none, %zero, %no, %none, %no)
+    %b : Tensor = aten::transpose(%a, %one, %two)
+    %dropped : Tensor = aten::to(%b, %float, %no, %no, %none)
+    %c : Tensor = aten::linear(%dropped, %weight, %none)
+    %of_another : Tensor = aten::to(%c, %float, %no, %no, %none)
+    %d : Tensor = aten::linear(%of_another, %weight, %none)
+    %read : Tensor = aten::to(%b, %float, %no, %no, %none)
+    %e : Tensor = aten::linear(%read, %weight, %none)
+    %f : Tensor = aten::add(%read, %e, %one)
+    %out : Tensor = aten::add(%d, %f, %one)
+    return (%out))IR");
+  torch::manual_seed(0);
+  auto* weight = add_constant(*graph, torch::randn({4, 4}).to(torch::kBFloat16));
+  graph->inputs()[1]->replaceAllUsesWith(weight);
+  const auto count_casts = [&] {
+    const auto nodes = graph->nodes();
+    return std::count_if(nodes.begin(), nodes.end(), [](const torch::jit::Node* node) {
+      return node->kind() == c10::aten::to;
+    });
+  };
+  ASSERT_EQ(count_casts(), 3);
+  follow_weights(*graph);
+  EXPECT_EQ(count_casts(), 2);
+
+  const auto q = torch::randn({1, 2, 3, 4}).to(torch::kBFloat16);
+  const auto w = torch::jit::toIValue(weight)->toTensor();
+  const auto b = torch::scaled_dot_product_attention(q, q, q).transpose(1, 2);
+  const auto d = torch::linear(torch::linear(b, w), w);
+  const auto expected = d + (b.to(torch::kFloat) + torch::linear(b, w));
+  EXPECT_TRUE(torch::equal(run(graph, {q, torch::Tensor()}), expected));
 }
 
 // Buffers are never narrowed, so statistics stay wide next to half weights.

@@ -6,6 +6,7 @@
 #include <ATen/ops/cat.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 
 #include "unet/archive.h"
 #include "unet/module_conversion.h"
@@ -28,6 +29,8 @@ struct PictureNetwork::State {
 torch::Tensor PictureNetwork::State::run(const torch::Tensor& input) const {
   c10::IValue result;
   try {
+    // A few pictures do not pay for it.
+    const torch::jit::GraphOptimizerEnabledGuard as_it_is(false);
     // A copy shares everything, and only its own `forward` may be called.
     result = Module(module).forward({input});
   } catch (const std::exception& error) {

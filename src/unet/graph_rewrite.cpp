@@ -138,6 +138,38 @@ void follow_weights_of(Node* node, const WeightedOp& op) {
   for (const auto input : op.statistics) cast_input(node, input, like);
 }
 
+// Whether all uses of a value are cast to the dtype of weights.
+bool follows_weights(const Value* value) {
+  const auto& uses = value->uses();
+  return std::all_of(uses.begin(), uses.end(), [](const Use& use) {
+    const auto* op = weighted_op(use.user);
+    return op && use.offset == op->activation && weight_source(use.user->input(op->weight));
+  });
+}
+
+bool casts_to_float(const Node* node) {
+  const auto* schema = node->kind() == aten::to ? node->maybeSchema() : nullptr;
+  if (!schema || schema->overload_name() != "dtype") return false;
+  const auto dtype = toIValue(node->input(1));
+  return dtype && dtype->isInt() && dtype->toInt() == static_cast<std::int64_t>(torch::kFloat);
+}
+
+// diffusers casts what attention returns to the dtype of q, which traces of fp32 networks recorded.
+// At half precision that would widen it for the next layer to narrow again: two passes over the
+// same values.
+void drop_widened_attention(Graph& graph) {
+  static const Ops layouts = {aten::transpose, aten::permute, aten::reshape,
+                              aten::view,      aten::flatten, aten::contiguous};
+  for_each_node(graph, [](Node* node) {
+    if (!casts_to_float(node) || !follows_weights(node->output())) return;
+    const Node* source = node->input(0)->node();
+    while (layouts.contains(source->kind())) source = source->input(0)->node();
+    if (source->kind() != aten::scaled_dot_product_attention) return;
+    node->output()->replaceAllUsesWith(node->input(0));
+    node->destroy();
+  });
+}
+
 // Whether a condition is PyTorch's "not why_not_fast_path", where the text is the reason. Other
 // conditions belong to the model.
 bool is_without_text(const Value* condition) {
@@ -306,6 +338,7 @@ void replace_recorded_dtype(Graph& graph, torch::ScalarType from, torch::ScalarT
 }
 
 void follow_weights(Graph& graph) {
+  drop_widened_attention(graph);
   for_each_node(graph, [](Node* node) {
     if (const auto* op = weighted_op(node)) follow_weights_of(node, *op);
   });
