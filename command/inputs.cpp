@@ -189,7 +189,8 @@ void add_text_batches(Inputs& inputs, const Settings& settings,
             : "--prompt needs a --checkpoint or --model with a text encoder; --unet takes --cond "
               "and --uncond.");
   }
-  inputs.batches = text_batches(inputs.pictures, options.negative, settings.guider.cond_scale, texts);
+  inputs.batches =
+      text_batches(inputs.pictures, options.negative, settings.guider.cond_scale, texts);
   inputs.notes = texts.notes();
 }
 
@@ -233,8 +234,7 @@ std::vector<Picture> list_pictures(const PictureOptions& options, std::int64_t i
 }
 
 ComingTextEncoder start_text_encoder(const Settings& settings) {
-  const auto when =
-      asks_for_texts(settings.pictures) ? std::launch::async : std::launch::deferred;
+  const auto when = asks_for_texts(settings.pictures) ? std::launch::async : std::launch::deferred;
   return std::async(when, [&settings] { return load_text_encoder(settings.network); });
 }
 

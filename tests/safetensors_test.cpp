@@ -44,11 +44,12 @@ TEST(Safetensors, ReadsNamesShapesAndValues) {
   const TemporaryFolder folder;
   const auto path = folder.write(
       "a.safetensors",
-      safetensors_file(object(entry("b", "F32", "2,3", "0,24") + "," + entry("a", "I64", "", "24,32") +
-                     R"(,"none":{"data_offsets":[32,32],"shape":[0,5],"dtype":"BF16"})" +
-                     R"(,"__metadata__":{"format":"pt"})") +
-                  "  ",
-              floats({1, 2, 3, 4, 5, 6}) + std::string("\x07\0\0\0\0\0\0\0", 8)));
+      safetensors_file(
+          object(entry("b", "F32", "2,3", "0,24") + "," + entry("a", "I64", "", "24,32") +
+                 R"(,"none":{"data_offsets":[32,32],"shape":[0,5],"dtype":"BF16"})" +
+                 R"(,"__metadata__":{"format":"pt"})") +
+              "  ",
+          floats({1, 2, 3, 4, 5, 6}) + std::string("\x07\0\0\0\0\0\0\0", 8)));
   const auto file = Safetensors::open(path);
   EXPECT_EQ(file.tensors().size(), 3u);
   EXPECT_EQ(file.tensors().at("b").sizes, (std::vector<std::int64_t>{2, 3}));
@@ -105,7 +106,8 @@ TEST(Safetensors, ReadsWhatIsNotAligned) {
     const auto header = object(entry("a", "F64", "1", "0,8")) + std::string(spaces, ' ');
     const double value = 0.1 + spaces;
     const auto path = folder.write(
-        "a.safetensors", safetensors_file(header, {reinterpret_cast<const char*>(&value), sizeof value}));
+        "a.safetensors",
+        safetensors_file(header, {reinterpret_cast<const char*>(&value), sizeof value}));
     const auto tensor = Safetensors::open(path).tensor("a");
     EXPECT_EQ(tensor.item<double>(), value);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) % 8, 0u);
@@ -134,9 +136,9 @@ TEST(Safetensors, ReadsEveryDtype) {
   for (const auto& [name, dtype] : dtypes) {
     const auto expected = torch::tensor({0, 1, 1}, torch::kFloat).to(dtype);
     const auto size = expected.nbytes();
-    const auto path = folder.write("a.safetensors",
-                                   safetensors_file(object(entry("a", name, "3", fmt::format("0,{}", size))),
-                                           {static_cast<const char*>(expected.data_ptr()), size}));
+    const auto path = folder.write(
+        "a.safetensors", safetensors_file(object(entry("a", name, "3", fmt::format("0,{}", size))),
+                                          {static_cast<const char*>(expected.data_ptr()), size}));
     const auto tensor = Safetensors::open(path).tensor("a");
     EXPECT_EQ(tensor.scalar_type(), dtype) << name;
     EXPECT_EQ(std::memcmp(tensor.data_ptr(), expected.data_ptr(), size), 0) << name;
@@ -177,25 +179,32 @@ std::vector<Refusal> refusals() {
       {"after_the_object", safetensors_file("{} {}"), "is not JSON"},
       {"twice", safetensors_file(object(good + "," + good), data), "\"a\" twice"},
       {"key_twice",
-       safetensors_file(R"({"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}})", data),
+       safetensors_file(R"({"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}})",
+                        data),
        "\"dtype\" twice"},
       {"nested", nested(200'000), "nested too deeply"},
       {"not_an_object", safetensors_file(R"({"a":3})"), "dtype, shape and data_offsets"},
       {"unknown_key",
-       safetensors_file(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"stride":[1]}})", data),
+       safetensors_file(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"stride":[1]}})",
+                        data),
        "nothing else"},
       {"unknown_dtype", safetensors_file(object(entry("a", "F4", "2", "0,8")), data), "F4"},
-      {"dtype_number", safetensors_file(R"({"a":{"dtype":1,"shape":[2],"data_offsets":[0,8]}})", data),
+      {"dtype_number",
+       safetensors_file(R"({"a":{"dtype":1,"shape":[2],"data_offsets":[0,8]}})", data),
        "name of a dtype"},
-      {"negative_size", safetensors_file(object(entry("a", "F32", "-2", "0,8")), data), "whole numbers"},
-      {"fraction", safetensors_file(object(entry("a", "F32", "2.0", "0,8")), data), "whole numbers"},
-      {"large_size", safetensors_file(object(entry("a", "F32", "18446744073709551615", "0,8")), data),
-       "63-bit"},
-      {"larger_size", safetensors_file(object(entry("a", "F32", "18446744073709551616", "0,8")), data),
+      {"negative_size", safetensors_file(object(entry("a", "F32", "-2", "0,8")), data),
        "whole numbers"},
-      {"overflow", safetensors_file(object(entry("a", "F32", "4611686018427387904,4", "0,0"))), "counted"},
-      {"overflow_with_0", safetensors_file(object(entry("a", "F32", "0,4611686018427387904,4", "0,0"))),
+      {"fraction", safetensors_file(object(entry("a", "F32", "2.0", "0,8")), data),
+       "whole numbers"},
+      {"large_size",
+       safetensors_file(object(entry("a", "F32", "18446744073709551615", "0,8")), data), "63-bit"},
+      {"larger_size",
+       safetensors_file(object(entry("a", "F32", "18446744073709551616", "0,8")), data),
+       "whole numbers"},
+      {"overflow", safetensors_file(object(entry("a", "F32", "4611686018427387904,4", "0,0"))),
        "counted"},
+      {"overflow_with_0",
+       safetensors_file(object(entry("a", "F32", "0,4611686018427387904,4", "0,0"))), "counted"},
       {"dimensions",
        safetensors_file(object(entry("a", "F32", repeated("1,", 64) + "1", "0,4")), floats({1})),
        "at most 64"},
@@ -203,18 +212,22 @@ std::vector<Refusal> refusals() {
       {"backwards", safetensors_file(object(entry("a", "F32", "2", "8,0")), data), "the larger"},
       {"three_offsets", safetensors_file(object(entry("a", "F32", "2", "0,8,8")), data), "two"},
       {"far",
-       safetensors_file(object(entry("a", "U8", "8", "18446744073709551607,18446744073709551615")), data),
+       safetensors_file(object(entry("a", "U8", "8", "18446744073709551607,18446744073709551615")),
+                        data),
        "truncated"},
       {"overlap",
-       safetensors_file(object(entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "1", "4,8")), data),
+       safetensors_file(object(entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "1", "4,8")),
+                        data),
        "shares bytes"},
       {"gap",
-       safetensors_file(object(entry("a", "U8", "2", "0,2") + "," + entry("b", "U8", "4", "4,8")), data),
+       safetensors_file(object(entry("a", "U8", "2", "0,2") + "," + entry("b", "U8", "4", "4,8")),
+                        data),
        "after bytes of no tensor"},
       {"rest", safetensors_file(object(entry("a", "U8", "2", "0,2")), data), "at its end"},
       {"metadata_list", safetensors_file(R"({"__metadata__":[1]})"), "not an object"},
       {"metadata_number", safetensors_file(R"({"__metadata__":{"a":1}})"), "not a text"},
-      {"many_values", safetensors_file(R"({"a":[0)" + repeated(",0", 200'000) + "]}"), "too many values"},
+      {"many_values", safetensors_file(R"({"a":[0)" + repeated(",0", 200'000) + "]}"),
+       "too many values"},
   };
 }
 
@@ -236,16 +249,18 @@ TEST(Safetensors, RefusesWhatIsNoFile) {
   EXPECT_THAT(says(folder.path("missing")), HasSubstr("does not exist"));
   EXPECT_THAT(says(folder.path()), HasSubstr("is a directory"));
   EXPECT_THAT(says("/dev/zero"), HasSubstr("is not a file"));
-  const auto file =
-      Safetensors::open(folder.write("a", safetensors_file(object(entry("a", "BOOL", "2", "0,2")), "\1\2")));
+  const auto file = Safetensors::open(
+      folder.write("a", safetensors_file(object(entry("a", "BOOL", "2", "0,2")), "\1\2")));
   EXPECT_THAT(test::error_of<c10::ValueError>([&] { file.tensor("b"); }), HasSubstr("\"b\""));
   EXPECT_THAT(test::error_of<c10::ValueError>([&] { file.tensor("a"); }), HasSubstr("0 or 1"));
 }
 
 TEST(Safetensors, ReadsShardsByTheirIndex) {
   const TemporaryFolder folder;
-  folder.write("m-1.safetensors", safetensors_file(object(entry("a", "F32", "1", "0,4")), floats({1})));
-  folder.write("m-2.safetensors", safetensors_file(object(entry("b", "F32", "1", "0,4")), floats({2})));
+  folder.write("m-1.safetensors",
+               safetensors_file(object(entry("a", "F32", "1", "0,4")), floats({1})));
+  folder.write("m-2.safetensors",
+               safetensors_file(object(entry("b", "F32", "1", "0,4")), floats({2})));
   const auto index = [&](const std::string& map) {
     return folder.write("m.safetensors.index.json",
                         R"({"metadata":{"total_size":8},"weight_map":{)" + map + "}}");
@@ -266,17 +281,18 @@ TEST(Safetensors, ReadsShardsByTheirIndex) {
   EXPECT_THAT(says(R"("a":"/m-1.safetensors")"), HasSubstr("beside it"));
   EXPECT_THAT(says(R"("a":"..")"), HasSubstr("is a directory"));
   EXPECT_THAT(says(R"("a":{"b":1})"), HasSubstr("nested too deeply"));
-  folder.write("m-2.safetensors", safetensors_file(object(entry("a", "F32", "1", "0,4")), floats({2})));
+  folder.write("m-2.safetensors",
+               safetensors_file(object(entry("a", "F32", "1", "0,4")), floats({2})));
   EXPECT_THAT(says(R"("a":"m-1.safetensors","b":"m-2.safetensors")"), HasSubstr("two of whose"));
 }
 
 // Whatever bytes a file has, it is refused in a sentence, or every tensor lies inside of it.
 TEST(Safetensors, SurvivesRandomDamage) {
   const TemporaryFolder folder;
-  const auto good =
-      safetensors_file(object(entry("a", "F32", "2,3", "0,24") + "," + entry("b", "BOOL", "4", "24,28") +
-                     R"(,"__metadata__":{"format":"pt"})"),
-              floats({1, 2, 3, 4, 5, 6}) + std::string("\0\1\1\0", 4));
+  const auto good = safetensors_file(
+      object(entry("a", "F32", "2,3", "0,24") + "," + entry("b", "BOOL", "4", "24,28") +
+             R"(,"__metadata__":{"format":"pt"})"),
+      floats({1, 2, 3, 4, 5, 6}) + std::string("\0\1\1\0", 4));
   std::mt19937 random(7);
   const auto below = [&](std::size_t n) { return random() % n; };
   int read = 0;
