@@ -113,6 +113,10 @@ class SAG_API ModelSampling {
   /// Returns the clean latent that the UNet's output corresponds to.
   torch::Tensor calculate_denoised(double sigma, const torch::Tensor& output,
                                    const torch::Tensor& x) const;
+  /// Returns the UNet's output that the clean latent corresponds to, the inverse of
+  /// `calculate_denoised`: eps, v, x0, or a flow model's velocity. `sigma` must be > 0.
+  torch::Tensor calculate_output(double sigma, const torch::Tensor& denoised,
+                                 const torch::Tensor& x) const;
   /// Returns `latent` noised to σ. `max_denoise`: start from pure noise of the model's full
   /// variance, noise·√(1 + σ²) + latent for models with x = x0 + σ·n.
   torch::Tensor noise_scaling(double sigma, const torch::Tensor& noise, const torch::Tensor& latent,

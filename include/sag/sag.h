@@ -27,6 +27,14 @@
 #include "sag/text_encoder.h"
 #include "sag/unet.h"
 
+// Other guidances on the same hooks.
+#include "sag/adaptive_projected_guidance.h"
+#include "sag/cfg_zero_star.h"
+#include "sag/guidance_window.h"
+#include "sag/perturbed_attention_guidance.h"
+#include "sag/rescale_cfg.h"
+#include "sag/smoothed_energy_guidance.h"
+
 // Files: for callers with a model file.
 #include "sag/aoti_unet.h"
 #include "sag/inpaint.h"

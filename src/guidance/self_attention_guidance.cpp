@@ -9,11 +9,12 @@
 
 #include <ATen/ATen.h>
 
-#include "model/conditioning_checks.h"
 #include "model/latent.h"
 #include "sag/attention_map.h"
 #include "sag/blur.h"
 #include "token_checks.h"
+#include "watched_tokens.h"
+#include "window.h"
 
 namespace sag {
 namespace {
@@ -76,22 +77,16 @@ void check_options(const SelfAttentionGuidanceOptions& options) {
   check_picture_tokens(options.tokens, "apply_self_attention_guidance");
   TORCH_CHECK_VALUE(options.interval >= 1, where, "interval must be at least 1, got ",
                     options.interval, ".");
-  TORCH_CHECK_VALUE(options.sigma_end <= options.sigma_start, where,
-                    "sigma_end must be at most sigma_start, got ", options.sigma_end, " and ",
-                    options.sigma_start, ".");
 }
 
 // Turns a window in percent into one in sigma.
 SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options,
                                          const ModelSampling& sampling) {
-  for (const auto& percent : {options.start_percent, options.end_percent})
-    TORCH_CHECK_VALUE(
-        !percent || (*percent >= 0 && *percent <= 1),
-        "[apply_self_attention_guidance] start_percent and end_percent must be in [0, 1], got ",
-        *percent, ".");
-  if (options.start_percent)
-    options.sigma_start = sampling.percent_to_sigma(*options.start_percent);
-  if (options.end_percent) options.sigma_end = sampling.percent_to_sigma(*options.end_percent);
+  const auto window = in_sigmas(
+      {options.sigma_start, options.sigma_end, options.start_percent, options.end_percent},
+      sampling, "apply_self_attention_guidance");
+  options.sigma_start = window.sigma_start;
+  options.sigma_end = window.sigma_end;
   return options;
 }
 
@@ -99,8 +94,7 @@ SelfAttentionGuidanceOptions with_sigmas(SelfAttentionGuidanceOptions options,
 const char* idle_reason(const SelfAttentionGuidanceOptions& options, double sigma) {
   if (options.scale == 0) return "scale is 0";
   if (options.blur_sigma == 0) return "blur_sigma is 0";
-  if (!is_in_window(sigma, options.sigma_start, options.sigma_end))
-    return "sigma is outside the window";
+  if (!contains({options.sigma_start, options.sigma_end}, sigma)) return kOutsideWindow;
   return nullptr;
 }
 
@@ -112,37 +106,6 @@ bool guides_step(const SelfAttentionGuidanceOptions& options, const StepContext&
 bool records_in(const SelfAttentionGuidanceOptions& options, const StepContext& step) {
   return !idle_reason(options, step.sigma()) && (options.one_pass || guides_step(options, step)) &&
          !too_small(step.height(), step.width());
-}
-
-// The tokens of an attention that a map is made of, or why there are none.
-struct WatchedTokens {
-  TokenRange queries = {}, keys = {};
-  std::string fault = {};
-};
-
-WatchedTokens watched_tokens(std::int64_t queries, std::int64_t keys, const Pass& pass,
-                             const PictureTokens& where) {
-  const auto range = find_picture_tokens(keys, pass.height, pass.width, where);
-  if (range && queries == keys) return {*range, *range};
-  // Some attentions have further keys, but no queries, beside the picture's.
-  const bool others = where.before != 0 || where.after != 0;
-  if (range && others && queries == range->count) return {{0, queries}, *range};
-
-  WatchedTokens none;
-  const auto size = c10::str(pass.height, " x ", pass.width);
-  if (queries != keys)
-    none.fault = c10::str(
-        "the attention of the site is not self-attention: it has ", queries, " queries and ", keys,
-        " keys",
-        keys > queries ? " (if the picture's are among them, the option tokens says which)" : "");
-  else if (others || where.reduction != 0)
-    none.fault = c10::str("the attention of the site has ", keys,
-                          " tokens, and what the option tokens says of them is no grid of the ",
-                          size, " latent");
-  else
-    none.fault = c10::str("the attention of the site has ", keys, " tokens, no grid of the ", size,
-                          " latent: the option tokens says which are the picture's");
-  return none;
 }
 
 // Returns what the queries and keys of the picture give to each other.
@@ -159,21 +122,21 @@ torch::Tensor map_of_picture(const torch::Tensor& map, const TokenRange& keys) {
 // Returns the map of some rows; undefined, with the reason in `fault`, if there is none.
 torch::Tensor map_of(const AttentionCall& call, const Pass& pass, const RowGroup& rows,
                      const PictureTokens& where, std::string& fault) {
-  const bool unfused = call.probabilities.defined();
-  const auto q = pass.select(rows, unfused ? call.probabilities : call.q);
-  const auto k = unfused ? torch::Tensor() : pass.select(rows, call.k);
-  const auto tokens = watched_tokens(q.size(2), unfused ? q.size(3) : k.size(2), pass, where);
+  const auto tokens = watched_tokens(call, pass, rows, where);
   fault = tokens.fault;
   if (!fault.empty()) return {};
-  const auto queries = q.narrow(2, tokens.queries.begin, tokens.queries.count);
-  return map_of_picture(unfused ? attention_map(queries) : attention_map(queries, k, call.scale),
+  const bool unfused = call.probabilities.defined();
+  const auto queries = pass.select(rows, unfused ? call.probabilities : call.q)
+                           .narrow(2, tokens.queries.begin, tokens.queries.count);
+  return map_of_picture(unfused ? attention_map(queries)
+                                : attention_map(queries, pass.select(rows, call.k), call.scale),
                         tokens.keys);
 }
 
 void record_map(const Owner& owner, const AttentionCall& call, const Pass& pass,
                 const PictureTokens& where) {
   if (pass.groups.empty()) {
-    pass.step->skipped(owner, "it is not known which rows a call of the site's attention has");
+    pass.step->skipped(owner, kUnknownRows);
     return;
   }
   if (call.attn_mask || call.is_causal) {
@@ -238,7 +201,7 @@ std::optional<EarlyRows> early_rows(const Owner& owner, const SelfAttentionGuida
 // then `args.step` says why.
 torch::Tensor recorded_map(const Owner& owner, const PostCfgArgs& args, std::int64_t reduction) {
   const auto records = args.step.records(owner);
-  if (records.empty()) args.step.skipped(owner, "the attention of the site did not run");
+  if (records.empty()) args.step.skipped(owner, kSiteDidNotRun);
   if (!args.step.skip_reason(owner).empty()) return {};
   return combine_maps(records, args.x, reduction);
 }

@@ -257,6 +257,28 @@ torch::Tensor ModelSampling::calculate_denoised(double sigma, const torch::Tenso
   TORCH_INTERNAL_ASSERT(false, "prediction ", static_cast<int>(prediction_));
 }
 
+torch::Tensor ModelSampling::calculate_output(double sigma, const torch::Tensor& denoised,
+                                              const torch::Tensor& x) const {
+  check_sigma(sigma, prediction_, "ModelSampling::calculate_output");
+  TORCH_CHECK_VALUE(sigma > 0, "[ModelSampling::calculate_output] sigma must be > 0, got ", sigma,
+                    ".");
+  const double data_variance = sigma_data_ * sigma_data_;
+  const double variance = sigma * sigma + data_variance;
+  switch (prediction_) {
+    case Prediction::eps:
+    case Prediction::flow:
+      return (x - denoised) / sigma;
+    case Prediction::x0:
+      return denoised;
+    case Prediction::v:
+      return (x / variance - denoised) * (std::sqrt(variance) / sigma);
+    case Prediction::edm:
+      return (denoised - x * (data_variance / variance)) *
+             (std::sqrt(variance) / (sigma * sigma_data_));
+  }
+  TORCH_INTERNAL_ASSERT(false, "prediction ", static_cast<int>(prediction_));
+}
+
 torch::Tensor ModelSampling::noise_scaling(double sigma, const torch::Tensor& noise,
                                            const torch::Tensor& latent, bool max_denoise) const {
   check_sigma(sigma, prediction_, "ModelSampling::noise_scaling");

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <functional>
+
+#include <torch/types.h>
+
+#include "sag/guidance_window.h"
+#include "sag/model_patcher.h"
+
+namespace sag {
+
+/// A guidance that computes CFG in another way.
+struct CfgChange {
+  Owner owner;
+  /// Returns what is to take the place of CFG; both predictions exist.
+  std::function<torch::Tensor(const PostCfgArgs&)> cfg;
+  /// In sigmas.
+  GuidanceWindow window;
+  /// See `PostCfgOptions`.
+  bool needs_steps = false;
+};
+
+/// Returns a clone of `model` whose results change by what `cfg` returns, less plain CFG.
+ModelPatcher change_cfg(const ModelPatcher& model, const CfgChange& change);
+
+/// Returns the scalar product of each image's latent, [images, 1, 1, 1] fp64. a and b: [images,
+/// channels, height, width].
+torch::Tensor image_dot(const torch::Tensor& a, const torch::Tensor& b);
+
+}  // namespace sag

@@ -1,0 +1,91 @@
+#include "perturbation.h"
+
+#include <cmath>
+
+#include <ATen/ops/empty.h>
+
+#include "watched_tokens.h"
+#include "window.h"
+
+namespace sag {
+namespace {
+
+// Returns why it neither perturbs nor guides at `sigma`; null if it may.
+const char* idle_reason(const Perturbation& perturbation, double sigma) {
+  if (!contains(perturbation.window, sigma)) return kOutsideWindow;
+  return perturbation.scale(sigma) == 0 ? "scale is 0" : nullptr;
+}
+
+std::vector<RowGroup> rows_of(const Pass& pass, const Owner& owner) {
+  auto rows = pass.rows(Branch::cond, owner);
+  const auto uncond = pass.rows(Branch::uncond, owner);
+  rows.insert(rows.end(), uncond.begin(), uncond.end());
+  return rows;
+}
+
+torch::Tensor perturb(const Perturbation& perturbation, const AttentionCall& call, const Pass& pass,
+                      const NextAttention& next) {
+  if (pass.groups.empty()) {
+    pass.step->skipped(perturbation.owner, kUnknownRows);
+    return next(call);
+  }
+  const auto rows = rows_of(pass, perturbation.owner);
+  if (rows.empty()) return next(call);
+  // Says that the site ran, also when a CUDA graph is replayed.
+  for (const auto& group : rows)
+    pass.step->record(perturbation.owner, group, at::empty({group.count, 0}, torch::kFloat));
+  return perturbation.perturb(call, pass, rows, next);
+}
+
+// Returns the prediction that was made with perturbed attention; undefined if there is none, and
+// then `args.step` says why.
+torch::Tensor perturbed_prediction(const Owner& owner, const PostCfgArgs& args) {
+  const auto perturbed =
+      args.cond_denoised.defined() ? args.early : args.predict(args.x, Branch::uncond, owner);
+  if (args.step.records(owner).empty()) args.step.skipped(owner, kSiteDidNotRun);
+  return args.step.skip_reason(owner).empty() ? perturbed : torch::Tensor();
+}
+
+torch::Tensor guide(const Perturbation& perturbation, const PostCfgArgs& args) {
+  const auto& owner = perturbation.owner;
+  if (const auto* reason = idle_reason(perturbation, args.sigma)) {
+    args.step.skipped(owner, reason);
+    return args.denoised;
+  }
+  const auto perturbed = perturbed_prediction(owner, args);
+  if (!perturbed.defined()) return args.denoised;
+  args.step.guided(owner);
+  const auto& prediction = args.cond_denoised.defined() ? args.cond_denoised : args.uncond_denoised;
+  return args.denoised + perturbation.scale(args.sigma) * (prediction - perturbed);
+}
+
+}  // namespace
+
+ModelPatcher guide_by_perturbation(const ModelPatcher& model, const Perturbation& perturbation) {
+  const auto active = [perturbation](const StepContext& step) {
+    return !idle_reason(perturbation, step.sigma());
+  };
+  auto patched = model.clone();
+  for (const auto& site : perturbation.sites)
+    patched.set_attn1_replace(
+        [perturbation](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
+          return perturb(perturbation, call, pass, next);
+        },
+        site, {.active = active, .capturable = true});
+  PostCfgOptions post_cfg;
+  post_cfg.early = [perturbation](const EarlyArgs& args) -> std::optional<EarlyRows> {
+    if (idle_reason(perturbation, args.sigma)) return std::nullopt;
+    return EarlyRows{Branch::cond, perturbation.owner, args.x};
+  };
+  patched.set_post_cfg_function(
+      [perturbation](const PostCfgArgs& args) { return guide(perturbation, args); },
+      std::move(post_cfg));
+  return patched;
+}
+
+void check_perturbation(double scale, const std::vector<AttentionSite>& sites, const char* caller) {
+  TORCH_CHECK_VALUE(std::isfinite(scale), "[", caller, "] scale must be finite, got ", scale, ".");
+  TORCH_CHECK_VALUE(!sites.empty(), "[", caller, "] sites must name at least one, got none.");
+}
+
+}  // namespace sag

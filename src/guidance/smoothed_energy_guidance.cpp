@@ -1,0 +1,78 @@
+#include "sag/smoothed_energy_guidance.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include <ATen/ATen.h>
+
+#include "perturbation.h"
+#include "sag/blur.h"
+#include "token_checks.h"
+#include "watched_tokens.h"
+#include "window.h"
+
+namespace sag {
+namespace {
+
+constexpr const char* kCaller = "apply_smoothed_energy_guidance";
+
+// Odd. A wider one would be clamped to the picture anyway.
+std::int64_t taps(double sigma, const TokenGrid& grid) {
+  const auto widest = static_cast<double>(2 * std::max(grid.rows, grid.cols));
+  return static_cast<std::int64_t>(std::min(std::ceil(6 * sigma), widest)) | 1;
+}
+
+// q: [rows, heads, tokens, head_dim], the tokens of a picture.
+torch::Tensor smoothed(const torch::Tensor& q, const TokenGrid& grid, double sigma) {
+  if (std::isinf(sigma)) return q.mean(2, /*keepdim=*/true, torch::kFloat).to(q.scalar_type());
+  const auto pictures = q.transpose(2, 3).reshape({-1, q.size(3), grid.rows, grid.cols});
+  return gaussian_blur_2d(pictures, taps(sigma, grid), sigma)
+      .reshape({q.size(0), q.size(1), q.size(3), q.size(2)})
+      .transpose(2, 3);
+}
+
+torch::Tensor with_smooth_queries(const Owner& owner, const SmoothedEnergyGuidanceOptions& options,
+                                  const AttentionCall& call, const Pass& pass,
+                                  std::span<const RowGroup> groups, const NextAttention& next) {
+  if (call.probabilities.defined()) {
+    pass.step->skipped(owner, "the attention of the site shows no queries that could be blurred");
+    return next(call);
+  }
+  auto changed = call;
+  changed.q = call.q.clone();
+  for (const auto& rows : groups) {
+    const auto tokens = watched_tokens(call, pass, rows, options.tokens);
+    if (!tokens.fault.empty()) {
+      pass.step->skipped(owner, tokens.fault);
+      return next(call);
+    }
+    const auto& [begin, count] = tokens.queries;
+    const auto grid = token_grid(count, pass.height, pass.width, options.tokens.reduction);
+    const auto q = pass.select(rows, changed.q).narrow(2, begin, count);
+    q.copy_(smoothed(q, *grid, options.blur_sigma));
+  }
+  return next(changed);
+}
+
+}  // namespace
+
+ModelPatcher apply_smoothed_energy_guidance(const ModelPatcher& model,
+                                            const SmoothedEnergyGuidanceOptions& options) {
+  check_perturbation(options.scale, options.sites, kCaller);
+  check_picture_tokens(options.tokens, kCaller);
+  TORCH_CHECK_VALUE(options.blur_sigma > 0, "[", kCaller, "] blur_sigma must be > 0, got ",
+                    options.blur_sigma, ".");
+  const Owner owner("smoothed_energy_guidance");
+  return guide_by_perturbation(
+      model, {.owner = owner,
+              .sites = options.sites,
+              .perturb =
+                  [owner, options](const AttentionCall& call, const Pass& pass,
+                                   std::span<const RowGroup> rows, const NextAttention& next) {
+                    return with_smooth_queries(owner, options, call, pass, rows, next);
+                  },
+              .scale = [scale = options.scale](double) { return scale; },
+              .window = in_sigmas(options.window, model.model_sampling(), kCaller)});
+}
+
+}  // namespace sag
