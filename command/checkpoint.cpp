@@ -25,6 +25,15 @@ namespace fs = std::filesystem;
 void check_is_file(const char* option, const std::string& path) {
   std::error_code error;
   if (path.empty() || fs::is_regular_file(path, error)) return;
+  if (fs::is_directory(path, error)) {
+    const bool is_pipeline = fs::exists(fs::path(path) / "model_index.json", error) ||
+                             fs::exists(fs::path(path) / "config.json", error);
+    throw UsageError(fmt::format(
+        "{}: \"{}\" is a folder, not a file{}", option, path,
+        is_pipeline
+            ? "; one of diffusers is exported by sag-export first, and then given as --model."
+            : "."));
+  }
   throw UsageError(
       fmt::format("{}: there is no file \"{}\"{}", option, path, suggestion_beside(path)));
 }
@@ -37,7 +46,11 @@ sag::LoraFile parse_lora(const std::string& given) {
   double strength = 0;
   const char* end = given.data() + given.size();
   const auto [stop, problem] = std::from_chars(given.data() + colon + 1, end, strength);
-  if (problem != std::errc() || stop != end) return {.path = given};
+  if (problem != std::errc() || stop != end) {
+    if (!fs::exists(given.substr(0, colon), error)) return {.path = given};
+    throw UsageError(
+        fmt::format("--lora: the strength after the colon must be a number, got \"{}\".", given));
+  }
   return {.path = given.substr(0, colon), .strength = strength};
 }
 
@@ -140,6 +153,8 @@ std::shared_ptr<const sag::Checkpoint> open_checkpoint(const std::string& path,
     return std::make_shared<const sag::Checkpoint>(sag::Checkpoint::open(path, options));
   } catch (const c10::ValueError& error) {
     throw UsageError(sentence_of(error, {{"Path", "--checkpoint"},
+                                         {"Lora", "--lora"},
+                                         {"Embedding", "--embedding"},
                                          {"Vae", "--vae"},
                                          {"Skeleton", "--skeleton"},
                                          {"Prediction", "--prediction"}}));

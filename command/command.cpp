@@ -239,6 +239,7 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
 void load_and_draw(const Settings& settings, std::ostream& out) {
   // What cannot be written, or is missing, is said before minutes of loading.
   static_cast<void>(open_outputs(settings.output));
+  check_is_asked_for_pictures(settings);
   check_further_inputs(settings);
   auto encoder = start_text_encoder(settings);
   auto unet = load_unet(settings.network, settings.unet);

@@ -115,12 +115,47 @@ std::vector<std::string> for_cli11(const std::vector<std::string>& arguments) {
   return reversed;
 }
 
+// A name may also have no ending, as /dev/stdout.
 bool is_other_format(const std::string& path) {
   auto extension = std::filesystem::path(path).extension().string();
   for (auto& c : extension) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  constexpr std::array<std::string_view, 7> kOthers = {".jpg", ".jpeg", ".webp", ".gif",
-                                                       ".bmp", ".tif",  ".tiff"};
-  return std::find(kOthers.begin(), kOthers.end(), extension) != kOthers.end();
+  return !extension.empty() && extension != ".png";
+}
+
+bool is_same_file(const std::string& a, const std::string& b) {
+  if (a.empty() || b.empty()) return false;
+  std::error_code error;
+  if (std::filesystem::exists(a, error) && !std::filesystem::is_regular_file(a, error))
+    return false;
+  return std::filesystem::weakly_canonical(a, error) == std::filesystem::weakly_canonical(b, error);
+}
+
+// An output takes the place of whatever has its name.
+void check_overwrites_nothing(const Choices& choices) {
+  constexpr std::array<const char*, 3> kOutputs = {"--out", "--save-latent", "--json"};
+  constexpr std::array<const char*, 5> kModels = {"--checkpoint", "--unet", "--vae", "--lora",
+                                                  "--embedding"};
+  const auto words = [&](const char* option) {
+    const auto given = choices.find(option);
+    return given == choices.end() ? std::vector<std::string>() : given->second.words;
+  };
+  const auto check = [&](const char* output, const char* other) {
+    for (const auto& path : words(output)) {
+      for (const auto& taken : words(other)) {
+        // FILE, FILE:STRENGTH or NAME=FILE.
+        const bool overwrites = is_same_file(path, taken) ||
+                                is_same_file(path, taken.substr(0, taken.rfind(':'))) ||
+                                is_same_file(path, taken.substr(taken.find('=') + 1));
+        if (!overwrites) continue;
+        throw UsageError(
+            fmt::format("{} must not be the file of {}, got \"{}\".", output, other, path));
+      }
+    }
+  };
+  for (std::size_t i = 0; i < kOutputs.size(); ++i) {
+    for (const char* model : kModels) check(kOutputs[i], model);
+    for (std::size_t j = 0; j < i; ++j) check(kOutputs[i], kOutputs[j]);
+  }
 }
 
 void never_both(bool a, bool b, const std::string& sentence) {
@@ -181,6 +216,7 @@ void check_outputs(const Choices& choices) {
     throw UsageError(
         fmt::format("--out writes PNG: let its name end in .png, got \"{}\".", outputs.out));
   }
+  check_overwrites_nothing(choices);
 }
 
 void check_guidances(const Choices& choices) {

@@ -238,14 +238,19 @@ ComingTextEncoder start_text_encoder(const Settings& settings) {
   return std::async(when, [&settings] { return load_text_encoder(settings.network); });
 }
 
+void check_is_asked_for_pictures(const Settings& settings) {
+  const auto& options = settings.pictures;
+  if (settings.network.files.text_encoder.empty() || asks_for_texts(options) ||
+      !options.cond.empty() || !options.uncond.empty()) {
+    return;
+  }
+  throw UsageError("Nothing to draw: give --prompt, --unconditional N, or --cond.");
+}
+
 Inputs read_inputs(const Settings& settings, ComingTextEncoder encoder, torch::Device device) {
   const auto& options = settings.pictures;
   const auto& network = settings.network;
   const bool texts = asks_for_texts(options);
-  if (!network.files.text_encoder.empty() && !texts && options.cond.empty() &&
-      options.uncond.empty()) {
-    throw UsageError("Nothing to draw: give --prompt, --unconditional N, or --cond.");
-  }
   auto tensors = read_input_tensors(options, settings.further, network, device);
   Inputs inputs;
   inputs.size = latent_size(tensors, options, network);

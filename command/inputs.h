@@ -50,6 +50,9 @@ struct Inputs {
 /// many there are when tensors are given in place of texts.
 std::vector<Picture> list_pictures(const PictureOptions& options, std::int64_t images);
 
+/// Throws UsageError when nothing says what to draw.
+void check_is_asked_for_pictures(const Settings& settings);
+
 /// What will be the model's text encoder, or nothing when it has none.
 using ComingTextEncoder = std::future<std::optional<sag::TextEncoder>>;
 

@@ -245,6 +245,12 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {sized({"--json", path("nowhere/report.json")}), {"--json", "no directory"}},
       {sized({"--json", path("diffusers")}), {"--json", "is a directory"}},
       {sized({"--out", path("out.jpg")}), {"--out", ".png"}},
+      {sized({"--out", path("model.safetensors")}), {"--out", ".png"}},
+      {sized({"--out", path("same.png"), "--json", path("same.png")}),
+       {"--json must not be the file of --out"}},
+      {sized({"--json", kUNet}), {"--json must not be the file of --unet"}},
+      {run({"--image", path("diffusers")}), {"--image", "is a folder"}},
+      {{"--checkpoint", path("diffusers"), "--prompt", "a fox"}, {"--checkpoint", "is a folder"}},
       {sized({"--out", path("out.png")}), {"--out", "decoder", "--save-latent"}},
   };
   const auto before = files();

@@ -5,7 +5,7 @@ of the real files, to try and to measure with:
     tools/make_random_checkpoint.py sdxl /tmp/sdxl.safetensors
     sag-sample --checkpoint /tmp/sdxl.safetensors --prompt "a red fox" --out noise.png
 
-It needs PyTorch alone, and writes tensor by tensor: the whole file never lies in memory.
+It needs PyTorch and NumPy, and writes tensor by tensor: the whole file never lies in memory.
 """
 
 import argparse

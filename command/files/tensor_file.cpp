@@ -52,6 +52,10 @@ Place parse_place(const std::string& option, const std::string& where) {
 }
 
 std::string read_file(const std::string& option, const std::string& path) {
+  std::error_code error;
+  if (fs::is_directory(path, error)) {
+    throw UsageError(fmt::format("{}: \"{}\" is a folder, not a file.", option, path));
+  }
   std::ifstream stream(path, std::ios::binary);
   std::string bytes{std::istreambuf_iterator<char>(stream), {}};
   if (!stream.good() && !stream.eof()) {

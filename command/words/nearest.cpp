@@ -44,7 +44,7 @@ std::string nearest(std::string_view word, const std::vector<std::string>& names
   std::string found;
   std::size_t fewest = std::max<std::size_t>(word.size(), 3) / 3 + 1;
   for (const auto& name : names) {
-    if (word.size() > kLongest || name.size() > kLongest) continue;
+    if (name == word || word.size() > kLongest || name.size() > kLongest) continue;
     const auto letters = distance(word, name);
     if (letters >= fewest) continue;
     fewest = letters;

@@ -139,8 +139,8 @@ TextEmbedding read_embedding(const std::string& name, const std::string& path) {
   TextEmbedding embedding = {.name = name};
   const auto refuse_file = [&](const std::string& problem) {
     C10_THROW_ERROR(ValueError,
-                    c10::str("[read_embedding] path must name a textual inversion, got \"", path,
-                             "\", ", problem, "."));
+                    c10::str("[read_embedding] embedding must name a textual inversion, got \"",
+                             path, "\", ", problem, "."));
   };
   if (file.tensors().empty()) refuse_file("which holds no tensors");
   for (const auto& [tensor_name, info] : file.tensors()) {

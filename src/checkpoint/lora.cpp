@@ -68,6 +68,8 @@ bool is_of_a_transformer(const std::string& name) {
 std::string family_of(const Pairs& pairs) {
   for (const auto& [module, pair] : pairs) {
     if (is_of_a_transformer(module)) return "; it is for a transformer, such as Flux or SD 3";
+    if (module.starts_with("lora_te2_") || module.starts_with("text_encoder_2"))
+      return "; it is for SDXL";
     const bool attends = module.ends_with("attn2_to_k") || module.ends_with("attn2.to_k") ||
                          module.ends_with("attn2.processor.to_k");
     if (!attends || !pair.down.defined() || pair.down.dim() < 2) continue;
@@ -254,16 +256,20 @@ void Lora::check_targets(const std::vector<LoraTarget>& all) const {
     else if (found->second > 1)
       ambiguous.push_back(module);
   }
-  const auto refuse = [&](const Names& names, const char* says) {
+  const auto refuse = [&](const Names& names, const std::string& says) {
     if (names.empty()) return;
     C10_THROW_ERROR(ValueError, c10::str("[Lora::check_targets] the LoRA \"", state_->path,
                                          "\" must fit the model, but ", counted(names), " ", says,
                                          family_of(pairs), "."));
   };
-  refuse(unknown, unknown.size() == pairs.size() ? "are no weights of it, and the LoRA has no other"
-                                                 : "are no weights of it");
-  refuse(ambiguous, "may be weights of either text encoder");
-  refuse(doubled, "are there twice, by different names");
+  const char* no_weight = unknown.size() == 1 ? "is no weight of it" : "are no weights of it";
+  refuse(unknown, unknown.size() == pairs.size()
+                      ? c10::str(no_weight, ", and the LoRA has no other")
+                      : std::string(no_weight));
+  refuse(ambiguous, ambiguous.size() == 1 ? "may be a weight of either text encoder"
+                                          : "may be weights of either text encoder");
+  refuse(doubled, doubled.size() == 1 ? "is there twice, by different names"
+                                      : "are there twice, by different names");
 }
 
 torch::Tensor Lora::merged(const LoraTarget& target, const torch::Tensor& weight) const {

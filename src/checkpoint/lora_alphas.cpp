@@ -68,7 +68,7 @@ std::string peft_config(const std::string& path) {
 
 void refuse_lora(const std::string& path, const std::string& problem) {
   C10_THROW_ERROR(ValueError,
-                  c10::str("[Lora::open] path must name a LoRA that can be merged, got \"", path,
+                  c10::str("[Lora::open] lora must name a LoRA that can be merged, got \"", path,
                            "\", ", problem, "."));
 }
 

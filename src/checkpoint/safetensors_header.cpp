@@ -156,9 +156,9 @@ void check_layout(const SafetensorsHeader& header, std::uint64_t data_bytes,
 
 constexpr const char* kPickle =
     "which is a pickle (.ckpt, .pt, .pth, .bin), and pickles are programs that run when they are "
-    "read. In Python, safetensors.torch.save_file(torch.load(FILE, "
-    "weights_only=True)[\"state_dict\"], \"new.safetensors\") makes a file that can be read of a "
-    "checkpoint";
+    "read. In Python, safetensors.torch.save_file(tensors, \"new.safetensors\") makes a file that "
+    "can be read of what torch.load(FILE, weights_only=True) returns; of a checkpoint's, the "
+    "tensors are its [\"state_dict\"]";
 
 // What a file that is none of this format is, if it can be told.
 std::string what_it_is(std::string_view file) {

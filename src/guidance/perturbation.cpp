@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/new_empty.h>
 
 #include "watched_tokens.h"
 #include "window.h"
@@ -33,7 +33,7 @@ torch::Tensor perturb(const Perturbation& perturbation, const AttentionCall& cal
   if (rows.empty()) return next(call);
   // Says that the site ran, also when a CUDA graph is replayed.
   for (const auto& group : rows)
-    pass.step->record(perturbation.owner, group, at::empty({group.count, 0}, torch::kFloat));
+    pass.step->record(perturbation.owner, group, call.v.new_empty({group.count, 0}, torch::kFloat));
   return perturbation.perturb(call, pass, rows, next);
 }
 
