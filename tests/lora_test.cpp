@@ -405,18 +405,18 @@ TEST(Lora, MustFitTheModelByItsNames) {
 
   tensors = pair_named("unet." + kQuery.path);
   tensors.merge(pair_named("lora_unet_input_blocks_2_1_transformer_blocks_0_attn1_to_q"));
-  EXPECT_THAT(misfit(tensors, sd1()), HasSubstr("are there twice, by different names"));
+  EXPECT_THAT(misfit(tensors, sd1()), HasSubstr("is there twice, by different names"));
 
   // A tensor that OpenCLIP has in one piece.
   EXPECT_THAT(misfit(pair_named("lora_te2_text_model_encoder_layers_0_attn_in_proj"), sdxl()),
-              HasSubstr("are no weights of it"));
+              HasSubstr("is no weight of it, and the LoRA has no other; it is for SDXL."));
 }
 
 TEST(Lora, AsksWhichTextEncoderABareNameMeans) {
   const File file(pair_named(kTextQuery.path, ".lora_A.weight", ".lora_B.weight"));
   file.open().check_targets(sd1());
   EXPECT_THAT(error_of<c10::ValueError>([&] { file.open().check_targets(sdxl()); }),
-              HasSubstr("may be weights of either text encoder"));
+              HasSubstr("may be a weight of either text encoder"));
 }
 
 TEST(Lora, SaysWhichModelItIsFor) {

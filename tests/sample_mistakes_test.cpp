@@ -186,11 +186,13 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
       {checkpoint(kGoldenDir + "unet_io.pt"), {"pickle", "program", "save_file"}},
       {checkpoint(kUNet), {"--checkpoint must name"}},
       {checkpoint(path("empty.ts")), {"--checkpoint must name", "is empty"}},
-      {checkpoint(path("diffusers")), {"--checkpoint", "no file"}},
+      {checkpoint(path("diffusers")), {"--checkpoint", "is a folder", "sag-export", "--model"}},
       {checkpoint(path("sd.safetensor")), {"no file", "do you mean", "sd.safetensors\""}},
       {checkpoint(path("sd.safetensors"), {"--vae", path("sd.gguf")}), {"--vae must name", "GGUF"}},
       {checkpoint(path("sd.safetensors"), {"--vae", path("none")}), {"--vae", "no file"}},
       {checkpoint(path("sd.safetensors"), {"--lora", path("none:0.5")}), {"--lora", "no file"}},
+      {checkpoint(path("sd.safetensors"), {"--lora", path("sd.safetensors:strong")}),
+       {"--lora: the strength", "strong"}},
       {checkpoint(path("sd.safetensors"), {"--embedding", path("sd.gguf")}),
        {"--embedding must be NAME=FILE"}},
       {checkpoint(path("sd.safetensors"), {"--lora", path("sd.gguf")}),
@@ -250,7 +252,6 @@ TEST_F(SampleMistakes, AreOneSentenceWithTheWayOut) {
        {"--json must not be the file of --out"}},
       {sized({"--json", kUNet}), {"--json must not be the file of --unet"}},
       {run({"--image", path("diffusers")}), {"--image", "is a folder"}},
-      {{"--checkpoint", path("diffusers"), "--prompt", "a fox"}, {"--checkpoint", "is a folder"}},
       {sized({"--out", path("out.png")}), {"--out", "decoder", "--save-latent"}},
   };
   const auto before = files();
