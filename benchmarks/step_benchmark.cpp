@@ -13,6 +13,7 @@
 // another program's, and stops where token sums differ by 1e-3 (bf16: 8e-3) or the output by 5 %.
 // Further options are Google Benchmark's.
 
+#include <functional>
 #include <iostream>
 #include <map>
 #include <optional>
@@ -22,12 +23,16 @@
 
 #include "device.h"
 #include "reference.h"
+#include "sag/adaptive_projected_guidance.h"
 #include "sag/aoti_unet.h"
 #include "sag/cfg_guider.h"
 #include "sag/cuda_graph_unet.h"
+#include "sag/perturbed_attention_guidance.h"
+#include "sag/rescale_cfg.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "sag/self_attention_guidance.h"
+#include "sag/smoothed_energy_guidance.h"
 #include "sag/torchscript_unet.h"
 
 namespace {
@@ -168,11 +173,37 @@ void measure_unet(benchmark::State& state, Model& model, const UNet& unet, std::
   });
 }
 
+using Guide = std::function<ModelPatcher(const ModelPatcher&)>;
+
+Guide sag_with(const SelfAttentionGuidanceOptions& options) {
+  return [options](const ModelPatcher& model) {
+    return apply_self_attention_guidance(model, options);
+  };
+}
+
+// By the names of their steps.
+std::vector<std::pair<const char*, Guide>> guidances() {
+  return {
+      {"cfg", [](const ModelPatcher& model) { return model; }},
+      {"sag", sag_with({})},
+      {"sag_one_pass", sag_with({.one_pass = true})},
+      {"sag_interval_2", sag_with({.scale = 1.0, .interval = 2})},
+      {"sag_one_pass_interval_2", sag_with({.scale = 1.0, .interval = 2, .one_pass = true})},
+      {"pag", [](const ModelPatcher& model) { return apply_perturbed_attention_guidance(model); }},
+      {"seg", [](const ModelPatcher& model) { return apply_smoothed_energy_guidance(model); }},
+      {"seg_10",
+       [](const ModelPatcher& model) {
+         return apply_smoothed_energy_guidance(model, {.blur_sigma = 10});
+       }},
+      {"apg_rescale", [](const ModelPatcher& model) {
+         return apply_rescale_cfg(apply_adaptive_projected_guidance(model));
+       }}};
+}
+
 void measure_step(benchmark::State& state, Model& model, const std::shared_ptr<const UNet>& unet,
-                  const std::optional<SelfAttentionGuidanceOptions>& guidance) {
+                  const Guide& guide) {
   const auto sampling = ModelSampling::discrete();
-  ModelPatcher patched(unet, sampling);
-  if (guidance) patched = apply_self_attention_guidance(patched, *guidance);
+  const auto patched = guide({unet, sampling});
   const auto steps = model.settings().number("steps");
   auto sigmas = get_sigmas("karras", sampling, steps + 1);
   sigmas.pop_back();
@@ -206,23 +237,16 @@ void add_benchmarks(Model& model) {
         ->Unit(benchmark::kMillisecond)
         ->Iterations(5);
   };
-  const std::vector<std::pair<const char*, std::optional<SelfAttentionGuidanceOptions>>> guidances =
-      {{"cfg", std::nullopt},
-       {"sag", SelfAttentionGuidanceOptions{}},
-       {"sag_one_pass", SelfAttentionGuidanceOptions{.one_pass = true}},
-       {"sag_interval_2", SelfAttentionGuidanceOptions{.scale = 1.0, .interval = 2}},
-       {"sag_one_pass_interval_2",
-        SelfAttentionGuidanceOptions{.scale = 1.0, .interval = 2, .one_pass = true}}};
   for (const auto& way : ways) {
     for (const std::int64_t rows : {1, 2, 3})
       add("unet/" + std::string(way.name) + "/rows:" + std::to_string(rows),
           [&model, way, rows](benchmark::State& state) {
             measure_unet(state, model, *model.unet(way.graph, way.channels_last), rows);
           });
-    for (const auto& [name, guidance] : guidances)
+    for (const auto& [name, guide] : guidances())
       add("step/" + std::string(way.name) + "/" + name,
-          [&model, way, guidance = guidance](benchmark::State& state) {
-            measure_step(state, model, model.unet(way.graph, way.channels_last), guidance);
+          [&model, way, guide = guide](benchmark::State& state) {
+            measure_step(state, model, model.unet(way.graph, way.channels_last), guide);
           });
   }
 }
