@@ -124,6 +124,7 @@ std::vector<std::string> notes_on(const Settings& settings) {
   }
   if (pictures.cond.empty() || !pictures.uncond.empty()) return notes;
   for (const auto& guidance : settings.guidances) {
+    if (!guidance.needs_uncond) continue;
     notes.push_back(
         fmt::format("{} needs an unconditional prediction: give --uncond", guidance.title));
   }
@@ -210,7 +211,9 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
   const auto plan = make_plan(settings);
   auto inputs = read_inputs(settings, std::move(encoder), unet->device());
   for (auto& note : notes_on(settings)) inputs.notes.push_back(std::move(note));
-  if (!settings.guidances.empty()) check_site(*unet, settings.network.site);
+  for (const auto& guidance : settings.guidances) {
+    for (const auto& site : guidance.sites) check_site(*unet, site);
+  }
   const GuidedModel plain = {sag::ModelPatcher(unet, settings.network.noise_levels)};
   const GuidedModel guided = guide(plain.model, settings.guidances);
   const auto decoder = outputs.out

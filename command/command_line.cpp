@@ -220,15 +220,26 @@ void check_outputs(const Choices& choices) {
 }
 
 void check_guidances(const Choices& choices) {
+  const auto guidances = decide_guidances(choices, "middle");
+  const bool listed = choices.contains("--guidance");
   std::vector<std::string_view> off;
   for (const auto& kind : guidance_kinds()) {
-    kind.check(choices);
+    if (kind.check) kind.check(choices);
+    if (!kind.off) continue;
     if (choices.contains(kind.off)) off.push_back(kind.off);
+    never_both(listed, choices.contains(kind.off),
+               fmt::format("{} and --guidance, which says what guides, cannot be given together.",
+                           kind.off));
+    const bool named = std::any_of(guidances.begin(), guidances.end(),
+                                   [&](const auto& guidance) { return guidance.key == kind.key; });
+    for (const auto& option : kind.options->options) {
+      never_both(listed && !named, !option.name.empty() && choices.contains(option.name),
+                 fmt::format("{} needs --guidance {}, as --guidance says what guides.", option.name,
+                             kind.key));
+    }
   }
-  if (choices.contains("--compare") && off.size() == guidance_kinds().size()) {
-    throw UsageError(
-        fmt::format("--compare and {} cannot be given together.", fmt::join(off, " and ")));
-  }
+  never_both(choices.contains("--compare"), guidances.empty(),
+             fmt::format("--compare and {} cannot be given together.", fmt::join(off, " and ")));
 }
 
 void check_source(const Choices& choices) {

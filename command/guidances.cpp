@@ -1,10 +1,16 @@
 #include "guidances.h"
 
+#include <algorithm>
+#include <set>
+
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "errors.h"
+#include "further_guidances.h"
 #include "sag/self_attention_guidance.h"
 #include "shuffle.h"
+#include "words/nearest.h"
 
 namespace sag_sample {
 namespace {
@@ -13,18 +19,9 @@ namespace {
 
 using Sag = sag::SelfAttentionGuidanceOptions;
 
-// A number of the picture's tokens.
-Row<Sag> tokens_number(const char* name, const char* key, std::int64_t sag::PictureTokens::*field,
-                       Range<std::int64_t> range, const char* help) {
-  return {{name, key, "N", help},
-          [=](Sag& sag, const Given& given) { sag.tokens.*field = read_number(given, range); },
-          [=](const Sag& sag) { return Value(sag.tokens.*field); }};
-}
-
 const OptionTable<Sag>& sag_options() {
   constexpr Range<std::int64_t> kTaps = {
       .low = 0, .high = 65535, .what = "an odd whole number, or 0", .odd_or_zero = true};
-  constexpr auto kOthers = whole(sag::PictureTokens::kRest, 1'000'000);
   static const OptionTable<Sag> table(
       "Self-attention guidance",
       {number("--sag-scale", "scale", &Sag::scale, kFinite, "X", "How strongly to steer; 0 is off")
@@ -52,15 +49,16 @@ const OptionTable<Sag>& sag_options() {
               "Guide every Nth step: 1/N of the extra rows, and less of the effect"),
        flag("--sag-one-pass", "one_pass", &Sag::one_pass,
             "Perturb with what the step before blurred, in one call of the UNet"),
-       tokens_number("--sag-tokens-before", "tokens_before", &sag::PictureTokens::before, kOthers,
-                     "Tokens before the picture's (class token, registers, text); -1: the rest")
+       tokens_number<Sag>(
+           "--sag-tokens-before", "tokens_before", &sag::PictureTokens::before, kOtherTokens,
+           "Tokens before the picture's (class token, registers, text); -1: the rest")
            .from_model(),
-       tokens_number("--sag-tokens-after", "tokens_after", &sag::PictureTokens::after, kOthers,
-                     "Tokens after the picture's; -1: the rest")
+       tokens_number<Sag>("--sag-tokens-after", "tokens_after", &sag::PictureTokens::after,
+                          kOtherTokens, "Tokens after the picture's; -1: the rest")
            .from_model(),
-       tokens_number("--sag-reduction", "reduction", &sag::PictureTokens::reduction,
-                     whole(0, 65535),
-                     "Latent cells along a side of a token; 0: as the number of tokens says")
+       tokens_number<Sag>("--sag-reduction", "reduction", &sag::PictureTokens::reduction,
+                          whole(0, 65535),
+                          "Latent cells along a side of a token; 0: as the number of tokens says")
            .from_model(),
        mark<Sag>("--sag-shuffle", "Control: blur as much, at random places").hide(),
        mark<Sag>("--no-sag", "Sample without self-attention guidance")});
@@ -117,6 +115,8 @@ Guidance decide_sag(const Choices& choices, const std::string& site) {
           .title = "self-attention guidance",
           .label = "SAG",
           .summary = fmt::format("SAG scale {:g}, blur {:g}", sag.scale, sag.blur_sigma),
+          .needs_uncond = true,
+          .sites = {site},
           .mask_header = "attention mask",
           .options = std::move(options),
           .apply = [sag, shuffle](const sag::ModelPatcher& model) {
@@ -125,21 +125,131 @@ Guidance decide_sag(const Choices& choices, const std::string& site) {
           }};
 }
 
+// --guidance.
+
+const GuidanceKind& find_kind(const std::string& name) {
+  std::vector<std::string> known;
+  for (const auto& kind : guidance_kinds()) {
+    if (kind.key == name) return kind;
+    known.emplace_back(kind.key);
+  }
+  throw UsageError(fmt::format("--guidance must be one of {}, got \"{}\"{}", fmt::join(known, ", "),
+                               name, suggestion(name, known)));
+}
+
+const Option& find_option(const GuidanceKind& kind, const std::string& key) {
+  std::vector<std::string> known;
+  for (const auto& option : kind.options->options) {
+    if (option.key.empty()) continue;
+    if (option.key == key) return option;
+    known.push_back(option.key);
+  }
+  throw UsageError(
+      fmt::format("--guidance {} has no option \"{}\"{}", kind.key, key, suggestion(key, known)));
+}
+
+// Adds what follows the name, KEY=VALUE,KEY=VALUE. A flag needs no value.
+void add_chosen(const GuidanceKind& kind, const std::string& text, Choices& choices) {
+  std::set<std::string> given;
+  for (std::size_t begin = 0; begin <= text.size();) {
+    const auto end = std::min(text.find(',', begin), text.size());
+    const auto word = text.substr(begin, end - begin);
+    const auto equals = std::min(word.find('='), word.size());
+    const auto key = word.substr(0, equals);
+    const auto& option = find_option(kind, key);
+    if (!given.insert(key).second) {
+      throw UsageError(fmt::format("--guidance {}: {} is given twice.", kind.key, key));
+    }
+    Given value = {.where = fmt::format("--guidance {}:{}", kind.key, key)};
+    if (option.type.empty()) {
+      value.value = true;
+    } else if (equals < word.size()) {
+      value.words = {word.substr(equals + 1)};
+    }
+    if (option.type.empty() != (equals == word.size())) {
+      throw UsageError(fmt::format("{} {}.", value.where,
+                                   option.type.empty() ? "takes no value" : "needs a value"));
+    }
+    choices[option.id()] = std::move(value);
+    begin = end + 1;
+  }
+}
+
+Guidance decide(const GuidanceKind& kind, const Choices& choices, const std::string& site) {
+  auto guidance = kind.decide(choices, site);
+  guidance.key = kind.key;
+  return guidance;
+}
+
+// NAME or NAME:KEY=VALUE,…
+Guidance guidance_of(const std::string& text, const Choices& choices, const std::string& site) {
+  const auto colon = std::min(text.find(':'), text.size());
+  const auto& kind = find_kind(text.substr(0, colon));
+  // Its options on the command line and in model.json count, too, if it has any.
+  Choices own = kind.off ? choices : Choices();
+  if (colon < text.size()) add_chosen(kind, text.substr(colon + 1), own);
+  return decide(kind, own, site);
+}
+
+// All kinds with their options, for --guidance help.
+const std::vector<std::string>& help_lines() {
+  static const std::vector<std::string> lines = [] {
+    std::vector<std::string> made;
+    for (const auto& kind : guidance_kinds()) {
+      made.push_back(fmt::format("{:<12}{}", kind.key, kind.about));
+      for (const auto& option : kind.options->options) {
+        if (option.key.empty()) continue;
+        const auto value = option.type.empty() ? option.key : option.key + "=" + option.type;
+        auto line = fmt::format("    {:<24}{}", value, option.help);
+        if (!option.shown_default.empty()) line += fmt::format(" [{}]", option.shown_default);
+        made.push_back(std::move(line));
+      }
+    }
+    return made;
+  }();
+  return lines;
+}
+
 }  // namespace
+
+const OptionTable<GuidanceChoice>& guidance_options() {
+  static const OptionTable<GuidanceChoice> table = [] {
+    auto row = several("--guidance", "guidance", &GuidanceChoice::guidances, "NAME[:KEY=VALUE,...]",
+                       "Guidance to apply, in place of self-attention guidance alone; several are "
+                       "applied in their order. --guidance help lists all with their options");
+    row.listed.assign(help_lines().begin(), help_lines().end());
+    return OptionTable<GuidanceChoice>("Guidance", {row});
+  }();
+  return table;
+}
 
 std::span<const GuidanceKind> guidance_kinds() {
   static const GuidanceKind kinds[] = {
-      {"sag", "--no-sag", &sag_options(), check_sag, decide_sag},
+      {"sag",
+       "Self-attention guidance: 1 row more an image; arXiv 2210.00939, ComfyUI's "
+       "SelfAttentionGuidance",
+       &sag_options(), decide_sag, "--no-sag", check_sag},
+      pag_kind(),
+      seg_kind(),
+      apg_kind(),
+      cfg_zero_kind(),
+      rescale_kind(),
   };
   return kinds;
 }
 
 std::vector<Guidance> decide_guidances(const Choices& choices, const std::string& site) {
+  const auto asked = guidance_options().decide(choices).guidances;
   std::vector<Guidance> guidances;
+  std::set<std::string> keys;
+  for (const auto& text : asked) {
+    guidances.push_back(guidance_of(text, choices, site));
+    if (keys.insert(guidances.back().key).second) continue;
+    throw UsageError(fmt::format("--guidance {} is given twice.", guidances.back().key));
+  }
+  if (!asked.empty()) return guidances;
   for (const auto& kind : guidance_kinds()) {
-    if (choices.contains(kind.off)) continue;
-    guidances.push_back(kind.decide(choices, site));
-    guidances.back().key = kind.key;
+    if (kind.off && !choices.contains(kind.off)) guidances.push_back(decide(kind, choices, site));
   }
   return guidances;
 }

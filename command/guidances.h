@@ -22,6 +22,10 @@ struct Guidance {
   std::string title = {}, label = {};
   /// What a sheet says of it, "SAG scale 1, blur 2".
   std::string summary = {};
+  /// Whether it does nothing without an unconditional prediction.
+  bool needs_uncond = false;
+  /// The self-attentions that it looks into.
+  std::vector<std::string> sites = {};
   /// The header of its masks on a sheet; empty: it has none.
   std::string mask_header = {};
   /// What was decided, for the report.
@@ -32,22 +36,34 @@ struct Guidance {
 
 /// A guidance that the command knows.
 struct GuidanceKind {
-  /// Its entry in model.json's "defaults", "sag".
+  /// What --guidance calls it, "sag"; also its entry in the report and, if it has options of its
+  /// own, in model.json's "defaults".
   const char* key;
-  /// The option that turns it off, "--no-sag".
-  const char* off;
+  /// What it is, what it costs and where it is from, for `--guidance help`.
+  const char* about;
+  /// Options without a name on the command line are given with --guidance alone.
   const OptionGroup* options;
-  /// Throws UsageError when its options do not go together.
-  void (*check)(const Choices& choices);
-  /// Returns the guidance, watching the self-attention `site`.
+  /// Returns the guidance, watching the self-attention `site` where its options name none.
   Guidance (*decide)(const Choices& choices, const std::string& site);
+  /// The option that turns it off, "--no-sag"; null: it guides only where --guidance names it.
+  const char* off = nullptr;
+  /// Throws UsageError when its options of the command line do not go together.
+  void (*check)(const Choices& choices) = nullptr;
 };
 
-/// Returns all guidances that the command knows. To add one: describe it in guidances.cpp, and name
-/// it in the list there.
+/// What --guidance says.
+struct GuidanceChoice {
+  /// NAME[:KEY=VALUE,…] each, in their order. None: the guidances that have an option to turn them
+  /// off.
+  std::vector<std::string> guidances = {};
+};
+const OptionTable<GuidanceChoice>& guidance_options();
+
+/// Returns all guidances that the command knows. To add one: describe it in guidances.cpp or in
+/// further_guidances.cpp, and name it in the list in guidances.cpp.
 std::span<const GuidanceKind> guidance_kinds();
 
-/// Returns the guidances that are not turned off, in the order in which they are applied.
+/// Returns the guidances of a run, in the order in which they are applied. Throws UsageError.
 std::vector<Guidance> decide_guidances(const Choices& choices, const std::string& site);
 
 }  // namespace sag_sample

@@ -134,7 +134,7 @@ void read_defaults(JsonObject defaults, Choices& choices) {
   read_options(defaults, guider_options(), choices);
   read_options(defaults, further_options(), choices);
   for (const auto& kind : guidance_kinds()) {
-    if (!defaults.has(kind.key)) continue;
+    if (!kind.off || !defaults.has(kind.key)) continue;
     auto object = defaults.object(kind.key);
     read_options(object, *kind.options, choices);
     object.refuse_unknown_keys();

@@ -349,7 +349,10 @@ std::span<const OptionGroup* const> all_options() {
         &source_options(),   &checkpoint_options(), &network_options(), &edm_options(),
         &flow_options(),     &discrete_options(),   &picture_options(), &latent_size_options(),
         &sampling_options(), &guider_options(),     &further_options()};
-    for (const auto& kind : guidance_kinds()) groups.push_back(kind.options);
+    groups.push_back(&guidance_options());
+    for (const auto& kind : guidance_kinds()) {
+      if (kind.off) groups.push_back(kind.options);
+    }
     groups.insert(groups.end(), {&unet_options(), &device_options(), &output_options()});
     return groups;
   }();

@@ -56,6 +56,7 @@ json options_json(const Settings& settings, const Inputs& inputs, const Sampling
   add(options, guider_options().report(settings.guider));
   add(options, further_options().report(settings.further));
   add(options, picture_options().report(settings.pictures));
+  add(options, guidance_options().report(settings.guidance));
   for (const auto& kind : guidance_kinds()) options[kind.key] = nullptr;
   for (const auto& guidance : settings.guidances) {
     options[guidance.key] = json::object();

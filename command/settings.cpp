@@ -91,6 +91,7 @@ Settings decide_settings(const Choices& command_line, const ModelDirectory* dire
           .sampling = sampling_options().decide(choices),
           .guider = guider_options().decide(choices),
           .further = further_options().decide(choices),
+          .guidance = guidance_options().decide(choices),
           .guidances = decide_guidances(choices, network.site),
           .device = device_options().decide(choices),
           .output = output_options().decide(choices)};

@@ -45,6 +45,7 @@ struct Settings {
   sag::SampleOptions sampling;
   sag::CfgGuiderOptions guider;
   FurtherOptions further;
+  GuidanceChoice guidance;
   std::vector<Guidance> guidances;
   DeviceOptions device;
   OutputOptions output;

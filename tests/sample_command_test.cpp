@@ -341,6 +341,35 @@ TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
   }
 }
 
+TEST_F(SampleCommand, AppliesGuidancesInTheirOrder) {
+  const auto model = make_model();
+  const auto draw = [&](const std::string& name, std::vector<std::string> guidances) {
+    guidances.insert(guidances.begin(), {"--model", model, "--prompt", "cat", "--save-latent",
+                                         path(name + ".pt"), "--json", path(name + ".json")});
+    const auto finished = run(guidances);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    return finished.out;
+  };
+  const auto said = draw("both", {"--guidance", "pag:scale=2", "--guidance", "rescale"});
+  EXPECT_THAT(said, HasSubstr("perturbed-attention guidance: 3 of 3 evaluations guided"));
+  EXPECT_THAT(said, HasSubstr("CFG rescale: 3 of 3 evaluations guided"));
+  const auto json = report("both.json");
+  EXPECT_EQ(json["options"]["guidance"], "pag:scale=2, rescale");
+  EXPECT_EQ(json["options"]["pag"]["scale"], 2.0);
+  EXPECT_EQ(json["options"]["sag"], nullptr);
+  for (const auto& step : json["runs"][0]["steps"]) {
+    EXPECT_EQ(step["evaluations"], 1) << "the perturbed row is in the main call";
+    ASSERT_EQ(step["guidances"].size(), 2u);
+    EXPECT_EQ(step["guidances"][0]["guidance"], "perturbed_attention_guidance");
+    EXPECT_EQ(step["guidances"][1]["guidance"], "rescale_cfg");
+  }
+  draw("turned", {"--guidance", "rescale", "--guidance", "pag:scale=2"});
+  EXPECT_FALSE(torch::equal(latent("both.pt"), latent("turned.pt")));
+  draw("sag", {"--guidance", "sag"});
+  draw("usual", {});
+  EXPECT_TRUE(torch::equal(latent("sag.pt"), latent("usual.pt")));
+}
+
 TEST_F(SampleCommand, APictureDependsOnItsOwnSeedOnly) {
   const auto model = make_model();
   const auto draw = [&](std::vector<std::string> more, const std::string& name) {

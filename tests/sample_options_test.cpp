@@ -65,13 +65,18 @@ Choices tensors_with(std::vector<std::string> arguments) {
   return parse(arguments);
 }
 
-// An option of the only guidance, as the report shows it.
-Value sag_option(const Settings& settings, const std::string& key) {
-  for (const auto& [name, value] : settings.guidances.at(0).options) {
+// An option of a guidance, as the report shows it.
+Value option_of(const Guidance& guidance, const std::string& key) {
+  for (const auto& [name, value] : guidance.options) {
     if (name == key) return value;
   }
   ADD_FAILURE() << key;
   return {};
+}
+
+// Of the only guidance.
+Value sag_option(const Settings& settings, const std::string& key) {
+  return option_of(settings.guidances.at(0), key);
 }
 
 TEST(SampleOptions, LeavesOpenWhatIsNotGiven) {
@@ -397,6 +402,70 @@ TEST(SampleSettings, GuidancesAreAList) {
   ASSERT_EQ(settings.guidances.size(), 1u);
   EXPECT_EQ(settings.guidances[0].key, "sag");
   EXPECT_TRUE(decide_settings(tensors_with({"--no-sag"}), nullptr).guidances.empty());
+}
+
+TEST(SampleSettings, GuidanceSaysWhatGuidesAndInWhichOrder) {
+  const auto settings = decide_settings(
+      tensors_with({"--sag-blur", "3", "--site", "output.1.0", "--guidance",
+                    "pag:scale=2,sites=middle+output.3.0,end_percent=0.5", "--guidance", "apg",
+                    "--guidance", "sag:scale=0.25,one_pass", "--guidance", "seg:blur_sigma=10"}),
+      nullptr);
+  const auto& guidances = settings.guidances;
+  ASSERT_EQ(guidances.size(), 4u);
+  EXPECT_EQ(guidances[0].key, "pag");
+  EXPECT_EQ(option_of(guidances[0], "scale"), Value(2.0));
+  EXPECT_EQ(option_of(guidances[0], "sites"), Value("middle+output.3.0"));
+  EXPECT_EQ(option_of(guidances[0], "end_percent"), Value(0.5));
+  EXPECT_THAT(guidances[0].sites, ElementsAre("middle", "output.3.0"));
+  EXPECT_EQ(guidances[1].key, "apg");
+  EXPECT_EQ(option_of(guidances[1], "norm_threshold"), Value(15.0)) << "its default";
+  EXPECT_EQ(guidances[2].key, "sag");
+  EXPECT_EQ(option_of(guidances[2], "scale"), Value(0.25));
+  EXPECT_EQ(option_of(guidances[2], "blur_sigma"), Value(3.0)) << "the command line's";
+  EXPECT_EQ(option_of(guidances[2], "one_pass"), Value(true));
+  EXPECT_EQ(option_of(guidances[3], "blur_sigma"), Value(10.0));
+  EXPECT_THAT(guidances[3].sites, ElementsAre("output.1.0")) << "the run's site";
+  const auto rescaled =
+      decide_settings(tensors_with({"--guidance", "cfg_zero", "--guidance", "rescale"}), nullptr);
+  EXPECT_EQ(rescaled.guidances.at(1).summary, "rescale 0.7");
+}
+
+TEST(SampleSettings, GuidanceRefusesWhatItDoesNotKnow) {
+  const auto said = [](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {"--unet", "u", "--save-latent", "l"});
+    return mistake(arguments);
+  };
+  EXPECT_EQ(said({"--guidance", "pagg"}),
+            "--guidance must be one of sag, pag, seg, apg, cfg_zero, rescale, got \"pagg\"; do you "
+            "mean pag?");
+  EXPECT_EQ(said({"--guidance", "pag:scalee=2"}),
+            "--guidance pag has no option \"scalee\"; do you mean scale?");
+  EXPECT_THAT(said({"--guidance", "pag:scale=much"}),
+              HasSubstr("--guidance pag:scale must be a finite number"));
+  EXPECT_EQ(said({"--guidance", "pag:scale"}), "--guidance pag:scale needs a value.");
+  EXPECT_EQ(said({"--guidance", "sag:one_pass=1"}), "--guidance sag:one_pass takes no value.");
+  EXPECT_THAT(said({"--guidance", "pag:"}), HasSubstr("has no option \"\""));
+  EXPECT_EQ(said({"--guidance", "seg:scale=1,scale=2"}), "--guidance seg: scale is given twice.");
+  EXPECT_THAT(said({"--guidance", "seg:sites=middle+"}), HasSubstr("with + between them"));
+  EXPECT_EQ(said({"--guidance", "apg", "--guidance", "apg:eta=1"}),
+            "--guidance apg is given twice.");
+  EXPECT_EQ(said({"--guidance", "apg", "--sag-scale", "1"}),
+            "--sag-scale needs --guidance sag, as --guidance says what guides.");
+  EXPECT_EQ(said({"--guidance", "apg", "--no-sag"}),
+            "--no-sag and --guidance, which says what guides, cannot be given together.");
+}
+
+TEST(SampleSettings, GuidanceHelpListsAllWithTheirOptions) {
+  std::ostringstream out;
+  EXPECT_FALSE(parse_command_line({"--guidance", "help"}, out));
+  for (const auto& kind : guidance_kinds()) {
+    EXPECT_THAT(out.str(), HasSubstr(fmt::format("\n{:<12}", kind.key).substr(kind.off ? 1 : 0)));
+    for (const auto& option : kind.options->options) {
+      if (!option.key.empty()) EXPECT_THAT(out.str(), HasSubstr("\n    " + option.key));
+    }
+  }
+  EXPECT_THAT(out.str(), HasSubstr("blur_sigma=SIGMA"));
+  EXPECT_THAT(out.str(), HasSubstr("2403.17377"));
 }
 
 TEST(SamplePictures, EqualPromptsGetConsecutiveSeeds) {
