@@ -26,13 +26,12 @@ void check_is_file(const char* option, const std::string& path) {
   std::error_code error;
   if (path.empty() || fs::is_regular_file(path, error)) return;
   if (fs::is_directory(path, error)) {
-    const bool is_pipeline = fs::exists(fs::path(path) / "model_index.json", error) ||
-                             fs::exists(fs::path(path) / "config.json", error);
-    throw UsageError(fmt::format(
-        "{}: \"{}\" is a folder, not a file{}", option, path,
-        is_pipeline
-            ? "; one of diffusers is exported by sag-export first, and then given as --model."
-            : "."));
+    const bool is_pipeline = option == std::string("--checkpoint") &&
+                             (fs::exists(fs::path(path) / "model_index.json", error) ||
+                              fs::exists(fs::path(path) / "config.json", error));
+    throw UsageError(
+        fmt::format("{}: \"{}\" is a folder, not a file{}", option, path,
+                    is_pipeline ? "; sag-export makes a --model of a folder of diffusers." : "."));
   }
   throw UsageError(
       fmt::format("{}: there is no file \"{}\"{}", option, path, suggestion_beside(path)));

@@ -21,6 +21,8 @@
 namespace sag_sample {
 namespace {
 
+namespace fs = std::filesystem;
+
 constexpr const char* kFooter = R"(
 Examples:
   sag-sample --checkpoint v1-5-pruned-emaonly.safetensors --prompt "a red fox" --out fox.png
@@ -115,46 +117,69 @@ std::vector<std::string> for_cli11(const std::vector<std::string>& arguments) {
   return reversed;
 }
 
-// A name may also have no ending, as /dev/stdout.
+// An ending that promises another form than PNG.
 bool is_other_format(const std::string& path) {
-  auto extension = std::filesystem::path(path).extension().string();
+  auto extension = fs::path(path).extension().string();
   for (auto& c : extension) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return !extension.empty() && extension != ".png";
+  constexpr std::array<std::string_view, 17> kOthers = {
+      ".jpg", ".jpeg", ".webp", ".gif", ".bmp",         ".tif",  ".tiff", ".json", ".txt",
+      ".pt",  ".pt2",  ".pth",  ".ts",  ".safetensors", ".ckpt", ".bin",  ".gguf"};
+  return std::find(kOthers.begin(), kOthers.end(), extension) != kOthers.end();
 }
 
-bool is_same_file(const std::string& a, const std::string& b) {
-  if (a.empty() || b.empty()) return false;
+bool is_same_file(const fs::path& a, const fs::path& b) {
   std::error_code error;
-  if (std::filesystem::exists(a, error) && !std::filesystem::is_regular_file(a, error))
-    return false;
-  return std::filesystem::weakly_canonical(a, error) == std::filesystem::weakly_canonical(b, error);
+  if (fs::exists(a, error) && !fs::is_regular_file(a, error)) return false;
+  if (fs::exists(a, error) && fs::exists(b, error)) return fs::equivalent(a, b, error);
+  return fs::weakly_canonical(fs::absolute(a, error), error) ==
+         fs::weakly_canonical(fs::absolute(b, error), error);
+}
+
+// The file of FILE, FILE:WHAT or NAME=FILE.
+fs::path file_in(const std::string& option, const std::string& word) {
+  if (option == "--embedding") return word.substr(word.find('=') + 1);
+  std::error_code error;
+  return fs::exists(word, error) ? word : word.substr(0, word.rfind(':'));
 }
 
 // An output takes the place of whatever has its name.
 void check_overwrites_nothing(const Choices& choices) {
   constexpr std::array<const char*, 3> kOutputs = {"--out", "--save-latent", "--json"};
-  constexpr std::array<const char*, 5> kModels = {"--checkpoint", "--unet", "--vae", "--lora",
-                                                  "--embedding"};
+  constexpr std::array<const char*, 15> kFiles = {
+      "--checkpoint", "--unet",   "--vae",    "--lora",     "--embedding",
+      "--image",      "--mask",   "--latent", "--noise",    "--inpaint-noise",
+      "--cond",       "--cond-y", "--uncond", "--uncond-y", "--concat"};
+  constexpr std::array<const char*, 3> kFolders = {"--model", "--skeleton", "--compiled"};
   const auto words = [&](const char* option) {
     const auto given = choices.find(option);
     return given == choices.end() ? std::vector<std::string>() : given->second.words;
   };
-  const auto check = [&](const char* output, const char* other) {
-    for (const auto& path : words(output)) {
-      for (const auto& taken : words(other)) {
-        // FILE, FILE:STRENGTH or NAME=FILE.
-        const bool overwrites = is_same_file(path, taken) ||
-                                is_same_file(path, taken.substr(0, taken.rfind(':'))) ||
-                                is_same_file(path, taken.substr(taken.find('=') + 1));
-        if (!overwrites) continue;
-        throw UsageError(
-            fmt::format("{} must not be the file of {}, got \"{}\".", output, other, path));
-      }
-    }
+  const auto refuse = [](const char* output, const char* other, const std::string& path) {
+    throw UsageError(
+        fmt::format("{} must not take the place of {}'s file \"{}\".", output, other, path));
   };
   for (std::size_t i = 0; i < kOutputs.size(); ++i) {
-    for (const char* model : kModels) check(kOutputs[i], model);
-    for (std::size_t j = 0; j < i; ++j) check(kOutputs[i], kOutputs[j]);
+    for (const auto& path : words(kOutputs[i])) {
+      for (const char* option : kFiles) {
+        for (const auto& word : words(option)) {
+          if (is_same_file(path, file_in(option, word))) refuse(kOutputs[i], option, path);
+        }
+      }
+      for (const char* option : kFolders) {
+        for (const auto& folder : words(option)) {
+          const auto inside = fs::path(folder) / fs::path(path).filename();
+          std::error_code error;
+          if (fs::exists(inside, error) && is_same_file(path, inside)) {
+            refuse(kOutputs[i], option, path);
+          }
+        }
+      }
+      for (std::size_t j = 0; j < i; ++j) {
+        for (const auto& other : words(kOutputs[j])) {
+          if (is_same_file(path, other)) refuse(kOutputs[i], kOutputs[j], path);
+        }
+      }
+    }
   }
 }
 

@@ -215,8 +215,9 @@ TEST_F(CfgChanges, SayWhereThereIsNothingToGuide) {
     EXPECT_TRUE(torch::equal(guider(x, 4), plain(x, 4)));
     return guider.report().evaluations.front().guidances.at(0).reason;
   };
-  EXPECT_EQ(reason(apply_adaptive_projected_guidance(base), {.cond_scale = 1}),
-            "there is no unconditional prediction at this sigma");
+  EXPECT_EQ(reason(apply_adaptive_projected_guidance(base), {.cond_scale = 1}), "cond_scale is 1");
+  EXPECT_EQ(reason(apply_cfg_zero_star(base, {.zero_init_steps = 1}), {.cond_scale = 1}),
+            "cond_scale is 1");
   EXPECT_EQ(reason(apply_cfg_zero_star(base, {.window = {.sigma_end = 5}}), {.cond_scale = 7}),
             "sigma is outside the window");
   EXPECT_EQ(reason(apply_rescale_cfg(base, {.multiplier = 0}), {.cond_scale = 7}),

@@ -273,7 +273,7 @@ TEST(FollowWeights, CastsActivationsAndComputedBiases) {
   EXPECT_EQ(run_in(torch::kHalf, torch::kFloat), torch::kFloat);
 }
 
-// A cast to fp32 that something else reads stays.
+// A cast to fp32 that something else reads stays, as does that of a norm without weights.
 TEST(FollowWeights, DropsCastsOfAttentionThatTheNextLayerTakesBack) {
   const auto graph = parse(R"IR(
   graph(%q : Tensor, %weight : Tensor):
@@ -292,7 +292,12 @@ TEST(FollowWeights, DropsCastsOfAttentionThatTheNextLayerTakesBack) {
     %read : Tensor = aten::to(%b, %float, %no, %no, %none)
     %e : Tensor = aten::linear(%read, %weight, %none)
     %f : Tensor = aten::add(%read, %e, %one)
-    %out : Tensor = aten::add(%d, %f, %one)
+    %normed : Tensor = aten::to(%b, %float, %no, %no, %none)
+    %four : int = prim::Constant[value=4]()
+    %sizes : int[] = prim::ListConstruct(%four)
+    %g : Tensor = aten::layer_norm(%normed, %sizes, %none, %none, %zero, %no)
+    %h : Tensor = aten::add(%d, %f, %one)
+    %out : Tensor = aten::add(%h, %g, %one)
     return (%out))IR");
   torch::manual_seed(0);
   auto* weight = add_constant(*graph, torch::randn({4, 4}).to(torch::kBFloat16));
@@ -303,15 +308,16 @@ TEST(FollowWeights, DropsCastsOfAttentionThatTheNextLayerTakesBack) {
       return node->kind() == c10::aten::to;
     });
   };
-  ASSERT_EQ(count_casts(), 3);
+  ASSERT_EQ(count_casts(), 4);
   follow_weights(*graph);
-  EXPECT_EQ(count_casts(), 2);
+  EXPECT_EQ(count_casts(), 3);
 
   const auto q = torch::randn({1, 2, 3, 4}).to(torch::kBFloat16);
   const auto w = torch::jit::toIValue(weight)->toTensor();
   const auto b = torch::scaled_dot_product_attention(q, q, q).transpose(1, 2);
   const auto d = torch::linear(torch::linear(b, w), w);
-  const auto expected = d + (b.to(torch::kFloat) + torch::linear(b, w));
+  const auto normed = torch::layer_norm(b.to(torch::kFloat), {4}, {}, {}, 0);
+  const auto expected = d + (b.to(torch::kFloat) + torch::linear(b, w)) + normed;
   EXPECT_TRUE(torch::equal(run(graph, {q, torch::Tensor()}), expected));
 }
 

@@ -409,7 +409,7 @@ TEST(Lora, MustFitTheModelByItsNames) {
 
   // A tensor that OpenCLIP has in one piece.
   EXPECT_THAT(misfit(pair_named("lora_te2_text_model_encoder_layers_0_attn_in_proj"), sdxl()),
-              HasSubstr("is no weight of it, and the LoRA has no other; it is for SDXL."));
+              HasSubstr("is no weight of it, and the LoRA has no other."));
 }
 
 TEST(Lora, AsksWhichTextEncoderABareNameMeans) {

@@ -461,7 +461,8 @@ TEST(SampleSettings, GuidanceHelpListsAllWithTheirOptions) {
   for (const auto& kind : guidance_kinds()) {
     EXPECT_THAT(out.str(), HasSubstr(fmt::format("\n{:<12}", kind.key).substr(kind.off ? 1 : 0)));
     for (const auto& option : kind.options->options) {
-      if (!option.key.empty()) EXPECT_THAT(out.str(), HasSubstr("\n    " + option.key));
+      if (option.key.empty()) continue;
+      EXPECT_THAT(out.str(), HasSubstr("\n    " + option.key));
     }
   }
   EXPECT_THAT(out.str(), HasSubstr("blur_sigma=SIGMA"));

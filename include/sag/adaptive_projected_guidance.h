@@ -27,9 +27,10 @@ struct AdaptiveProjectedGuidanceOptions {
 ///     along  = cond_denoised · (d · cond_denoised) / ‖cond_denoised‖²
 ///     result = cond_denoised + (cond_scale − 1) · (d − along + eta · along)
 ///
-/// takes the place of CFG. It adds the difference to plain CFG, so what other guidances add stays.
-/// It costs no row. At cond_scale 1, and where one of the predictions is missing, there is nothing
-/// to guide.
+/// takes the place of CFG. It adds the difference to plain CFG, so what other guidances add stays,
+/// and so does what a CFG function of the model's own (`set_cfg_function`) does differently. The
+/// step before is the latest one that it guided. It costs no row. At cond_scale 1, and where one of
+/// the predictions is missing, there is nothing to guide.
 ///
 /// d is kept from step to step within a run, so a momentum needs `CfgGuider::begin_run`. Throws
 /// ValueError when an option is out of range.

@@ -10,8 +10,9 @@ namespace sag {
 
 /// What the paper lets choose.
 struct CfgZeroStarOptions {
-  /// In how many of the first steps the network's output is taken as 0, so that x stays what it is.
-  /// The paper takes 1 for flow models, or the first 4 % of the steps.
+  /// In how many of the first steps the network's output is taken as 0. For flow and eps models x
+  /// stays what it is then, for others it only shrinks. The paper takes 1 for flow models, or the
+  /// first 4 % of the steps.
   std::int64_t zero_init_steps = 0;
   /// Where it guides; elsewhere it is plain CFG.
   GuidanceWindow window = {};
@@ -24,8 +25,10 @@ struct CfgZeroStarOptions {
 ///     alpha  = (c · u) / ‖u‖²
 ///     output = alpha · u + cond_scale · (c − alpha · u)
 ///
-/// takes the place of CFG. It adds the difference to plain CFG, so what other guidances add stays.
-/// It costs no row. Where one of the predictions is missing there is nothing to guide.
+/// takes the place of CFG. It adds the difference to plain CFG, so what other guidances add stays,
+/// and so does what a CFG function of the model's own (`set_cfg_function`) does differently. It
+/// costs no row. At cond_scale 1, and where one of the predictions is missing, there is nothing to
+/// guide. CFG++ samplers move along the unconditional prediction, which zero_init_steps leaves.
 ///
 /// Throws ValueError when zero_init_steps is below 0; if it is above, the guider needs
 /// `CfgGuider::begin_run`.

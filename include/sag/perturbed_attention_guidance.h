@@ -10,7 +10,7 @@
 
 namespace sag {
 
-/// ComfyUI's node input with its default, and what others let choose.
+/// The scale and its default are ComfyUI's.
 struct PerturbedAttentionGuidanceOptions {
   /// How strongly to steer; 0 is off.
   double scale = 3.0;
@@ -20,7 +20,8 @@ struct PerturbedAttentionGuidanceOptions {
   double adaptive_scale = 0.0;
   /// The self-attentions to perturb, all in the same rows: {"middle"}, {"middle", "output.3.0"}.
   std::vector<AttentionSite> sites = {"middle"};
-  /// Where the picture's tokens are in them, if they have others, too; only those are perturbed.
+  /// Where the picture's tokens are in them, if they have others, too; only those are perturbed. If
+  /// nothing is said, all tokens are, whether they are a grid of the latent or not.
   PictureTokens tokens = {};
   /// Where it guides.
   GuidanceWindow window = {};
@@ -32,10 +33,10 @@ struct PerturbedAttentionGuidanceOptions {
 ///
 ///     denoised = denoised + scale · (cond_denoised − cond_denoised with out := v)
 ///
-/// It costs one row more per image, in the main UNet call. Without positives the unconditional
-/// prediction is perturbed, in a call of its own. Where it cannot guide (the site did not run, it
-/// is no self-attention, or `tokens` finds no picture in it) the CFG result stays, and the guider's
-/// report says why.
+/// It costs one row more per image and active positive, in the main UNet call. Without positives
+/// the unconditional prediction is perturbed, in a call of its own. Where it cannot guide (the site
+/// did not run, it is no self-attention, or `tokens` finds no picture in it) the CFG result stays,
+/// and the guider's report says why.
 ///
 /// Throws ValueError when an option is out of range, or the UNet has no such site.
 /// Source: Ahn et al. 2024 (arXiv 2403.17377), equations 12 to 16; ComfyUI:

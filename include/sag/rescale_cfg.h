@@ -15,9 +15,9 @@ struct RescaleCfgOptions {
 };
 
 /// CFG rescale, against the overexposure of high scales. Returns a clone of `model` where the
-/// result gets, for each image, the spread of the conditional prediction: with v the result so far,
-/// v_c the conditional prediction, both as the v that a v model would have predicted (flow and edm
-/// models: as their own output), and std over the image's latent,
+/// result is scaled, for each image, to the spread of the conditional prediction: with v the result
+/// so far, v_c the conditional prediction, both as the v that a v model would have predicted (flow
+/// and edm models: as their own output), and std over the image's latent,
 ///
 ///     v = multiplier · v · std(v_c) / std(v) + (1 − multiplier) · v
 ///

@@ -68,8 +68,6 @@ bool is_of_a_transformer(const std::string& name) {
 std::string family_of(const Pairs& pairs) {
   for (const auto& [module, pair] : pairs) {
     if (is_of_a_transformer(module)) return "; it is for a transformer, such as Flux or SD 3";
-    if (module.starts_with("lora_te2_") || module.starts_with("text_encoder_2"))
-      return "; it is for SDXL";
     const bool attends = module.ends_with("attn2_to_k") || module.ends_with("attn2.to_k") ||
                          module.ends_with("attn2.processor.to_k");
     if (!attends || !pair.down.defined() || pair.down.dim() < 2) continue;

@@ -12,6 +12,7 @@ namespace {
 // Returns why there is nothing to change; null if there is.
 const char* idle_reason(const CfgChange& change, const PostCfgArgs& args) {
   if (!contains(change.window, args.sigma)) return kOutsideWindow;
+  if (args.cond_scale == 1) return "cond_scale is 1";
   if (!args.uncond_denoised.defined()) return "there is no unconditional prediction at this sigma";
   if (!args.cond_denoised.defined()) return "there is no conditional prediction at this sigma";
   return nullptr;

@@ -95,7 +95,7 @@ void check_steps_are_known(const ModelPatcher& model, const std::vector<double>&
   for (const auto& installed : model.post_cfg_functions())
     TORCH_CHECK_VALUE(!installed.options.needs_steps || !sigmas.empty(),
                       "[CfgGuider] sigmas must be known, as a guidance of this model depends "
-                      "on the step (interval, one_pass), got none: call begin_run or sample.");
+                      "on the step, got none: call begin_run or sample.");
 }
 
 // Called once per run, so that no step copies from the host.

@@ -23,8 +23,8 @@ std::vector<RowGroup> rows_of(const Pass& pass, const Owner& owner) {
   return rows;
 }
 
-torch::Tensor perturb(const Perturbation& perturbation, const AttentionCall& call, const Pass& pass,
-                      const NextAttention& next) {
+torch::Tensor perturb(const Perturbation& perturbation, const Owner& at_site,
+                      const AttentionCall& call, const Pass& pass, const NextAttention& next) {
   if (pass.groups.empty()) {
     pass.step->skipped(perturbation.owner, kUnknownRows);
     return next(call);
@@ -33,26 +33,29 @@ torch::Tensor perturb(const Perturbation& perturbation, const AttentionCall& cal
   if (rows.empty()) return next(call);
   // Says that the site ran, also when a CUDA graph is replayed.
   for (const auto& group : rows)
-    pass.step->record(perturbation.owner, group, call.v.new_empty({group.count, 0}, torch::kFloat));
+    pass.step->record(at_site, group, call.v.new_empty({group.count, 0}, torch::kFloat));
   return perturbation.perturb(call, pass, rows, next);
 }
 
 // Returns the prediction that was made with perturbed attention; undefined if there is none, and
 // then `args.step` says why.
-torch::Tensor perturbed_prediction(const Owner& owner, const PostCfgArgs& args) {
+torch::Tensor perturbed_prediction(const Owner& owner, const std::vector<Owner>& at_sites,
+                                   const PostCfgArgs& args) {
   const auto perturbed =
       args.cond_denoised.defined() ? args.early : args.predict(args.x, Branch::uncond, owner);
-  if (args.step.records(owner).empty()) args.step.skipped(owner, kSiteDidNotRun);
+  for (const auto& at_site : at_sites)
+    if (args.step.records(at_site).empty()) args.step.skipped(owner, kSiteDidNotRun);
   return args.step.skip_reason(owner).empty() ? perturbed : torch::Tensor();
 }
 
-torch::Tensor guide(const Perturbation& perturbation, const PostCfgArgs& args) {
+torch::Tensor guide(const Perturbation& perturbation, const std::vector<Owner>& at_sites,
+                    const PostCfgArgs& args) {
   const auto& owner = perturbation.owner;
   if (const auto* reason = idle_reason(perturbation, args.sigma)) {
     args.step.skipped(owner, reason);
     return args.denoised;
   }
-  const auto perturbed = perturbed_prediction(owner, args);
+  const auto perturbed = perturbed_prediction(owner, at_sites, args);
   if (!perturbed.defined()) return args.denoised;
   args.step.guided(owner);
   const auto& prediction = args.cond_denoised.defined() ? args.cond_denoised : args.uncond_denoised;
@@ -66,19 +69,27 @@ ModelPatcher guide_by_perturbation(const ModelPatcher& model, const Perturbation
     return !idle_reason(perturbation, step.sigma());
   };
   auto patched = model.clone();
-  for (const auto& site : perturbation.sites)
+  // Tell apart which sites ran: one owner keeps one record for the same rows.
+  std::vector<Owner> at_sites;
+  for (const auto& site : perturbation.sites) {
+    const auto& owner = perturbation.owner;
+    at_sites.push_back(at_sites.empty() ? owner : Owner(owner.name()));
     patched.set_attn1_replace(
-        [perturbation](const AttentionCall& call, const Pass& pass, const NextAttention& next) {
-          return perturb(perturbation, call, pass, next);
+        [perturbation, at_site = at_sites.back()](const AttentionCall& call, const Pass& pass,
+                                                  const NextAttention& next) {
+          return perturb(perturbation, at_site, call, pass, next);
         },
         site, {.active = active, .capturable = true});
+  }
   PostCfgOptions post_cfg;
   post_cfg.early = [perturbation](const EarlyArgs& args) -> std::optional<EarlyRows> {
     if (idle_reason(perturbation, args.sigma)) return std::nullopt;
     return EarlyRows{Branch::cond, perturbation.owner, args.x};
   };
   patched.set_post_cfg_function(
-      [perturbation](const PostCfgArgs& args) { return guide(perturbation, args); },
+      [perturbation, at_sites](const PostCfgArgs& args) {
+        return guide(perturbation, at_sites, args);
+      },
       std::move(post_cfg));
   return patched;
 }

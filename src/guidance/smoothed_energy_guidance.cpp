@@ -16,19 +16,21 @@ namespace {
 
 constexpr const char* kCaller = "apply_smoothed_energy_guidance";
 
-// Odd. A wider one would be clamped to the picture anyway.
-std::int64_t taps(double sigma, const TokenGrid& grid) {
-  const auto widest = static_cast<double>(2 * std::max(grid.rows, grid.cols));
-  return static_cast<std::int64_t>(std::min(std::ceil(6 * sigma), widest)) | 1;
+// Along the last dimension, with the paper's taps: at most one more than there are tokens.
+torch::Tensor smoothed_along(const torch::Tensor& t, double sigma) {
+  const auto side = t.size(-1);
+  const auto taps = std::min(std::ceil(6 * sigma), static_cast<double>(side));
+  return gaussian_blur_2d(t.reshape({1, -1, 1, side}), static_cast<std::int64_t>(taps) | 1, sigma)
+      .reshape(t.sizes());
 }
 
 // q: [rows, heads, tokens, head_dim], the tokens of a picture.
 torch::Tensor smoothed(const torch::Tensor& q, const TokenGrid& grid, double sigma) {
-  if (std::isinf(sigma)) return q.mean(2, /*keepdim=*/true, torch::kFloat).to(q.scalar_type());
-  const auto pictures = q.transpose(2, 3).reshape({-1, q.size(3), grid.rows, grid.cols});
-  return gaussian_blur_2d(pictures, taps(sigma, grid), sigma)
-      .reshape({q.size(0), q.size(1), q.size(3), q.size(2)})
-      .transpose(2, 3);
+  const auto wide = c10::promoteTypes(q.scalar_type(), torch::kFloat);
+  if (std::isinf(sigma)) return q.mean(2, /*keepdim=*/true, wide).to(q.scalar_type());
+  const auto picture = q.transpose(2, 3).unflatten(3, {grid.rows, grid.cols});
+  const auto down = smoothed_along(picture.transpose(3, 4), sigma).transpose(3, 4);
+  return smoothed_along(down, sigma).flatten(3).transpose(2, 3);
 }
 
 torch::Tensor with_smooth_queries(const Owner& owner, const SmoothedEnergyGuidanceOptions& options,

@@ -29,7 +29,7 @@ struct PictureNetwork::State {
 torch::Tensor PictureNetwork::State::run(const torch::Tensor& input) const {
   c10::IValue result;
   try {
-    // A few pictures do not pay for it.
+    // Optimising the graph takes longer than a few pictures gain by it.
     const torch::jit::GraphOptimizerEnabledGuard as_it_is(false);
     // A copy shares everything, and only its own `forward` may be called.
     result = Module(module).forward({input});

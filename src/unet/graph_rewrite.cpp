@@ -143,7 +143,9 @@ bool follows_weights(const Value* value) {
   const auto& uses = value->uses();
   return std::all_of(uses.begin(), uses.end(), [](const Use& use) {
     const auto* op = weighted_op(use.user);
-    return op && use.offset == op->activation && weight_source(use.user->input(op->weight));
+    // A norm may have no weights.
+    return op && use.offset == op->activation && is_tensor(use.user->input(op->weight)) &&
+           weight_source(use.user->input(op->weight));
   });
 }
 

@@ -25,7 +25,7 @@ bool fits_shape(torch::IntArrayRef given, torch::IntArrayRef wanted) {
 }
 
 // A sum passes over the values once and copies nothing, where `isfinite` writes several tensors of
-// their size. One that is finite was made of such values.
+// their size. If the sum is finite, so is every value.
 torch::Tensor all_finite(const torch::Tensor& values) {
   if (values.is_cpu() && std::isfinite(values.sum().item<double>()))
     return at::ones({}, torch::kBool);
