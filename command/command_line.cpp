@@ -142,6 +142,12 @@ fs::path file_in(const std::string& option, const std::string& word) {
   return fs::exists(word, error) ? word : word.substr(0, word.rfind(':'));
 }
 
+// Others in a model's folder may be outputs of earlier runs.
+bool is_of_a_model(const fs::path& path) {
+  return path.extension() == ".ts" || path.extension() == ".pt2" ||
+         path.filename() == "model.json" || path.filename() == "weights.pt";
+}
+
 // An output takes the place of whatever has its name.
 void check_overwrites_nothing(const Choices& choices) {
   constexpr std::array<const char*, 3> kOutputs = {"--out", "--save-latent", "--json"};
@@ -169,7 +175,7 @@ void check_overwrites_nothing(const Choices& choices) {
         for (const auto& folder : words(option)) {
           const auto inside = fs::path(folder) / fs::path(path).filename();
           std::error_code error;
-          if (fs::exists(inside, error) && is_same_file(path, inside)) {
+          if (is_of_a_model(inside) && fs::exists(inside, error) && is_same_file(path, inside)) {
             refuse(kOutputs[i], option, path);
           }
         }
