@@ -24,6 +24,14 @@ bool fits_shape(torch::IntArrayRef given, torch::IntArrayRef wanted) {
   return true;
 }
 
+// Kernels round differently where memory begins at odd places, as it does in a mapped file, and the
+// same weights must give the same picture from any file.
+torch::Tensor aligned(const torch::Tensor& values) {
+  constexpr std::uintptr_t kAlignment = 64;
+  const auto address = reinterpret_cast<std::uintptr_t>(values.const_data_ptr());
+  return values.is_cpu() && address % kAlignment != 0 ? values.clone() : values;
+}
+
 // A sum passes over the values once and copies nothing, where `isfinite` writes several tensors of
 // their size. If the sum is finite, so is every value.
 torch::Tensor all_finite(const torch::Tensor& values) {
@@ -72,7 +80,7 @@ void fill_parameters(torch::jit::Module& module, const WeightSource& weights, to
                       value.defined() ? c10::str(value.sizes(), " of ", value.scalar_type())
                                       : std::string("nothing"),
                       ".");
-    parameter.set_data(value.detach().to(device, dtype));
+    parameter.set_data(aligned(value.detach().to(device, dtype)));
     names.push_back(name);
     finite.push_back(all_finite(parameter));
   }
