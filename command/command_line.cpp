@@ -148,43 +148,46 @@ bool is_of_a_model(const fs::path& path) {
          path.filename() == "model.json" || path.filename() == "weights.pt";
 }
 
+struct NamedFile {
+  const char* option;
+  fs::path path;
+};
+
+std::vector<NamedFile> files_in(const char* option, const std::string& folder) {
+  std::vector<NamedFile> files;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder, error)) {
+    if (is_of_a_model(entry.path())) files.push_back({option, entry.path()});
+  }
+  return files;
+}
+
 // An output takes the place of whatever has its name.
 void check_overwrites_nothing(const Choices& choices) {
-  constexpr std::array<const char*, 3> kOutputs = {"--out", "--save-latent", "--json"};
-  constexpr std::array<const char*, 15> kFiles = {
-      "--checkpoint", "--unet",   "--vae",    "--lora",     "--embedding",
-      "--image",      "--mask",   "--latent", "--noise",    "--inpaint-noise",
-      "--cond",       "--cond-y", "--uncond", "--uncond-y", "--concat"};
-  constexpr std::array<const char*, 3> kFolders = {"--model", "--skeleton", "--compiled"};
   const auto words = [&](const char* option) {
     const auto given = choices.find(option);
     return given == choices.end() ? std::vector<std::string>() : given->second.words;
   };
-  const auto refuse = [](const char* output, const char* other, const std::string& path) {
-    throw UsageError(
-        fmt::format("{} must not take the place of {}'s file \"{}\".", output, other, path));
-  };
-  for (std::size_t i = 0; i < kOutputs.size(); ++i) {
-    for (const auto& path : words(kOutputs[i])) {
-      for (const char* option : kFiles) {
-        for (const auto& word : words(option)) {
-          if (is_same_file(path, file_in(option, word))) refuse(kOutputs[i], option, path);
-        }
+  std::vector<NamedFile> taken;
+  for (const char* option :
+       {"--checkpoint", "--unet", "--vae", "--lora", "--embedding", "--image", "--mask", "--latent",
+        "--noise", "--inpaint-noise", "--cond", "--cond-y", "--uncond", "--uncond-y", "--concat"}) {
+    for (const auto& word : words(option)) taken.push_back({option, file_in(option, word)});
+  }
+  for (const char* option : {"--model", "--skeleton", "--compiled"}) {
+    for (const auto& folder : words(option)) {
+      const auto files = files_in(option, folder);
+      taken.insert(taken.end(), files.begin(), files.end());
+    }
+  }
+  for (const char* output : {"--out", "--save-latent", "--json"}) {
+    for (const auto& path : words(output)) {
+      for (const auto& other : taken) {
+        if (!is_same_file(path, other.path)) continue;
+        throw UsageError(fmt::format("{} must not take the place of {}'s file \"{}\".", output,
+                                     other.option, path));
       }
-      for (const char* option : kFolders) {
-        for (const auto& folder : words(option)) {
-          const auto inside = fs::path(folder) / fs::path(path).filename();
-          std::error_code error;
-          if (is_of_a_model(inside) && fs::exists(inside, error) && is_same_file(path, inside)) {
-            refuse(kOutputs[i], option, path);
-          }
-        }
-      }
-      for (std::size_t j = 0; j < i; ++j) {
-        for (const auto& other : words(kOutputs[j])) {
-          if (is_same_file(path, other)) refuse(kOutputs[i], kOutputs[j], path);
-        }
-      }
+      taken.push_back({output, path});
     }
   }
 }
