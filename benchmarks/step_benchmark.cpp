@@ -27,12 +27,15 @@
 #include "sag/aoti_unet.h"
 #include "sag/cfg_guider.h"
 #include "sag/cuda_graph_unet.h"
+#include "sag/normalized_attention_guidance.h"
 #include "sag/perturbed_attention_guidance.h"
 #include "sag/rescale_cfg.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
 #include "sag/self_attention_guidance.h"
+#include "sag/skip_layer_guidance.h"
 #include "sag/smoothed_energy_guidance.h"
+#include "sag/token_perturbation_guidance.h"
 #include "sag/torchscript_unet.h"
 
 namespace {
@@ -195,6 +198,10 @@ std::vector<std::pair<const char*, Guide>> guidances() {
        [](const ModelPatcher& model) {
          return apply_smoothed_energy_guidance(model, {.blur_sigma = 10});
        }},
+      {"tpg", [](const ModelPatcher& model) { return apply_token_perturbation_guidance(model); }},
+      {"slg",
+       [](const ModelPatcher& model) { return apply_skip_layer_guidance(model, {.window = {}}); }},
+      {"nag", [](const ModelPatcher& model) { return apply_normalized_attention_guidance(model); }},
       {"apg_rescale", [](const ModelPatcher& model) {
          return apply_rescale_cfg(apply_adaptive_projected_guidance(model));
        }}};

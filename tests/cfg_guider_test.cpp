@@ -291,5 +291,42 @@ TEST(CfgGuider, TwoNegativesGiveThreeWayGuidance) {
   }
 }
 
+TEST(CfgWindow, HoldsTheNoiseLevelsAtWhichTheScaleActs) {
+  const ModelPatcher model(std::make_shared<test::ToyUNet>(), ModelSampling::discrete());
+  const auto x = test::fill({1, 4, 16, 16}, .262, .3, 6);
+  const auto at = [&](const GuidanceWindow& window, double sigma) {
+    CfgGuider guider(model, {test::toy_prompt(1)}, {test::toy_prompt(-1)},
+                     {.cond_scale = 7, .cfg_window = window});
+    const auto denoised = guider(x, sigma);
+    return std::pair(denoised, guider.report().unet_rows());
+  };
+  const auto cond = CfgGuider(model, {test::toy_prompt(1)}, {})(x, 4);
+  const auto guided = at({}, 4);
+  EXPECT_EQ(guided.second, 2);
+  // Both ends belong to it.
+  for (const auto& window : {GuidanceWindow{.sigma_start = 4}, GuidanceWindow{.sigma_end = 4}}) {
+    EXPECT_TRUE(torch::equal(at(window, 4).first, guided.first));
+    EXPECT_EQ(at(window, 4).second, 2);
+  }
+  for (const auto& window : {GuidanceWindow{.sigma_start = 3.9}, GuidanceWindow{.sigma_end = 4.1},
+                             GuidanceWindow{.start_percent = 0.9}}) {
+    EXPECT_TRUE(torch::equal(at(window, 4).first, cond));
+    EXPECT_EQ(at(window, 4).second, 1);
+  }
+  EXPECT_THROW(at({.sigma_start = 1, .sigma_end = 2}, 4), c10::ValueError);
+  // Where a guidance needs the unconditional prediction, it is there, and the scale is 1.
+  auto watched = model.clone();
+  watched.set_post_cfg_function(
+      [](const PostCfgArgs& args) {
+        EXPECT_EQ(args.cond_scale, 1);
+        EXPECT_TRUE(args.uncond_denoised.defined());
+        return args.denoised;
+      },
+      {.needs_uncond = [](const StepContext&) { return true; }});
+  CfgGuider guider(watched, {test::toy_prompt(1)}, {test::toy_prompt(-1)},
+                   {.cond_scale = 7, .cfg_window = {.sigma_start = 3}});
+  EXPECT_LT(test::max_diff(guider(x, 4), cond), 1e-6);
+}
+
 }  // namespace
 }  // namespace sag

@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "../examples/own_guidance.h"
 #include "sag/cfg_guider.h"
 #include "sag/cuda_graph_unet.h"
 #include "sag/perturbed_attention_guidance.h"
@@ -109,6 +110,14 @@ TEST_P(PerturbationOn, PagIsItsFormula) {
   const auto by_pag = denoise(apply_perturbed_attention_guidance(base()), x());
   EXPECT_LT(max_diff(by_pag, expected(x(), identity)), 1e-4);
   EXPECT_GT(max_diff(by_pag, expected(x(), usual)), 0.1);
+}
+
+// The example of docs/guidances.md.
+TEST_P(PerturbationOn, AGuidanceOfOnesOwnIsItsFormula) {
+  const Attend uniform = [](const torch::Tensor&, const torch::Tensor&, const torch::Tensor& v,
+                            const TokenGrid&) { return v.mean(2, true).expand_as(v); };
+  const auto guided = apply_uniform_attention_guidance(base(), 3);
+  EXPECT_LT(max_diff(denoise(guided, x()), expected(x(), uniform)), 1e-4);
 }
 
 // Wide and thin grids are where a kernel clamped by one side fails.

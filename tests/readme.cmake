@@ -1,7 +1,14 @@
-# The program in the README is the example that is built. Usage: cmake -DSOURCE=<root> -P readme.cmake
-file(READ "${SOURCE}/README.md" readme)
-file(READ "${SOURCE}/examples/minimal.cpp" program)
-string(FIND "${readme}" "```cpp\n${program}```" at)
-if(at EQUAL -1)
-  message(FATAL_ERROR "README.md must hold examples/minimal.cpp, word for word, in its ```cpp block.")
-endif()
+# The code in the README and in docs/guidances.md is the examples that are built and tested. Usage:
+#
+#   cmake -DSOURCE=<root> -P readme.cmake
+foreach(pair IN ITEMS "README.md|minimal.cpp" "docs/guidances.md|own_guidance.h")
+  string(REPLACE "|" ";" names "${pair}")
+  list(GET names 0 page)
+  list(GET names 1 example)
+  file(READ "${SOURCE}/${page}" text)
+  file(READ "${SOURCE}/examples/${example}" program)
+  string(FIND "${text}" "```cpp\n${program}```" at)
+  if(at EQUAL -1)
+    message(FATAL_ERROR "${page} must hold examples/${example}, word for word, in a ```cpp block.")
+  endif()
+endforeach()

@@ -47,19 +47,19 @@ const std::vector<AttentionSiteInfo> kSites = {
     make_site("model.mid.1", 2), make_site("", 5), {"twice", "a", 7}, {"twice", "b", 8}};
 
 TEST(HookedSite, IsFoundByNamePathAndOrdinal) {
-  EXPECT_EQ(hooked_site(kSites, "model.mid.1", "caller").ordinal, 2);
-  EXPECT_EQ(hooked_site(kSites, "#2", "caller").ordinal, 2);
-  EXPECT_EQ(hooked_site(kSites, "#5", "caller").ordinal, 5);
-  EXPECT_EQ(hooked_site(kSites, "b", "caller").ordinal, 8);
+  EXPECT_EQ(hooked_site(kSites, {}, "model.mid.1", "caller").ordinal, 2);
+  EXPECT_EQ(hooked_site(kSites, {}, "#2", "caller").ordinal, 2);
+  EXPECT_EQ(hooked_site(kSites, {}, "#5", "caller").ordinal, 5);
+  EXPECT_EQ(hooked_site(kSites, {}, "b", "caller").ordinal, 8);
 }
 
 TEST(HookedSite, MustBeOneOfTheUNets) {
-  EXPECT_THAT(error_of<c10::ValueError>([] { hooked_site(kSites, "other", "caller"); }),
+  EXPECT_THAT(error_of<c10::ValueError>([] { hooked_site(kSites, {}, "other", "caller"); }),
               AllOf(one_sentence(), HasSubstr("[caller] "), HasSubstr("got \"other\". "),
                     HasSubstr("model.mid.1 (#2), #5, twice (a, #7), twice (b, #8).")));
-  EXPECT_THAT(error_of<c10::ValueError>([] { hooked_site(kSites, "twice", "caller"); }),
+  EXPECT_THAT(error_of<c10::ValueError>([] { hooked_site(kSites, {}, "twice", "caller"); }),
               AllOf(one_sentence(), HasSubstr("got \"twice\", which stands for 2.")));
-  EXPECT_THAT(error_of<c10::ValueError>([] { hooked_site({}, "other", "caller"); }),
+  EXPECT_THAT(error_of<c10::ValueError>([] { hooked_site({}, {}, "other", "caller"); }),
               AllOf(one_sentence(), HasSubstr("It has no self-attention")));
 }
 

@@ -67,6 +67,7 @@ class SAG_API AotiUNet final : public UNet {
   /// TypeError when it has another dtype. An exception of a hook arrives unchanged.
   torch::Tensor forward(const UNetInput& input) const override;
   std::vector<AttentionSiteInfo> attention_sites() const override;
+  std::vector<AttentionSiteInfo> cross_attention_sites() const override;
   std::string note_on_sites() const override;
   std::int64_t max_rows() const override;
   std::int64_t evaluated_rows(c10::IntArrayRef x) const override;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string_view>
 
@@ -11,7 +12,8 @@ namespace sag {
 
 /// Which attention it is, and SDPA's own arguments.
 struct AttentionOptions {
-  /// The name of this attention, as `UNet::attention_sites` lists it.
+  /// The name of this attention, as `UNet::attention_sites` lists it; of a cross-attention the
+  /// path, as `UNet::cross_attention_sites` does.
   std::string_view site = {};
   /// SDPA's mask, boolean or added; nothing: none.
   std::optional<torch::Tensor> attn_mask = {};
@@ -32,7 +34,17 @@ struct AttentionOptions {
 SAG_API torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k,
                                 const torch::Tensor& v, const AttentionOptions& options = {});
 
-/// Makes sure that the ops `sag::attention` and `sag::attention_probabilities` are registered.
+/// Runs a transformer block so that hooks may change what it returns
+/// (`ModelPatcher::set_block_replace`). A UNet written in C++ calls its blocks through it, and
+/// lists them by these
+/// paths (`UNet::block_sites`). x: [rows, tokens, channels], what the block adds to; `block`
+/// returns the same shape and must not write into x. Without a hook, block(x).
+SAG_API torch::Tensor transformer_block(
+    const torch::Tensor& x, const std::function<torch::Tensor(const torch::Tensor&)>& block,
+    std::string_view path);
+
+/// Makes sure that the ops of TorchScript and AOTInductor models, `sag::attention` and others, are
+/// registered.
 /// Everything that loads models calls it. A program that links the static library and loads models
 /// itself must call it once.
 SAG_API void ensure_ops_registered();

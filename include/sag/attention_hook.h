@@ -39,7 +39,10 @@ class SAG_API AttentionSite {
 };
 
 /// One call of attention: either scaled dot-product attention, with SDPA's own arguments, or the
-/// last product of an attention that a model file computes step by step (`probabilities`).
+/// last product of an attention that a model file computes step by step (`probabilities`). Also one
+/// run of a transformer block (`ModelPatcher::set_block_replace`): then q is what the block was
+/// given, v what it returned, both [rows, tokens, channels], `next` returns v, and the other fields
+/// are unused.
 struct AttentionCall {
   /// [rows, heads, tokens, head_dim], or with the heads folded into rows (`Pass::select`).
   torch::Tensor q = {};

@@ -2,15 +2,29 @@
 
 #include <functional>
 #include <optional>
+#include <vector>
 
 #include <torch/types.h>
 
+#include "sag/conditioning.h"
 #include "sag/model_sampling.h"
 #include "sag/pass.h"
 #include "sag/run_context.h"
 #include "sag/step_context.h"
 
 namespace sag {
+
+/// The prompts of an evaluation, also those that are not active at its sigma.
+struct Conditionings {
+  /// Of the conditional prediction.
+  std::vector<Conditioning> positive;
+  /// Of the unconditional one.
+  std::vector<Conditioning> negative;
+};
+/// Returns the prompts of an evaluation, changed or not. What it cannot change it leaves, and notes
+/// why in `step`. The guider moves what it returns to the UNet's device, and throws ValueError on
+/// contexts or y of different widths and when nothing is active; values are not checked.
+using ConditioningFunction = std::function<Conditionings(Conditionings, StepContext& step)>;
 
 /// The predictions that go into the CFG formula, [images, channels, height, width] each.
 /// An undefined tensor was not evaluated: no such conditioning, none active, or not needed.

@@ -10,6 +10,7 @@
 #include "sag/conditioning.h"
 #include "sag/denoised.h"
 #include "sag/export.h"
+#include "sag/guidance_window.h"
 #include "sag/model_patcher.h"
 #include "sag/run_context.h"
 #include "sag/step_context.h"
@@ -56,6 +57,9 @@ struct SAG_API GuiderReport {
 struct CfgGuiderOptions {
   /// 1: the conditional prediction alone, and no unconditional rows unless a guidance needs them.
   double cond_scale = 1.0;
+  /// The noise levels at which cond_scale acts; at all others it is 1, which saves the
+  /// unconditional rows (CFG interval, 2404.07724). Default: all.
+  GuidanceWindow cfg_window = {};
   /// The most rows in one UNet call; 0: no limit. See `CalcCondBatchOptions`.
   std::int64_t max_rows = 0;
 };
@@ -69,7 +73,8 @@ class SAG_API CfgGuider {
  public:
   /// Several positives or negatives are averaged (see `calc_cond_batch`). Without positives the
   /// result is the unconditional prediction, guided: this is how to draw an unconditional picture.
-  /// Throws ValueError when both are empty, on a scale that is not finite, on conditionings with
+  /// Throws ValueError when both are empty, on a scale that is not finite, on a window that ends
+  /// before it starts, on conditionings with
   /// NaN or infinity (checked here, not in every evaluation) or a mask outside 0 … 1, and on
   /// contexts or y of different widths, or concat of different channels.
   CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
@@ -108,7 +113,7 @@ class SAG_API CfgGuider {
   Denoised evaluate(const torch::Tensor& x, double sigma, bool keep_uncond);
 
   ModelPatcher model_;
-  std::vector<Conditioning> positive_, negative_;
+  Conditionings prompts_;
   CfgGuiderOptions options_;
   std::vector<double> sigmas_;
   GuiderReport report_;

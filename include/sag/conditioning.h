@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include <torch/types.h>
 
@@ -18,6 +19,10 @@ namespace sag {
 struct Conditioning {
   /// Text for cross-attention, [1 or images, tokens, width]. Undefined for UNets that take none.
   torch::Tensor context = {};
+  /// The tokens of each prompt in `context`, where it holds several, one after the other. Only
+  /// hooks on all cross-attentions can tell them apart (`ModelPatcher::set_attn2_replace`,
+  /// `RowGroup::context_parts`). Empty: it is one prompt.
+  std::vector<std::int64_t> context_parts = {};
   /// Vector for the whole picture (SDXL: pooled text and sizes), [1 or images, features].
   torch::Tensor y = {};
   /// Further channels of the network's x, [1 or images, channels, height, width] of the latent's

@@ -63,6 +63,8 @@ class SAG_API CudaGraphUNet final : public UNet {
 
   torch::Tensor forward(const UNetInput& input) const override;
   std::vector<AttentionSiteInfo> attention_sites() const override;
+  std::vector<AttentionSiteInfo> cross_attention_sites() const override;
+  std::vector<AttentionSiteInfo> block_sites() const override;
   std::string note_on_sites() const override;
   std::int64_t max_rows() const override;
   std::int64_t evaluated_rows(c10::IntArrayRef x) const override;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <torch/types.h>
@@ -33,6 +34,22 @@ class SAG_API ModelPatcher {
   /// ComfyUI: `set_model_attn1_replace`, which holds one hook per site.
   ModelPatcher& set_attn1_replace(AttentionHook hook, const AttentionSite& site,
                                   AttentionHookOptions options = {});
+  /// Appends `hook` to the chain of a cross-attention, by the same rules; its name is that of the
+  /// self-attention beside it ("middle.0.0", of which "middle" is short), its
+  /// path or its #ordinal. Throws
+  /// ValueError, with the list of cross-attentions, when the UNet has no such site. ComfyUI:
+  /// `set_model_attn2_replace`.
+  ModelPatcher& set_attn2_replace(AttentionHook hook, const AttentionSite& site,
+                                  AttentionHookOptions options = {});
+  /// Appends `hook` to the chain of a transformer block (`AttentionCall` says what it gets), by the
+  /// same rules; its name is that of its first self-attention ("middle.0.0", of which
+  /// "middle" is short), or its path. Throws ValueError, with
+  /// the list of blocks, when the UNet has no such block. ComfyUI: `set_model_patch_replace` with
+  /// "dit", which UNets do not have.
+  ModelPatcher& set_block_replace(AttentionHook hook, const AttentionSite& block,
+                                  AttentionHookOptions options = {});
+  /// Appends a function that sees and may change the prompts of an evaluation before the UNet runs.
+  ModelPatcher& set_conditioning_function(ConditioningFunction function);
   /// Appends a function that sees and may change both predictions before CFG.
   ModelPatcher& set_pre_cfg_function(PreCfgFunction function);
   /// Sets the CFG formula; the last one set is used.
@@ -45,7 +62,8 @@ class SAG_API ModelPatcher {
   /// `CfgGuider` does it when an active hook first needs it. Throws ValueError when the probe does
   /// not decide either.
   std::int64_t decide_sites(const torch::Tensor& x, double sigma, const Conditioning& cond);
-  /// Returns what was chosen for each hook, and why, in the order in which the hooks were set.
+  /// Returns what was chosen for each hook on a self-attention, and why, in the order in which the
+  /// hooks were set.
   const std::vector<SiteChoice>& site_choices() const { return choices_; }
 
   /// Returns the network with its sampling constants.
@@ -56,6 +74,8 @@ class SAG_API ModelPatcher {
   const ModelSampling& model_sampling() const { return denoiser_.model_sampling(); }
   /// Returns the hooks of all sites, in the order in which they were set.
   const std::vector<InstalledHook>& attention_hooks() const { return hooks_; }
+  /// Returns the functions that change prompts, in order.
+  const std::vector<ConditioningFunction>& conditioning_functions() const { return conditioning_; }
   /// Returns the functions before CFG, in order.
   const std::vector<PreCfgFunction>& pre_cfg_functions() const { return pre_cfg_; }
   /// Returns the CFG formula; empty: the usual one.
@@ -64,9 +84,13 @@ class SAG_API ModelPatcher {
   const std::vector<InstalledPostCfg>& post_cfg_functions() const { return post_cfg_; }
 
  private:
+  ModelPatcher& add_hook(std::string site, AttentionHook hook, AttentionHookOptions options,
+                         const char* caller);
+
   Denoiser denoiser_;
   std::vector<InstalledHook> hooks_;
   std::vector<SiteChoice> choices_;
+  std::vector<ConditioningFunction> conditioning_;
   std::vector<PreCfgFunction> pre_cfg_;
   CfgFunction cfg_;
   std::vector<InstalledPostCfg> post_cfg_;

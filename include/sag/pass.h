@@ -72,6 +72,10 @@ struct SAG_API RowGroup {
   /// How much the rows count in the branch's prediction, [1 or count, 1, h, w] over the area.
   /// Undefined: the same everywhere.
   torch::Tensor weight = {};
+  /// The tokens of each prompt in the rows' context, in order (`Conditioning::context_parts`); one
+  /// number where there is one prompt. Where rows with fewer tokens share a call, their context is
+  /// repeated as a whole. Empty: no context, or unknown.
+  std::vector<std::int64_t> context_parts = {};
 
   /// Returns these rows of `t`, a view: t[begin : begin + count].
   torch::Tensor of(const torch::Tensor& t) const;

@@ -30,10 +30,16 @@
 // Other guidances on the same hooks.
 #include "sag/adaptive_projected_guidance.h"
 #include "sag/cfg_zero_star.h"
+#include "sag/dynamic_thresholding.h"
 #include "sag/guidance_window.h"
+#include "sag/momentum_guidance.h"
+#include "sag/normalized_attention_guidance.h"
 #include "sag/perturbed_attention_guidance.h"
 #include "sag/rescale_cfg.h"
+#include "sag/self_guidance.h"
+#include "sag/skip_layer_guidance.h"
 #include "sag/smoothed_energy_guidance.h"
+#include "sag/token_perturbation_guidance.h"
 
 // Files: for callers with a model file.
 #include "sag/aoti_unet.h"

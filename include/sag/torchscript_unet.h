@@ -92,6 +92,8 @@ class SAG_API TorchScriptUNet final : public UNet {
   /// c10::Error with one sentence when the network fails. An exception of a hook arrives unchanged.
   torch::Tensor forward(const UNetInput& input) const override;
   std::vector<AttentionSiteInfo> attention_sites() const override;
+  std::vector<AttentionSiteInfo> cross_attention_sites() const override;
+  std::vector<AttentionSiteInfo> block_sites() const override;
   torch::Device device() const override;
   torch::ScalarType dtype() const override;
   std::int64_t evaluated_rows(c10::IntArrayRef x) const override;

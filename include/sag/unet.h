@@ -51,6 +51,15 @@ class SAG_API UNet {
   virtual torch::Tensor forward(const UNetInput& input) const = 0;
   /// Returns the self-attentions that hooks can be set on, in order of execution.
   virtual std::vector<AttentionSiteInfo> attention_sites() const = 0;
+  /// Returns the cross-attentions that hooks can be set on, in order of execution: all that read
+  /// `UNetInput::context`, which nothing else reads, or none where this is not known. Their names
+  /// are those of the self-attentions beside them ("middle.0.0"), and their paths end with attn2.
+  /// Each needs a path. None, unless a UNet says otherwise.
+  virtual std::vector<AttentionSiteInfo> cross_attention_sites() const;
+  /// Returns the transformer blocks that hooks can be set on, in order of execution: the path of
+  /// each, and as name that of its first self-attention ("middle.0.0"), else the path. None, unless
+  /// a UNet says otherwise.
+  virtual std::vector<AttentionSiteInfo> block_sites() const;
   /// Returns a sentence for errors about sites: why one may be missing and how to get it. Empty:
   /// none can be missing.
   virtual std::string note_on_sites() const;
@@ -73,7 +82,7 @@ class SAG_API UNet {
 /// "middle" where only a probe can find it.
 SAG_API std::string resolve_attention_site(const UNet& unet, const AttentionSite& site);
 
-/// The sizes that a self-attention works on; all 0 if it did not run.
+/// The sizes that an attention works on; all 0 if it did not run.
 struct AttentionSiteShape {
   /// Which one.
   AttentionSiteInfo site = {};
@@ -81,6 +90,8 @@ struct AttentionSiteShape {
   std::int64_t heads = 0;
   /// Number of query tokens.
   std::int64_t tokens = 0;
+  /// Number of key tokens.
+  std::int64_t key_tokens = 0;
   /// Width of a head.
   std::int64_t head_dim = 0;
 };
@@ -89,6 +100,9 @@ struct AttentionSiteShape {
 /// the order of `UNet::attention_sites`: a way to recognize the sites of files without names.
 SAG_API std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet,
                                                               const UNetInput& input);
+/// The same for all its cross-attentions, in the order of `UNet::cross_attention_sites`.
+SAG_API std::vector<AttentionSiteShape> probe_cross_attention_sites(const UNet& unet,
+                                                                    const UNetInput& input);
 
 /// The self-attention that was chosen for a hook, and why.
 struct SiteChoice {

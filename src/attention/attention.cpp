@@ -14,6 +14,14 @@ torch::Tensor plain_attention(const AttentionCall& call) {
                                           call.is_causal, call.scale, call.enable_gqa);
 }
 
+torch::Tensor returned_by_block(const AttentionCall& call) {
+  return call.v;
+}
+
+std::string key_of_block(std::string_view path) {
+  return "block " + std::string(path);
+}
+
 torch::Tensor multiply_probabilities(const torch::Tensor& probabilities, const torch::Tensor& value,
                                      std::string_view product) {
   if (product == "matmul") return at::matmul(probabilities, value);
@@ -37,6 +45,15 @@ torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const to
   auto* scope = current_attention_scope();
   return scope ? run_hooks(*scope, options.site, call, plain_attention, attention_shape(call))
                : plain_attention(call);
+}
+
+torch::Tensor transformer_block(const torch::Tensor& x,
+                                const std::function<torch::Tensor(const torch::Tensor&)>& block,
+                                std::string_view path) {
+  const AttentionCall call{.q = x, .v = block(x)};
+  auto* scope = current_attention_scope();
+  return scope ? run_hooks(*scope, key_of_block(path), call, returned_by_block, call.v.sizes())
+               : call.v;
 }
 
 }  // namespace sag

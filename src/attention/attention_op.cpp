@@ -71,6 +71,12 @@ torch::Tensor probabilities_op(const torch::Tensor& probabilities, const torch::
   return run_op(site, call, plain, shape);
 }
 
+torch::Tensor block_op(const torch::Tensor& input, const torch::Tensor& output,
+                       std::string_view path) {
+  const AttentionCall call{.q = input, .v = output};
+  return run_op(key_of_block(path), call, returned_by_block, [&] { return output.sizes(); });
+}
+
 void layer_op(const torch::Tensor& input, std::int64_t channels, std::string_view site) {
   if (auto* scope = current_attention_scope()) scope->enter_layer(site, input.sizes(), channels);
 }
@@ -97,6 +103,8 @@ TORCH_LIBRARY(sag, m) {
       "attention_probabilities(Tensor probabilities, Tensor value, *, str product=\"matmul\", str "
       "site=\"\") -> Tensor",
       c10::AliasAnalysisKind::CONSERVATIVE));
+  m.def(torch::schema("transformer_block(Tensor input, Tensor output, *, str path=\"\") -> Tensor",
+                      c10::AliasAnalysisKind::CONSERVATIVE));
   m.def(torch::schema("attention_layer(Tensor input, int channels, *, str site=\"\") -> ()",
                       c10::AliasAnalysisKind::CONSERVATIVE));
 }
@@ -104,6 +112,7 @@ TORCH_LIBRARY_IMPL(sag, CompositeExplicitAutograd, m) {
   m.impl("attention", sag::attention_op);
   m.impl("attention_probabilities", sag::probabilities_op);
   m.impl("attention_layer", sag::layer_op);
+  m.impl("transformer_block", sag::block_op);
 }
 TORCH_LIBRARY_IMPL(sag, Meta, m) {
   m.impl("attention", sag::attention_meta);

@@ -70,6 +70,12 @@ torch::Tensor run_hooks(AttentionScopeState& scope, std::string_view site,
 /// Runs `at::scaled_dot_product_attention`.
 torch::Tensor plain_attention(const AttentionCall& call);
 
+/// Returns what the block returned, in a call that is a run of a transformer block.
+torch::Tensor returned_by_block(const AttentionCall& call);
+
+/// Returns what hooks call the transformer block with this path: no attention has such a name.
+std::string key_of_block(std::string_view path);
+
 /// Returns the shape of what `plain_attention` returns.
 std::vector<std::int64_t> attention_shape(const AttentionCall& call);
 

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include "cfg_change.h"
+#include "kept_before.h"
 #include "window.h"
 
 namespace sag {
@@ -28,9 +29,8 @@ void check_options(const Options& options) {
 torch::Tensor with_momentum(const Owner& owner, double momentum, const PostCfgArgs& args) {
   auto direction = args.cond_denoised - args.uncond_denoised;
   if (momentum == 0) return direction;
-  const auto before = args.run.latest_before(owner, args.step.step_index());
-  if (before.defined() && before.sizes() == direction.sizes())
-    direction = direction + momentum * before;
+  const auto before = kept_before(owner, args);
+  if (before.defined()) direction = direction + momentum * before;
   args.run.keep(owner, args.step.step_index(), direction);
   return direction;
 }

@@ -49,6 +49,11 @@ std::map<std::string, torch::Tensor> crop_pictures(std::map<std::string, torch::
   return extra;
 }
 
+std::vector<std::int64_t> parts_of(const Conditioning& cond) {
+  if (!cond.context_parts.empty() || !cond.context.defined()) return cond.context_parts;
+  return {cond.context.size(1)};
+}
+
 torch::Tensor images_of(const torch::Tensor& t, std::int64_t image, std::int64_t count) {
   return t.defined() && t.size(0) > 1 ? t.narrow(0, image, count) : t;
 }
@@ -109,7 +114,8 @@ std::vector<Item> items_of(std::span<const CondRequest> requests, double sigma,
                             .entry = static_cast<std::int64_t>(entry),
                             .owner = request.owner,
                             .area = area,
-                            .weight = images_of(weight, image, count)};
+                            .weight = images_of(weight, image, count),
+                            .context_parts = parts_of(cond)};
         items.push_back({r, &cond, rows, crop(x.narrow(0, image, count), area), concat, extra});
       }
     }
@@ -130,7 +136,9 @@ bool contexts_fit(const torch::Tensor& a, const torch::Tensor& b, const UNet& un
   if (same_tail(a, b)) return true;
   if (!a.defined() || !b.defined() || a.size(2) != b.size(2)) return false;
   const auto common = std::lcm(a.size(1), b.size(1));
-  return common / std::min(a.size(1), b.size(1)) <= 4 && is_known_unet(unet.attention_sites());
+  const bool is_cross =
+      is_known_unet(unet.attention_sites()) || !unet.cross_attention_sites().empty();
+  return common / std::min(a.size(1), b.size(1)) <= 4 && is_cross;
 }
 
 bool fits_together(const Item& a, const Item& b, const UNet& unet) {

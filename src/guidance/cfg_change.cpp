@@ -9,17 +9,8 @@
 namespace sag {
 namespace {
 
-// Returns why there is nothing to change; null if there is.
-const char* idle_reason(const CfgChange& change, const PostCfgArgs& args) {
-  if (!contains(change.window, args.sigma)) return kOutsideWindow;
-  if (args.cond_scale == 1) return "cond_scale is 1";
-  if (!args.uncond_denoised.defined()) return "there is no unconditional prediction at this sigma";
-  if (!args.cond_denoised.defined()) return "there is no conditional prediction at this sigma";
-  return nullptr;
-}
-
 torch::Tensor guide(const CfgChange& change, const PostCfgArgs& args) {
-  if (const auto* reason = idle_reason(change, args)) {
+  if (const auto* reason = cfg_idle_reason(change.window, args)) {
     args.step.skipped(change.owner, reason);
     return args.denoised;
   }
@@ -31,6 +22,14 @@ torch::Tensor guide(const CfgChange& change, const PostCfgArgs& args) {
 }
 
 }  // namespace
+
+const char* cfg_idle_reason(const GuidanceWindow& window, const PostCfgArgs& args) {
+  if (!contains(window, args.sigma)) return kOutsideWindow;
+  if (args.cond_scale == 1) return "cond_scale is 1";
+  if (!args.uncond_denoised.defined()) return "there is no unconditional prediction at this sigma";
+  if (!args.cond_denoised.defined()) return "there is no conditional prediction at this sigma";
+  return nullptr;
+}
 
 ModelPatcher change_cfg(const ModelPatcher& model, const CfgChange& change) {
   auto patched = model.clone();

@@ -20,6 +20,10 @@ struct CfgChange {
   bool needs_steps = false;
 };
 
+/// Returns why no CFG of two predictions was computed inside of the window, so that there is
+/// nothing to change; null if there is.
+const char* cfg_idle_reason(const GuidanceWindow& window, const PostCfgArgs& args);
+
 /// Returns a clone of `model` whose results change by what `cfg` returns, less plain CFG.
 ModelPatcher change_cfg(const ModelPatcher& model, const CfgChange& change);
 

@@ -8,6 +8,7 @@
 #include "model/conditioning_checks.h"
 #include "model/latent.h"
 #include "sag/calc_cond_batch.h"
+#include "window.h"
 
 namespace sag {
 namespace {
@@ -50,6 +51,12 @@ bool post_cfg_needs_uncond(const ModelPatcher& model, const StepContext& step) {
   });
 }
 
+std::vector<Conditioning> all_of(std::vector<Conditioning> positive,
+                                 const std::vector<Conditioning>& negative) {
+  positive.insert(positive.end(), negative.begin(), negative.end());
+  return positive;
+}
+
 // No UNet takes contexts, or vectors y, of two widths, or sometimes more channels and sometimes
 // fewer. An error here is clearer than one in its layers.
 void check_one_width(const std::vector<Conditioning>& conds) {
@@ -79,8 +86,7 @@ void check_given(const std::vector<Conditioning>& positive,
                  const std::vector<Conditioning>& negative) {
   TORCH_CHECK_VALUE(!positive.empty() || !negative.empty(),
                     "[CfgGuider] there must be at least one positive or negative conditioning.");
-  auto all = positive;
-  all.insert(all.end(), negative.begin(), negative.end());
+  const auto all = all_of(positive, negative);
   for (const auto& cond : all) check_conditioning_values(cond, "CfgGuider");
   check_one_width(all);
 }
@@ -104,6 +110,17 @@ std::vector<Conditioning> on_device(std::vector<Conditioning> conds, torch::Devi
   return conds;
 }
 
+// What the model's functions make of the prompts.
+Conditionings changed_prompts(const ModelPatcher& model, Conditionings prompts, StepContext& step) {
+  if (model.conditioning_functions().empty()) return prompts;
+  for (const auto& function : model.conditioning_functions())
+    prompts = function(std::move(prompts), step);
+  prompts.positive = on_device(std::move(prompts.positive), model.unet().device());
+  prompts.negative = on_device(std::move(prompts.negative), model.unet().device());
+  check_one_width(all_of(prompts.positive, prompts.negative));
+  return prompts;
+}
+
 bool any_active(const std::vector<Conditioning>& conds, double sigma) {
   return std::any_of(conds.begin(), conds.end(),
                      [sigma](const auto& cond) { return is_active(cond, sigma); });
@@ -113,6 +130,8 @@ torch::Tensor cfg(const ModelPatcher& model, const CfgArgs& args) {
   if (!args.uncond_denoised.defined()) return args.cond_denoised;
   if (!args.cond_denoised.defined()) return args.uncond_denoised;
   if (model.cfg_function()) return model.cfg_function()(args);
+  // To the bit what it is where nobody needs the unconditional prediction.
+  if (is_one(args.cond_scale)) return args.cond_denoised;
   return args.uncond_denoised + (args.cond_denoised - args.uncond_denoised) * args.cond_scale;
 }
 
@@ -126,19 +145,16 @@ void check_rows(const torch::Tensor& rows, const Owner& owner, const torch::Tens
                     "main pass.");
 }
 
-struct Prompts {
-  const std::vector<Conditioning>&positive, &negative;
-
-  const std::vector<Conditioning>& of(Branch branch) const {
-    return branch == Branch::cond ? positive : negative;
-  }
-};
+const std::vector<Conditioning>& of_branch(const Conditionings& prompts, Branch branch) {
+  return branch == Branch::cond ? prompts.positive : prompts.negative;
+}
 
 /// One evaluation, from the rows of the main call to the last post-CFG function.
 class Evaluation {
  public:
-  Evaluation(const ModelPatcher& model, const Prompts& prompts, const CfgGuiderOptions& options,
-             RunContext& run, StepContext& step, EvaluationReport& report, const torch::Tensor& x)
+  Evaluation(const ModelPatcher& model, const Conditionings& prompts,
+             const CfgGuiderOptions& options, RunContext& run, StepContext& step,
+             EvaluationReport& report, const torch::Tensor& x)
       : model_(model),
         prompts_(prompts),
         options_(options),
@@ -160,6 +176,10 @@ class Evaluation {
  private:
   double sigma() const { return step_.sigma(); }
 
+  double cond_scale() const {
+    return contains(options_.cfg_window, sigma()) ? options_.cond_scale : 1.0;
+  }
+
   std::vector<torch::Tensor> evaluate(std::span<const CondRequest> requests) {
     auto batch = calc_cond_batch(model_, requests, sigma(), step_, {.max_rows = options_.max_rows});
     report_.unet_calls += batch.unet_calls;
@@ -169,7 +189,7 @@ class Evaluation {
   }
 
   bool needs_uncond() const {
-    return !is_one(options_.cond_scale) || !any_active(prompts_.positive, sigma()) ||
+    return !is_one(cond_scale()) || !any_active(prompts_.positive, sigma()) ||
            post_cfg_needs_uncond(model_, step_);
   }
 
@@ -187,7 +207,7 @@ class Evaluation {
           functions[i].options.early({x_, sigma(), model_.model_sampling(), step_, run_});
       if (!rows) continue;
       check_rows(rows->x, rows->owner, x_);
-      requests.push_back({rows->branch, rows->owner, rows->x, prompts_.of(rows->branch)});
+      requests.push_back({rows->branch, rows->owner, rows->x, of_branch(prompts_, rows->branch)});
       asked.push_back(i);
     }
     const auto denoised = evaluate(requests);
@@ -196,12 +216,8 @@ class Evaluation {
   }
 
   CfgArgs args(const CfgPredictions& predictions) {
-    return {predictions.cond_denoised,
-            predictions.uncond_denoised,
-            options_.cond_scale,
-            x_,
-            sigma(),
-            step_};
+    return {
+        predictions.cond_denoised, predictions.uncond_denoised, cond_scale(), x_, sigma(), step_};
   }
 
   CfgPredictions apply_pre_cfg(CfgPredictions predictions) {
@@ -219,7 +235,7 @@ class Evaluation {
 
   torch::Tensor predict(const torch::Tensor& x, Branch branch, const Owner& owner) {
     check_rows(x, owner, x_);
-    const CondRequest request{branch, owner, x, prompts_.of(branch)};
+    const CondRequest request{branch, owner, x, of_branch(prompts_, branch)};
     return evaluate({&request, 1}).front();
   }
 
@@ -229,7 +245,7 @@ class Evaluation {
           {.denoised = denoised,
            .cond_denoised = predictions.cond_denoised,
            .uncond_denoised = predictions.uncond_denoised,
-           .cond_scale = options_.cond_scale,
+           .cond_scale = cond_scale(),
            .x = x_,
            .sigma = sigma(),
            .model_sampling = model_.model_sampling(),
@@ -244,7 +260,7 @@ class Evaluation {
   }
 
   const ModelPatcher& model_;
-  const Prompts& prompts_;
+  const Conditionings& prompts_;
   const CfgGuiderOptions& options_;
   RunContext& run_;
   StepContext& step_;
@@ -310,8 +326,9 @@ CfgGuider::CfgGuider(ModelPatcher model, std::vector<Conditioning> positive,
     : model_(std::move(model)), options_(options) {
   check_options(options_);
   check_given(positive, negative);
-  positive_ = on_device(std::move(positive), model_.unet().device());
-  negative_ = on_device(std::move(negative), model_.unet().device());
+  options_.cfg_window = in_sigmas(options_.cfg_window, model_.model_sampling(), "CfgGuider");
+  prompts_.positive = on_device(std::move(positive), model_.unet().device());
+  prompts_.negative = on_device(std::move(negative), model_.unet().device());
   report_.sites = model_.site_choices();
 }
 
@@ -333,14 +350,16 @@ Denoised CfgGuider::predict_both(const torch::Tensor& x, double sigma) {
 Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_uncond) {
   check_evaluation(x, sigma);
   check_steps_are_known(model_, sigmas_);
-  TORCH_CHECK_VALUE(any_active(positive_, sigma) || any_active(negative_, sigma),
-                    "[CfgGuider] no conditioning is active at sigma ", sigma, ".");
   const torch::NoGradGuard no_grad;
   StepContext step(sigma, step_of(sigmas_, sigma), x.size(2), x.size(3));
+  const auto prompts = changed_prompts(model_, prompts_, step);
+  TORCH_CHECK_VALUE(any_active(prompts.positive, sigma) || any_active(prompts.negative, sigma),
+                    "[CfgGuider] no conditioning is active at sigma ", sigma, ".");
   EvaluationReport report{.sigma = sigma, .step_index = step.step_index()};
 
   if (has_open_site(model_, step)) {
-    const auto probes = model_.decide_sites(x, sigma, first_active(positive_, negative_, sigma));
+    const auto probes =
+        model_.decide_sites(x, sigma, first_active(prompts.positive, prompts.negative, sigma));
     report_.sites = model_.site_choices();
     // A probe is one call of one row.
     const auto rows = probes * model_.unet().evaluated_rows({1, x.size(1), x.size(2), x.size(3)});
@@ -349,7 +368,6 @@ Denoised CfgGuider::evaluate(const torch::Tensor& x, double sigma, bool keep_unc
     report.filler_rows = rows - probes;
   }
 
-  const Prompts prompts{positive_, negative_};
   auto denoised = Evaluation(model_, prompts, options_, run_, step, report, x).run(keep_uncond);
   report.guidances = step.notes();
   report_.evaluations.push_back(std::move(report));

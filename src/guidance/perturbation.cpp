@@ -23,7 +23,7 @@ std::vector<RowGroup> rows_of(const Pass& pass, const Owner& owner) {
   return rows;
 }
 
-torch::Tensor perturb(const Perturbation& perturbation, const Owner& at_site,
+torch::Tensor perturb(const Perturbation& perturbation, std::size_t site, const Owner& at_site,
                       const AttentionCall& call, const Pass& pass, const NextAttention& next) {
   if (pass.groups.empty()) {
     pass.step->skipped(perturbation.owner, kUnknownRows);
@@ -31,13 +31,20 @@ torch::Tensor perturb(const Perturbation& perturbation, const Owner& at_site,
   }
   const auto rows = rows_of(pass, perturbation.owner);
   if (rows.empty()) return next(call);
+  const bool has_own_rows = call.q.defined() && call.q.size(0) == pass.size();
+  if (perturbation.what == Perturbed::blocks &&
+      !(has_own_rows && call.q.sizes() == call.v.sizes())) {
+    pass.step->skipped(perturbation.owner,
+                       "the block does not return tokens of each row, as it is given");
+    return next(call);
+  }
   // Says that the site ran, also when a CUDA graph is replayed.
   for (const auto& group : rows)
     pass.step->record(at_site, group, call.v.new_empty({group.count, 0}, torch::kFloat));
-  return perturbation.perturb(call, pass, rows, next);
+  return perturbation.perturb({call, pass, rows, site}, next);
 }
 
-// Returns the prediction that was made with perturbed attention; undefined if there is none, and
+// Returns the prediction that was perturbed; undefined if there is none, and
 // then `args.step` says why.
 torch::Tensor perturbed_prediction(const Owner& owner, const std::vector<Owner>& at_sites,
                                    const PostCfgArgs& args) {
@@ -73,13 +80,17 @@ ModelPatcher guide_by_perturbation(const ModelPatcher& model, const Perturbation
   std::vector<Owner> at_sites;
   for (const auto& site : perturbation.sites) {
     const auto& owner = perturbation.owner;
+    const auto index = at_sites.size();
     at_sites.push_back(at_sites.empty() ? owner : Owner(owner.name()));
-    patched.set_attn1_replace(
-        [perturbation, at_site = at_sites.back()](const AttentionCall& call, const Pass& pass,
-                                                  const NextAttention& next) {
-          return perturb(perturbation, at_site, call, pass, next);
-        },
-        site, {.active = active, .capturable = true});
+    const auto hook = [perturbation, index, at_site = at_sites.back()](
+                          const AttentionCall& call, const Pass& pass, const NextAttention& next) {
+      return perturb(perturbation, index, at_site, call, pass, next);
+    };
+    const AttentionHookOptions options{.active = active, .capturable = perturbation.capturable};
+    if (perturbation.what == Perturbed::blocks)
+      patched.set_block_replace(hook, site, options);
+    else
+      patched.set_attn1_replace(hook, site, options);
   }
   PostCfgOptions post_cfg;
   post_cfg.early = [perturbation](const EarlyArgs& args) -> std::optional<EarlyRows> {

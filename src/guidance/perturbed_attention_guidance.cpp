@@ -37,9 +37,9 @@ torch::Tensor for_heads(const torch::Tensor& v, std::int64_t heads) {
 }
 
 // Each token of the picture attends to itself alone.
-torch::Tensor with_identity(const Owner& owner, const PictureTokens& where,
-                            const AttentionCall& call, const Pass& pass,
-                            std::span<const RowGroup> groups, const NextAttention& next) {
+torch::Tensor with_identity(const Owner& owner, const PictureTokens& where, const PerturbedRows& at,
+                            const NextAttention& next) {
+  const auto& [call, pass, groups, site] = at;
   std::vector<WatchedTokens> tokens;
   for (const auto& rows : groups) {
     tokens.push_back(perturbed_tokens(call, pass, rows, where));
@@ -99,12 +99,9 @@ ModelPatcher apply_perturbed_attention_guidance(const ModelPatcher& model,
       model,
       {.owner = owner,
        .sites = options.sites,
-       .perturb =
-           [owner, where = options.tokens](const AttentionCall& call, const Pass& pass,
-                                           std::span<const RowGroup> rows,
-                                           const NextAttention& next) {
-             return with_identity(owner, where, call, pass, rows, next);
-           },
+       .perturb = [owner, where = options.tokens](
+                      const PerturbedRows& at,
+                      const NextAttention& next) { return with_identity(owner, where, at, next); },
        .scale = [options, sampling](double sigma) { return scale_at(options, sampling, sigma); },
        .window = in_sigmas(options.window, sampling, kCaller)});
 }

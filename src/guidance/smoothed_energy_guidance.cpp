@@ -34,8 +34,8 @@ torch::Tensor smoothed(const torch::Tensor& q, const TokenGrid& grid, double sig
 }
 
 torch::Tensor with_smooth_queries(const Owner& owner, const SmoothedEnergyGuidanceOptions& options,
-                                  const AttentionCall& call, const Pass& pass,
-                                  std::span<const RowGroup> groups, const NextAttention& next) {
+                                  const PerturbedRows& at, const NextAttention& next) {
+  const auto& [call, pass, groups, site] = at;
   if (call.probabilities.defined()) {
     pass.step->skipped(owner, "the attention of the site shows no queries that could be blurred");
     return next(call);
@@ -69,9 +69,8 @@ ModelPatcher apply_smoothed_energy_guidance(const ModelPatcher& model,
       model, {.owner = owner,
               .sites = options.sites,
               .perturb =
-                  [owner, options](const AttentionCall& call, const Pass& pass,
-                                   std::span<const RowGroup> rows, const NextAttention& next) {
-                    return with_smooth_queries(owner, options, call, pass, rows, next);
+                  [owner, options](const PerturbedRows& at, const NextAttention& next) {
+                    return with_smooth_queries(owner, options, at, next);
                   },
               .scale = [scale = options.scale](double) { return scale; },
               .window = in_sigmas(options.window, model.model_sampling(), kCaller)});

@@ -24,10 +24,9 @@ WatchedTokens watched_tokens(const AttentionCall& call, const Pass& pass, const 
                              const PictureTokens& where);
 
 /// Why a hook does nothing with a call of its site that has no groups of rows.
-constexpr const char* kUnknownRows =
-    "it is not known which rows a call of the site's attention has";
+constexpr const char* kUnknownRows = "it is not known which rows a call of the site has";
 
 /// Why a guidance does nothing in an evaluation of which its hook saw nothing.
-constexpr const char* kSiteDidNotRun = "the attention of the site did not run";
+constexpr const char* kSiteDidNotRun = "the site did not run";
 
 }  // namespace sag

@@ -42,6 +42,19 @@ void check_context(const torch::Tensor& context, const char* caller) {
                    context.scalar_type(), ".");
 }
 
+void check_parts(const Conditioning& cond, const char* caller) {
+  std::int64_t sum = 0;
+  for (const auto tokens : cond.context_parts) {
+    TORCH_CHECK_VALUE(tokens > 0, "[", caller, "] context_parts must be greater than 0, got ",
+                      tokens, ".");
+    sum += tokens;
+  }
+  const auto tokens = cond.context.defined() ? cond.context.size(1) : 0;
+  TORCH_CHECK_VALUE(cond.context_parts.empty() || sum == tokens, "[", caller,
+                    "] context_parts must add up to the context's tokens, ", tokens, ", got ", sum,
+                    ".");
+}
+
 void check_y(const torch::Tensor& y, const char* caller) {
   TORCH_CHECK_VALUE(y.dim() == 2, "[", caller, "] y must have shape [rows, features], got ",
                     y.sizes(), ".");
@@ -93,6 +106,7 @@ void check_conditioning(const Conditioning& cond, std::int64_t images, std::int6
     check_context(cond.context, caller);
     check_rows(cond.context, images, "context", caller);
   }
+  check_parts(cond, caller);
   if (cond.y.defined()) {
     check_y(cond.y, caller);
     check_rows(cond.y, images, "y", caller);

@@ -27,12 +27,38 @@ Conditioning of_first_image(const Conditioning& cond) {
 ModelPatcher::ModelPatcher(std::shared_ptr<const UNet> unet, ModelSampling sampling)
     : denoiser_(std::move(unet), std::move(sampling)) {}
 
+ModelPatcher& ModelPatcher::add_hook(std::string site, AttentionHook hook,
+                                     AttentionHookOptions options, const char* caller) {
+  TORCH_CHECK_VALUE(hook, "[", caller, "] hook must not be empty.");
+  hooks_.push_back(
+      {std::move(site), std::move(hook), std::move(options), std::make_shared<const char>()});
+  return *this;
+}
+
 ModelPatcher& ModelPatcher::set_attn1_replace(AttentionHook hook, const AttentionSite& site,
                                               AttentionHookOptions options) {
-  TORCH_CHECK_VALUE(hook, "[ModelPatcher::set_attn1_replace] hook must not be empty.");
-  choices_.push_back(choose_site(unet(), site));
-  hooks_.push_back(
-      {choices_.back().site, std::move(hook), std::move(options), std::make_shared<const char>()});
+  auto choice = choose_site(unet(), site);
+  add_hook(choice.site, std::move(hook), std::move(options), "ModelPatcher::set_attn1_replace");
+  choices_.push_back(std::move(choice));
+  return *this;
+}
+
+ModelPatcher& ModelPatcher::set_attn2_replace(AttentionHook hook, const AttentionSite& site,
+                                              AttentionHookOptions options) {
+  return add_hook(choose_cross_site(unet(), site), std::move(hook), std::move(options),
+                  "ModelPatcher::set_attn2_replace");
+}
+
+ModelPatcher& ModelPatcher::set_block_replace(AttentionHook hook, const AttentionSite& block,
+                                              AttentionHookOptions options) {
+  return add_hook(choose_block(unet(), block), std::move(hook), std::move(options),
+                  "ModelPatcher::set_block_replace");
+}
+
+ModelPatcher& ModelPatcher::set_conditioning_function(ConditioningFunction function) {
+  TORCH_CHECK_VALUE(function,
+                    "[ModelPatcher::set_conditioning_function] function must not be empty.");
+  conditioning_.push_back(std::move(function));
   return *this;
 }
 
@@ -44,11 +70,9 @@ std::int64_t ModelPatcher::decide_sites(const torch::Tensor& x, double sigma,
   const torch::NoGradGuard no_grad;
   const auto input = denoiser_.unet_input(x.narrow(0, 0, 1), sigma, of_first_image(cond));
   const auto choice = find_middle_attention(probe_attention_sites(unet(), input));
-  for (std::size_t i = 0; i < choices_.size(); ++i)
-    if (is_open(choices_[i])) {
-      choices_[i] = choice;
-      hooks_[i].site = choice.site;
-    }
+  std::replace_if(choices_.begin(), choices_.end(), is_open, choice);
+  for (auto& hook : hooks_)
+    if (hook.site.empty()) hook.site = choice.site;
   return 1;
 }
 

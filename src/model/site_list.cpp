@@ -46,11 +46,11 @@ std::string describe_site(const AttentionSiteInfo& site) {
   return others.empty() ? site.name : c10::str(site.name, " (", others, ")");
 }
 
-std::string list_sites(const std::vector<AttentionSiteInfo>& sites) {
-  if (sites.empty()) return "It has no self-attention that can be hooked.";
+std::string list_sites(const std::vector<AttentionSiteInfo>& sites, const std::string& kind) {
+  if (sites.empty()) return "It has no " + kind + " that can be hooked.";
   std::string text;
   for (const auto& site : sites) text += (text.empty() ? "" : ", ") + describe_site(site);
-  return "Its self-attentions are " + text + ".";
+  return "Its " + kind + "s are " + text + ".";
 }
 
 }  // namespace sag

@@ -7,6 +7,7 @@
 
 #include <c10/util/StringUtil.h>
 
+#include "attention/attention_scope_state.h"
 #include "latent.h"
 #include "sag/attention_scope.h"
 #include "sag/step_context.h"
@@ -38,6 +39,13 @@ const std::string& own_name(const std::vector<AttentionSiteInfo>& sites,
   return std::count_if(sites.begin(), sites.end(), same) == 1 ? site.name : site.path;
 }
 
+// The same for a cross-attention, whose name is that of the self-attention beside it.
+const std::string& key_of_cross_site(const AttentionSiteInfo& site) {
+  TORCH_CHECK_VALUE(!site.path.empty(), "[UNet::cross_attention_sites] site \"", site.name,
+                    "\" must have a path, got none.");
+  return site.path;
+}
+
 // Adds one of the site's calls; there are several if the network splits the batch.
 void add_call(AttentionSiteShape& shape, const AttentionCall& call) {
   const auto& queries = call.probabilities.defined() ? call.probabilities : call.q;
@@ -45,6 +53,7 @@ void add_call(AttentionSiteShape& shape, const AttentionCall& call) {
   // Summed over all rows; divided by their number after the last call.
   shape.heads += heads;
   shape.tokens = queries.size(-2);
+  shape.key_tokens = call.probabilities.defined() ? queries.size(-1) : call.k.size(-2);
   shape.head_dim = call.probabilities.defined()
                        ? call.v.numel() / std::max<std::int64_t>(heads * queries.size(-1), 1)
                        : call.q.size(-1);
@@ -53,6 +62,14 @@ void add_call(AttentionSiteShape& shape, const AttentionCall& call) {
 }  // namespace
 
 UNet::~UNet() = default;
+
+std::vector<AttentionSiteInfo> UNet::cross_attention_sites() const {
+  return {};
+}
+
+std::vector<AttentionSiteInfo> UNet::block_sites() const {
+  return {};
+}
 
 std::int64_t UNet::max_rows() const {
   return 0;
@@ -94,6 +111,34 @@ SiteChoice choose_site(const UNet& unet, const AttentionSite& site) {
                     "[resolve_attention_site] site must be a self-attention of this UNet, got \"",
                     site.name(), "\". ", list_sites(sites), note.empty() ? "" : " ", note);
   return {site.name(), only_name(unet, found, site.name()), "it was named"};
+}
+
+namespace {
+
+// The only one of `sites` with this name, which may be "middle".
+AttentionSiteInfo only_one(const UNet& unet, const std::vector<AttentionSiteInfo>& sites,
+                           const AttentionSite& site, const std::string& kind, const char* caller) {
+  const auto note = unet.note_on_sites();
+  TORCH_CHECK_VALUE(!sites.empty(), "[", caller, "] the UNet must list its ", kind, "s, got none.",
+                    note.empty() ? "" : " ", note);
+  const auto found = sites_called(sites, site.name() == kMiddle ? "middle.0.0" : site.name());
+  TORCH_CHECK_VALUE(found.size() == 1, "[", caller, "] site must name one ", kind,
+                    " of this UNet, but \"", site.name(), "\" matches ", found.size(), ". ",
+                    list_sites(sites, kind));
+  return found.front();
+}
+
+}  // namespace
+
+std::string choose_cross_site(const UNet& unet, const AttentionSite& site) {
+  return key_of_cross_site(only_one(unet, unet.cross_attention_sites(), site, "cross-attention",
+                                    "ModelPatcher::set_attn2_replace"));
+}
+
+std::string choose_block(const UNet& unet, const AttentionSite& block) {
+  return key_of_block(only_one(unet, unet.block_sites(), block, "transformer block",
+                               "ModelPatcher::set_block_replace")
+                          .path);
 }
 
 std::string resolve_attention_site(const UNet& unet, const AttentionSite& site) {
@@ -158,10 +203,13 @@ SiteChoice find_middle_attention(std::span<const AttentionSiteShape> probed) {
       c10::str("it has the fewest tokens, ", fewest, ", of ", probed.size(), " self-attentions")};
 }
 
-std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet, const UNetInput& input) {
-  check_latent(input.x, "x", "probe_attention_sites");
+namespace {
+
+// `keys`: what hooks call the sites; empty: it cannot be looked at.
+std::vector<AttentionSiteShape> probe(const UNet& unet, const UNetInput& input,
+                                      const std::vector<AttentionSiteInfo>& sites,
+                                      const std::vector<std::string>& keys) {
   const auto rows = input.x.size(0);
-  const auto sites = unet.attention_sites();
   std::vector<AttentionSiteShape> shapes(sites.size());
   std::vector<InstalledHook> hooks;
   // Forked parts of a network may run at the same time.
@@ -176,8 +224,7 @@ std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet, const UN
       }
       return next(call);
     };
-    if (const auto& name = own_name(sites, sites[i]); !name.empty())
-      hooks.push_back({name, look, {}});
+    if (!keys[i].empty()) hooks.push_back({keys[i], look, {}});
   }
   StepContext step(0, 0, input.x.size(2), input.x.size(3));
   run_hooked(std::move(hooks), {.groups = {{.count = rows}}, .step = &step},
@@ -186,6 +233,25 @@ std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet, const UN
   const auto evaluated = unet.evaluated_rows(input.x.sizes());
   for (auto& shape : shapes) shape.heads /= evaluated;
   return shapes;
+}
+
+}  // namespace
+
+std::vector<AttentionSiteShape> probe_attention_sites(const UNet& unet, const UNetInput& input) {
+  check_latent(input.x, "x", "probe_attention_sites");
+  const auto sites = unet.attention_sites();
+  std::vector<std::string> keys;
+  for (const auto& site : sites) keys.push_back(own_name(sites, site));
+  return probe(unet, input, sites, keys);
+}
+
+std::vector<AttentionSiteShape> probe_cross_attention_sites(const UNet& unet,
+                                                            const UNetInput& input) {
+  check_latent(input.x, "x", "probe_cross_attention_sites");
+  const auto sites = unet.cross_attention_sites();
+  std::vector<std::string> keys;
+  for (const auto& site : sites) keys.push_back(key_of_cross_site(site));
+  return probe(unet, input, sites, keys);
 }
 
 }  // namespace sag

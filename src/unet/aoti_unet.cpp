@@ -92,6 +92,9 @@ void check_belongs(const PackageInfo& package, const PackageInfo& first) {
   check(std::equal(package.sites.begin(), package.sites.end(), first.sites.begin(),
                    first.sites.end(), same_site),
         "attention sites");
+  check(std::equal(package.cross_sites.begin(), package.cross_sites.end(),
+                   first.cross_sites.begin(), first.cross_sites.end(), same_site),
+        "cross-attentions");
   check(package.model == first.model && package.skeleton == first.skeleton, "network and weights");
 }
 
@@ -261,7 +264,8 @@ LoadedPackage& AotiUNet::State::package_for(const std::vector<torch::Tensor>& ar
 std::vector<InstalledHook> AotiUNet::State::hooks_by_path() const {
   std::vector<InstalledHook> hooks;
   for (auto hook : AttentionScope::hooks()) {
-    hook.site = hooked_site(first().sites, hook.site, "AotiUNet::forward").path;
+    hook.site =
+        hooked_site(first().sites, first().cross_sites, hook.site, "AotiUNet::forward").path;
     hooks.push_back(std::move(hook));
   }
   return hooks;
@@ -347,9 +351,13 @@ std::vector<AttentionSiteInfo> AotiUNet::attention_sites() const {
   return state_->first().sites;
 }
 
+std::vector<AttentionSiteInfo> AotiUNet::cross_attention_sites() const {
+  return state_->first().cross_sites;
+}
+
 std::string AotiUNet::note_on_sites() const {
   return "A compiled UNet has the sites that it was exported with: export it with --site for "
-         "another.";
+         "another, or with --cross-attention for all cross-attentions.";
 }
 
 std::int64_t AotiUNet::max_rows() const {

@@ -61,6 +61,8 @@ void append(CallKey& key, const RowGroup& group) {
       key.numbers.end(),
       {group.begin, group.count, group.image, static_cast<std::int64_t>(group.branch), group.entry,
        group.weight.defined(), group.area.has_value(), area.height, area.width, area.y, area.x});
+  key.numbers.push_back(static_cast<std::int64_t>(group.context_parts.size()));
+  key.numbers.insert(key.numbers.end(), group.context_parts.begin(), group.context_parts.end());
   key.owners.push_back(group.owner);
 }
 
@@ -377,6 +379,14 @@ torch::Tensor CudaGraphUNet::forward(const UNetInput& input) const {
 
 std::vector<AttentionSiteInfo> CudaGraphUNet::attention_sites() const {
   return state_->unet->attention_sites();
+}
+
+std::vector<AttentionSiteInfo> CudaGraphUNet::cross_attention_sites() const {
+  return state_->unet->cross_attention_sites();
+}
+
+std::vector<AttentionSiteInfo> CudaGraphUNet::block_sites() const {
+  return state_->unet->block_sites();
 }
 
 std::string CudaGraphUNet::note_on_sites() const {

@@ -12,6 +12,7 @@ struct Module;
 namespace sag {
 
 /// A private copy of a module's `forward` with every call inlined. Its first input is the module.
+/// `sag::transformer_block` stands after each block that is called "….transformer_blocks.N".
 struct FlatGraph {
   std::shared_ptr<torch::jit::Graph> graph;
   /// The dotted path of the module that holds each attention, in the order of `attention_nodes`;

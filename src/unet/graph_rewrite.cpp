@@ -259,6 +259,25 @@ void hook_attention(const AttentionNode& attention, const std::string& site,
   replace_node(attention.node, hooked);
 }
 
+std::string marked_block(const Node* node) {
+  if (node->kind() != kTransformerBlock) return "";
+  // A file may hold such an op of its own, with any path.
+  const auto path = toIValue(node->input(2));
+  return path && path->isString() ? path->toStringRef() : "";
+}
+
+void leave_blocks(Graph& graph, const std::set<std::string>& hooked) {
+  for_each_node(graph, [&](Node* node) {
+    const auto path = marked_block(node);
+    if (path.empty() || hooked.contains(path)) return;
+    Node* copied = node->input(0)->node();
+    node->output()->replaceAllUsesWith(node->input(1));
+    node->destroy();
+    // A copy of the input that only the mark needed.
+    if (copied->kind() == aten::clone && !copied->output()->hasUses()) copied->destroy();
+  });
+}
+
 void use_plain_convolutions(Graph& graph) {
   // Not graph_rewrite_helper::replaceConvolutionWithAtenConv: it folds all constants on the way,
   // which would turn the frequencies of an embedding into a constant of the graph.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <set>
 #include <string>
 
 #include <torch/types.h>
@@ -17,6 +18,12 @@ void replace_node(torch::jit::Node* node, torch::jit::Node* replacement);
 /// layer's input is known, `sag::attention_layer` tells the scope before.
 void hook_attention(const AttentionNode& attention, const std::string& site,
                     const LayerInput& layer = {});
+
+/// Returns the path of the transformer block that the node stands after; empty: it marks none.
+std::string marked_block(const torch::jit::Node* node);
+
+/// Removes `sag::transformer_block` after the blocks that are not in `hooked`, by path.
+void leave_blocks(torch::jit::Graph& graph, const std::set<std::string>& hooked);
 
 /// Makes scripted nn.MultiheadAttention and nn.TransformerEncoderLayer take their slow path, step
 /// by step: the fast one is a single op, in which no attention can be hooked.

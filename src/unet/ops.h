@@ -13,4 +13,8 @@ using Ops = std::unordered_set<c10::Symbol>;
 inline const Ops kCasts = {c10::aten::to,      c10::aten::type_as, c10::aten::contiguous,
                            c10::aten::dropout, c10::aten::detach,  c10::aten::clone};
 
+/// Stands after a transformer block, where hooks may change what it returned; its inputs are what
+/// the block was given, what it returned, and the block's path.
+inline const c10::Symbol kTransformerBlock = c10::Symbol::fromQualString("sag::transformer_block");
+
 }  // namespace sag

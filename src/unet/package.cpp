@@ -135,6 +135,18 @@ std::vector<AttentionSiteInfo> read_sites(const Metadata& metadata, const std::s
   return sites;
 }
 
+// Packages before 2026-11-27 do not have the list.
+std::vector<AttentionSiteInfo> read_cross_sites(const Metadata& metadata, const std::string& path) {
+  std::vector<AttentionSiteInfo> sites;
+  if (!metadata.contains("sag.cross_sites")) return sites;
+  for (const auto& line : lines_of(metadata, "sag.cross_sites", path)) {
+    if (line.size() != 2 || !line[1].ends_with(".attn2"))
+      refuse(path, "whose metadata lists cross-attentions that make no sense.");
+    sites.push_back(make_cross_site(line[1], number(line[0], path)));
+  }
+  return sites;
+}
+
 // "320,4,3,3".
 std::vector<std::int64_t> parse_numbers(const std::string& text, const std::string& path) {
   std::vector<std::int64_t> numbers;
@@ -276,6 +288,7 @@ PackageInfo read_package(const std::string& path) {
           .gpu = device == torch::kCUDA ? value_of(metadata, "sag.gpu", path) : "",
           .inputs = read_inputs(metadata, path),
           .sites = read_sites(metadata, path),
+          .cross_sites = read_cross_sites(metadata, path),
           .weights = read_weights(metadata, path)};
 }
 

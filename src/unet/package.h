@@ -56,6 +56,8 @@ struct PackageInfo {
   /// In the order of its forward.
   std::vector<PackageInput> inputs;
   std::vector<AttentionSiteInfo> sites;
+  /// All that there are, or none.
+  std::vector<AttentionSiteInfo> cross_sites;
   /// The tensors that it needs from outside, by name. Empty: it holds its own weights.
   std::map<std::string, PackageWeight> weights;
 

@@ -43,7 +43,8 @@ Pass filled_pass(const Pass& whole, std::int64_t begin, std::int64_t rows) {
                          .count = rows - pass.size(),
                          .image = last.image + last.count - 1,
                          .branch = last.branch,
-                         .owner = filler});
+                         .owner = filler,
+                         .context_parts = last.context_parts});
   return pass;
 }
 

@@ -53,8 +53,23 @@ AttentionSiteInfo make_site(const std::string& path, std::int64_t ordinal) {
   return {std::move(name), path, ordinal};
 }
 
-AttentionSiteInfo hooked_site(const std::vector<AttentionSiteInfo>& sites, const std::string& name,
-                              const char* caller) {
+AttentionSiteInfo make_cross_site(const std::string& path, std::int64_t ordinal) {
+  auto beside = path;
+  beside.replace(beside.rfind('.') + 1, std::string::npos, "attn1");
+  auto name = short_site_name(beside);
+  return {name.empty() ? path : std::move(name), path, ordinal};
+}
+
+AttentionSiteInfo make_block_site(const std::string& path) {
+  auto name = short_site_name(path + ".attn1");
+  return {.name = name.empty() ? path : std::move(name), .path = path};
+}
+
+AttentionSiteInfo hooked_site(const std::vector<AttentionSiteInfo>& sites,
+                              const std::vector<AttentionSiteInfo>& cross_sites,
+                              const std::string& name, const char* caller) {
+  for (const auto& site : cross_sites)
+    if (site.path == name) return site;
   const auto found = sites_called(sites, name);
   TORCH_CHECK_VALUE(!found.empty(), "[", caller,
                     "] a hooked site must be one of the UNet's, got \"", name, "\". ",

@@ -17,8 +17,18 @@ std::string short_site_name(const std::string& path);
 /// "#ordinal".
 AttentionSiteInfo make_site(const std::string& path, std::int64_t ordinal);
 
-/// Returns the site that a hook names. Throws ValueError, as `caller`, unless there is exactly one.
-AttentionSiteInfo hooked_site(const std::vector<AttentionSiteInfo>& sites, const std::string& name,
-                              const char* caller);
+/// Returns the cross-attention with this path, which ends with attn2. Its name is that of the
+/// self-attention beside it, else the path.
+AttentionSiteInfo make_cross_site(const std::string& path, std::int64_t ordinal);
+
+/// Returns the transformer block with this path. Its name is that of its first self-attention, else
+/// the path.
+AttentionSiteInfo make_block_site(const std::string& path);
+
+/// Returns the site that a hook names: the path of a cross-attention, or any name of a
+/// self-attention. Throws ValueError, as `caller`, unless there is exactly one.
+AttentionSiteInfo hooked_site(const std::vector<AttentionSiteInfo>& sites,
+                              const std::vector<AttentionSiteInfo>& cross_sites,
+                              const std::string& name, const char* caller);
 
 }  // namespace sag

@@ -13,6 +13,7 @@
 #include <torch/csrc/jit/runtime/graph_executor.h>
 
 #include "archive.h"
+#include "attention/attention_scope_state.h"
 #include "attention_nodes.h"
 #include "attention_sites.h"
 #include "call_checks.h"
@@ -200,6 +201,8 @@ struct TorchScriptUNet::State {
         call(module.get_method("forward").function().getSchema(), origin.caller, origin.model),
         flat(flatten(module)),
         sites(self_attention_sites(flat)),
+        cross_sites(sag::cross_attention_sites(flat)),
+        blocks(sag::block_sites(flat)),
         timesteps(find_timestep_form(call.timesteps(), flat.graph->inputs()[2], traced.timesteps,
                                      traced.rows())),
         device(device_of(module, *flat.graph)) {
@@ -226,6 +229,7 @@ struct TorchScriptUNet::State {
 
   bool likes_channels_last() const;
   std::shared_ptr<GraphFunction> function(const std::vector<std::string>& hooked);
+  const AttentionSiteInfo* find_block(const std::string& key) const;
   std::shared_ptr<Graph> hooked_graph(const std::vector<std::string>& hooked) const;
   torch::Tensor run(const UNetInput& given);
   torch::Tensor run_any(const UNetInput& input);
@@ -242,7 +246,7 @@ struct TorchScriptUNet::State {
   Module module;
   const ForwardCall call;
   const FlatGraph flat;
-  const std::vector<AttentionSiteInfo> sites;
+  const std::vector<AttentionSiteInfo> sites, cross_sites, blocks;
   const TimestepForm timesteps;
   torch::Device device;
   torch::ScalarType dtype = torch::kFloat;
@@ -264,18 +268,32 @@ bool TorchScriptUNet::State::likes_channels_last() const {
   return device.is_cuda() && half && convolution_share(module) >= 0.05;
 }
 
+// The block that hooks call `key`; null: they mean an attention.
+const AttentionSiteInfo* TorchScriptUNet::State::find_block(const std::string& key) const {
+  const auto found = std::find_if(blocks.begin(), blocks.end(), [&](const auto& block) {
+    return key_of_block(block.path) == key;
+  });
+  return found == blocks.end() ? nullptr : &*found;
+}
+
 std::shared_ptr<Graph> TorchScriptUNet::State::hooked_graph(
     const std::vector<std::string>& hooked) const {
   const auto graph = flat.graph->copy();
   const auto nodes = attention_nodes(*graph);
   std::map<std::int64_t, std::string> names;
+  std::set<std::string> hooked_blocks;
   for (const auto& name : hooked) {
-    const auto site = hooked_site(sites, name, "TorchScriptUNet::forward");
+    if (const auto* block = find_block(name)) {
+      hooked_blocks.insert(block->path);
+      continue;
+    }
+    const auto site = hooked_site(sites, cross_sites, name, "TorchScriptUNet::forward");
     const auto [other, is_new] = names.emplace(site.ordinal, name);
     TORCH_CHECK_VALUE(is_new, "[TorchScriptUNet::forward] a hooked site must have one name, got \"",
                       name, "\" and \"", other->second, "\".");
     for (const auto i : nodes_of(flat, site)) hook_attention(nodes[i], name, layer_input(nodes[i]));
   }
+  leave_blocks(*graph, hooked_blocks);
   return graph;
 }
 
@@ -420,6 +438,14 @@ torch::Tensor TorchScriptUNet::forward(const UNetInput& input) const {
 
 std::vector<AttentionSiteInfo> TorchScriptUNet::attention_sites() const {
   return state_->sites;
+}
+
+std::vector<AttentionSiteInfo> TorchScriptUNet::cross_attention_sites() const {
+  return state_->cross_sites;
+}
+
+std::vector<AttentionSiteInfo> TorchScriptUNet::block_sites() const {
+  return state_->blocks;
 }
 
 torch::Device TorchScriptUNet::device() const {

@@ -74,7 +74,8 @@ class ConcatUNet final : public UNet {
   ToyUNet toy_;
 };
 
-/// A toy with several self-attentions, one after the other, over 8 × 8 and 4 × 4 cells in turn.
+/// A toy with several transformer blocks, one after the other, over 8 × 8 and 4 × 4 cells in turn.
+/// Each has a self-attention, and both have the same name.
 class ManySitesUNet final : public UNet {
  public:
   explicit ManySitesUNet(std::vector<std::string> sites) : sites_(std::move(sites)) {}
@@ -85,9 +86,13 @@ class ManySitesUNet final : public UNet {
       const std::int64_t side = i % 2 == 0 ? 8 : 4;
       const auto pooled = torch::avg_pool2d(h, side);
       const auto tokens = pooled.flatten(2).transpose(1, 2);
-      const auto out = attention(split_heads(6 * tokens, 2), split_heads(5 * tokens, 2),
-                                 split_heads(tokens, 2), {.site = sites_[i]});
-      const auto picture = out.transpose(1, 2).flatten(2).transpose(1, 2).reshape(pooled.sizes());
+      const auto block = [&](const torch::Tensor& t) {
+        const auto out = attention(split_heads(6 * t, 2), split_heads(5 * t, 2), split_heads(t, 2),
+                                   {.site = sites_[i]});
+        return t + out.transpose(1, 2).flatten(2);
+      };
+      const auto out = transformer_block(tokens, block, sites_[i]) - tokens;
+      const auto picture = out.transpose(1, 2).reshape(pooled.sizes());
       h = h + 0.3 * picture.repeat_interleave(side, 2).repeat_interleave(side, 3);
     }
     return 0.5 * h + 0.1 * input.context.mean({1, 2}).view({-1, 1, 1, 1});
@@ -95,6 +100,11 @@ class ManySitesUNet final : public UNet {
   std::vector<AttentionSiteInfo> attention_sites() const override {
     std::vector<AttentionSiteInfo> infos;
     for (const auto& site : sites_) infos.push_back({.name = site});
+    return infos;
+  }
+  std::vector<AttentionSiteInfo> block_sites() const override {
+    std::vector<AttentionSiteInfo> infos;
+    for (const auto& site : sites_) infos.push_back({.name = site, .path = site});
     return infos;
   }
   torch::Device device() const override { return torch::kCPU; }
