@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <ostream>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -80,6 +81,7 @@ std::optional<sag::PictureNetwork> load_decoder(const Network& network, std::int
 SamplingPlan make_plan(const Settings& settings) {
   SamplingPlan plan = {.options = settings.sampling,
                        .max_rows = settings.guider.max_rows,
+                       .cfg_window = settings.guider.cfg_window,
                        .latent_scale = settings.network.latent_scale};
   if (!settings.pictures.sigmas.empty()) {
     plan.options.sigmas = read_sigmas(settings.pictures.sigmas);
@@ -140,13 +142,28 @@ void note_fillers(Inputs& inputs, const std::vector<RunReport>& runs) {
       totals.filler_rows, totals.rows));
 }
 
-GuidedModel guide(const sag::ModelPatcher& plain, const std::vector<Guidance>& guidances) {
+GuidedModel guide(const sag::ModelPatcher& plain, std::span<const Guidance> guidances) {
   GuidedModel guided = {plain};
   for (const auto& guidance : guidances) {
     guided.model = guidance.apply(guided.model);
     guided.guidances.push_back(guidance.name);
   }
   return guided;
+}
+
+// A model whose pictures stand beside the guided ones, and the header of their column.
+struct Compared {
+  std::string header;
+  GuidedModel model;
+};
+
+// The unguided model, and where there are several guidances each alone.
+std::vector<Compared> to_compare(const GuidedModel& plain, std::span<const Guidance> guidances) {
+  std::vector<Compared> compared = {{"unguided", plain}};
+  if (guidances.size() == 1) return compared;
+  for (std::size_t i = 0; i < guidances.size(); ++i)
+    compared.push_back({guidances[i].label, guide(plain.model, guidances.subspan(i, 1))});
+  return compared;
 }
 
 // How it was sampled, in one line.
@@ -162,23 +179,25 @@ std::string describe_run(const Settings& settings, const SamplingPlan& plan, con
 
 // The picture or the sheet, as a PNG file.
 std::string draw_png(const Settings& settings, const Inputs& inputs, const SamplingPlan& plan,
-                     const Sampled& sampled, const Sampled& unguided,
+                     const Sampled& sampled, const std::vector<Compared>& compared,
+                     const std::vector<Sampled>& others,
                      const std::optional<sag::PictureNetwork>& decoder) {
   const auto pictures = [&](const torch::Tensor& latents) {
-    return decoder && latents.defined() ? decoder->run(latents) : latents;
+    return decoder ? decoder->run(latents) : latents;
   };
   Drawn drawn = {.pictures = pictures(sampled.latents),
-                 .unguided = pictures(unguided.latents),
                  .footer = describe_run(settings, plan, inputs)};
-  std::vector<std::string> labels;
+  for (std::size_t i = 0; i < compared.size(); ++i)
+    drawn.compared.emplace_back(compared[i].header, pictures(others[i].latents));
   for (const auto& guidance : settings.guidances) {
-    labels.push_back(guidance.label);
     if (guidance.mask_header.empty()) continue;
     const auto mask = sampled.masks.find(guidance.name);
     drawn.masks.emplace_back(guidance.mask_header,
                              mask == sampled.masks.end() ? torch::Tensor() : mask->second);
   }
-  drawn.guided_header = fmt::format("guided by {}", fmt::join(labels, " and "));
+  drawn.guided_header = settings.guidances.size() == 1
+                            ? "guided by " + settings.guidances.front().label
+                            : "all together";
   return encode_png(draw(drawn, inputs.pictures, settings.output));
 }
 
@@ -211,28 +230,30 @@ void draw_pictures(const Settings& settings, const std::shared_ptr<const sag::UN
   const auto plan = make_plan(settings);
   auto inputs = read_inputs(settings, std::move(encoder), unet->device());
   for (auto& note : notes_on(settings)) inputs.notes.push_back(std::move(note));
-  for (const auto& guidance : settings.guidances) {
-    for (const auto& site : guidance.sites) check_site(*unet, site);
-  }
   const GuidedModel plain = {sag::ModelPatcher(unet, settings.network.noise_levels)};
+  for (const auto& guidance : settings.guidances) check_sites(plain.model, guidance);
   const GuidedModel guided = guide(plain.model, settings.guidances);
   const auto decoder = outputs.out
                            ? load_decoder(settings.network, inputs.size.channels, unet->device())
                            : std::nullopt;
 
-  const bool compare = settings.output.compare;
-  Progress progress(Progress::style_for(settings.output.quiet),
-                    work(guided, inputs.batches) + (compare ? work(plain, inputs.batches) : 0.0));
-  Sampled unguided;
-  if (compare) unguided = sample_batches(plain, inputs.batches, plan, progress);
+  const auto compared =
+      settings.output.compare ? to_compare(plain, settings.guidances) : std::vector<Compared>();
+  double all = work(guided, inputs.batches);
+  for (const auto& other : compared) all += work(other.model, inputs.batches);
+  Progress progress(Progress::style_for(settings.output.quiet), all);
+  std::vector<Sampled> others;
+  for (const auto& other : compared)
+    others.push_back(sample_batches(other.model, inputs.batches, plan, progress));
   const auto sampled = sample_batches(guided, inputs.batches, plan, progress);
   progress.finish();
 
-  auto runs = unguided.runs;
+  std::vector<RunReport> runs;
+  for (const auto& other : others) runs.insert(runs.end(), other.runs.begin(), other.runs.end());
   runs.insert(runs.end(), sampled.runs.begin(), sampled.runs.end());
   note_fillers(inputs, runs);
   std::string png;
-  if (outputs.out) png = draw_png(settings, inputs, plan, sampled, unguided, decoder);
+  if (outputs.out) png = draw_png(settings, inputs, plan, sampled, compared, others, decoder);
   write_outputs(outputs, png, sampled.latents, report_json(settings, inputs, plan, runs, *unet));
   if (settings.output.quiet) return;
   print_summary(settings, inputs, runs, *unet, out);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <cmath>
 #include <filesystem>
 #include <ostream>
 #include <string_view>
@@ -240,6 +241,28 @@ void check_scales(const Choices& choices, bool texts) {
   }
 }
 
+void check_cfg_window(const Choices& choices) {
+  const auto given = [&](const char* option) { return choices.contains(option); };
+  never_both(given("--cfg-start"), given("--cfg-start-percent"),
+             "--cfg-start and --cfg-start-percent cannot be given together.");
+  never_both(given("--cfg-end"), given("--cfg-end-percent"),
+             "--cfg-end and --cfg-end-percent cannot be given together.");
+  const auto window = guider_options().decide(choices).cfg_window;
+  if (window.sigma_start < window.sigma_end) {
+    throw UsageError(fmt::format("--cfg-start must be at least --cfg-end ({}), got {}.",
+                                 window.sigma_end, window.sigma_start));
+  }
+  if (window.start_percent.value_or(0.0) > window.end_percent.value_or(1.0)) {
+    throw UsageError(
+        fmt::format("--cfg-start-percent must be at most --cfg-end-percent ({}), got {}.",
+                    window.end_percent.value_or(1.0), *window.start_percent));
+  }
+  const bool windowed = std::isfinite(window.sigma_start) || window.sigma_end > 0 ||
+                        window.start_percent || window.end_percent;
+  never_both(windowed, further_options().decide(choices).image_cfg != 1,
+             "--cfg-start and --cfg-end cannot be given together with --image-cfg.");
+}
+
 void check_outputs(const Choices& choices) {
   const auto outputs = output_options().decide(choices);
   if (outputs.out.empty() && outputs.save_latent.empty() && outputs.json.empty()) {
@@ -264,13 +287,6 @@ void check_guidances(const Choices& choices) {
     never_both(listed, choices.contains(kind.off),
                fmt::format("{} and --guidance, which says what guides, cannot be given together.",
                            kind.off));
-    const bool named = std::any_of(guidances.begin(), guidances.end(),
-                                   [&](const auto& guidance) { return guidance.key == kind.key; });
-    for (const auto& option : kind.options->options) {
-      never_both(listed && !named, !option.name.empty() && choices.contains(option.name),
-                 fmt::format("{} needs --guidance {}, as --guidance says what guides.", option.name,
-                             kind.key));
-    }
   }
   never_both(choices.contains("--compare"), guidances.empty(),
              fmt::format("--compare and {} cannot be given together.", fmt::join(off, " and ")));
@@ -312,6 +328,7 @@ void check_combinations(const Choices& choices) {
   }
   check_tensors(choices);
   check_scales(choices, texts);
+  check_cfg_window(choices);
   check_guidances(choices);
 }
 

@@ -10,11 +10,15 @@
 namespace sag_sample {
 namespace {
 
-// Adds the unguided picture before, and the masks after, the guided one of each cell.
+// Adds the compared pictures before, and the masks after, the guided one of each cell.
 void add_comparison(std::vector<Cell>& cells, const Drawn& drawn) {
-  const auto unguided = to_images(drawn.unguided);
   const auto guided = to_images(drawn.pictures);
-  for (std::size_t i = 0; i < cells.size(); ++i) cells[i].pictures = {unguided[i], guided[i]};
+  for (auto& cell : cells) cell.pictures.clear();
+  for (const auto& [header, pictures] : drawn.compared) {
+    const auto images = to_images(pictures);
+    for (std::size_t i = 0; i < cells.size(); ++i) cells[i].pictures.push_back(images[i]);
+  }
+  for (std::size_t i = 0; i < cells.size(); ++i) cells[i].pictures.push_back(guided[i]);
   for (const auto& [header, mask] : drawn.masks) {
     const auto heat = to_heat(
         mask.defined() ? mask : torch::zeros({drawn.pictures.size(0), 1, 1, 1}, torch::kFloat),
@@ -43,15 +47,16 @@ std::vector<Section> make_sections(std::vector<Cell> cells, const std::vector<Pi
 
 Image draw(const Drawn& drawn, const std::vector<Picture>& pictures, const OutputOptions& options) {
   const auto images = to_images(drawn.pictures);
-  if (images.size() == 1 && !drawn.unguided.defined()) {
+  if (images.size() == 1 && drawn.compared.empty()) {
     return enlarge(images.front(), static_cast<int>(std::max<std::int64_t>(options.zoom, 1)));
   }
   std::vector<Cell> cells;
   for (std::size_t i = 0; i < images.size(); ++i) cells.push_back({pictures[i].label, {images[i]}});
   Sheet sheet = {.headers = {}, .sections = {}, .footer = drawn.footer, .legend = ""};
-  if (drawn.unguided.defined()) {
+  if (!drawn.compared.empty()) {
     add_comparison(cells, drawn);
-    sheet.headers = {"unguided", drawn.guided_header};
+    for (const auto& [header, picture] : drawn.compared) sheet.headers.push_back(header);
+    sheet.headers.push_back(drawn.guided_header);
     for (const auto& [header, mask] : drawn.masks) sheet.headers.push_back(header);
     if (!drawn.masks.empty()) sheet.legend = "masked in";
   }

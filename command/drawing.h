@@ -16,9 +16,9 @@ namespace sag_sample {
 struct Drawn {
   /// Sampled with what the user asked for.
   torch::Tensor pictures = {};
-  /// What to compare with; undefined: nothing.
-  torch::Tensor unguided = {};
-  /// The header of the guided pictures' column, next to the unguided ones.
+  /// What stands to the left of them, header and pictures; empty: nothing to compare with.
+  std::vector<std::pair<std::string, torch::Tensor>> compared = {};
+  /// The header of their own column where others stand beside it.
   std::string guided_header = {};
   /// The columns of masks: header and [images, 1, height, width] of the latent; undefined: nothing
   /// was masked.

@@ -6,8 +6,10 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "cfg_guidances.h"
 #include "errors.h"
-#include "further_guidances.h"
+#include "guidance_rows.h"
+#include "network_guidances.h"
 #include "sag/self_attention_guidance.h"
 #include "shuffle.h"
 #include "words/nearest.h"
@@ -127,40 +129,42 @@ Guidance decide_sag(const Choices& choices, const std::string& site) {
 
 // --guidance.
 
-const GuidanceKind& find_kind(const std::string& name) {
+const GuidanceKind& find_kind(const std::string& name, const std::string& where) {
   std::vector<std::string> known;
   for (const auto& kind : guidance_kinds()) {
     if (kind.key == name) return kind;
     known.emplace_back(kind.key);
   }
-  throw UsageError(fmt::format("--guidance must be one of {}, got \"{}\"{}", fmt::join(known, ", "),
+  throw UsageError(fmt::format("{} must be one of {}, got \"{}\"{}", where, fmt::join(known, ", "),
                                name, suggestion(name, known)));
 }
 
-const Option& find_option(const GuidanceKind& kind, const std::string& key) {
+// `where`: what messages call the guidance, "--guidance pag".
+const Option& find_option(const GuidanceKind& kind, const std::string& key,
+                          const std::string& where) {
   std::vector<std::string> known;
   for (const auto& option : kind.options->options) {
     if (option.key.empty()) continue;
     if (option.key == key) return option;
     known.push_back(option.key);
   }
-  throw UsageError(
-      fmt::format("--guidance {} has no option \"{}\"{}", kind.key, key, suggestion(key, known)));
+  throw UsageError(fmt::format("{} has no option \"{}\"{}", where, key, suggestion(key, known)));
 }
 
 // Adds what follows the name, KEY=VALUE,KEY=VALUE. A flag needs no value.
-void add_chosen(const GuidanceKind& kind, const std::string& text, Choices& choices) {
+void add_chosen(const GuidanceKind& kind, const std::string& text, const std::string& where,
+                Choices& choices) {
   std::set<std::string> given;
   for (std::size_t begin = 0; begin <= text.size();) {
     const auto end = std::min(text.find(',', begin), text.size());
     const auto word = text.substr(begin, end - begin);
     const auto equals = std::min(word.find('='), word.size());
     const auto key = word.substr(0, equals);
-    const auto& option = find_option(kind, key);
+    const auto& option = find_option(kind, key, where);
     if (!given.insert(key).second) {
-      throw UsageError(fmt::format("--guidance {}: {} is given twice.", kind.key, key));
+      throw UsageError(fmt::format("{}: {} is given twice.", where, key));
     }
-    Given value = {.where = fmt::format("--guidance {}:{}", kind.key, key)};
+    Given value = {.where = fmt::format("{}:{}", where, key)};
     if (option.type.empty()) {
       value.value = true;
     } else if (equals < word.size()) {
@@ -182,12 +186,15 @@ Guidance decide(const GuidanceKind& kind, const Choices& choices, const std::str
 }
 
 // NAME or NAME:KEY=VALUE,…
-Guidance guidance_of(const std::string& text, const Choices& choices, const std::string& site) {
+Guidance guidance_of(const std::string& text, const std::string& where, const Choices& choices,
+                     const std::string& site) {
   const auto colon = std::min(text.find(':'), text.size());
-  const auto& kind = find_kind(text.substr(0, colon));
+  const auto& kind = find_kind(text.substr(0, colon), where);
   // Its options on the command line and in model.json count, too, if it has any.
   Choices own = kind.off ? choices : Choices();
-  if (colon < text.size()) add_chosen(kind, text.substr(colon + 1), own);
+  if (colon < text.size()) {
+    add_chosen(kind, text.substr(colon + 1), fmt::format("{} {}", where, kind.key), own);
+  }
   return decide(kind, own, site);
 }
 
@@ -196,7 +203,7 @@ const std::vector<std::string>& help_lines() {
   static const std::vector<std::string> lines = [] {
     std::vector<std::string> made;
     for (const auto& kind : guidance_kinds()) {
-      made.push_back(fmt::format("{:<12}{}", kind.key, kind.about));
+      made.push_back(fmt::format("{:<20}{}", kind.key, kind.about));
       for (const auto& option : kind.options->options) {
         if (option.key.empty()) continue;
         const auto value = option.type.empty() ? option.key : option.key + "=" + option.type;
@@ -216,7 +223,9 @@ const OptionTable<GuidanceChoice>& guidance_options() {
   static const OptionTable<GuidanceChoice> table = [] {
     auto row = several("--guidance", "guidance", &GuidanceChoice::guidances, "NAME[:KEY=VALUE,...]",
                        "Guidance to apply, in place of self-attention guidance alone; several are "
-                       "applied in their order. --guidance help lists all with their options");
+                       "applied in their order. --guidance help lists all with their options")
+                   .from_model()
+                   .by_default("sag");
     row.listed.assign(help_lines().begin(), help_lines().end());
     return OptionTable<GuidanceChoice>("Guidance", {row});
   }();
@@ -231,26 +240,61 @@ std::span<const GuidanceKind> guidance_kinds() {
        &sag_options(), decide_sag, "--no-sag", check_sag},
       pag_kind(),
       seg_kind(),
+      tpg_kind(),
+      slg_kind(),
+      nag_kind(),
       apg_kind(),
       cfg_zero_kind(),
       rescale_kind(),
+      dynamic_threshold_kind(),
+      momentum_kind(),
+      self_guidance_kind(),
   };
   return kinds;
 }
 
-std::vector<Guidance> decide_guidances(const Choices& choices, const std::string& site) {
-  const auto asked = guidance_options().decide(choices).guidances;
-  std::vector<Guidance> guidances;
-  std::set<std::string> keys;
-  for (const auto& text : asked) {
-    guidances.push_back(guidance_of(text, choices, site));
-    if (keys.insert(guidances.back().key).second) continue;
-    throw UsageError(fmt::format("--guidance {} is given twice.", guidances.back().key));
-  }
-  if (!asked.empty()) return guidances;
+namespace {
+
+// A list takes the place of the guidances that have options of their own on the command line: their
+// options must not be given for nothing.
+void check_named(const std::set<std::string>& keys, const Choices& choices) {
   for (const auto& kind : guidance_kinds()) {
-    if (kind.off && !choices.contains(kind.off)) guidances.push_back(decide(kind, choices, site));
+    if (keys.contains(kind.key)) continue;
+    for (const auto& option : kind.options->options) {
+      const auto given = choices.find(option.name);
+      // Those of model.json may stay there.
+      const bool is_needless =
+          !option.name.empty() && given != choices.end() && given->second.where == option.name;
+      if (!is_needless || option.name == kind.off) continue;
+      throw UsageError(fmt::format("{} needs --guidance {}, as --guidance says what guides.",
+                                   option.name, kind.key));
+    }
   }
+}
+
+}  // namespace
+
+std::vector<Guidance> decide_guidances(const Choices& choices, const std::string& site) {
+  const auto asked = choices.find("--guidance");
+  std::vector<Guidance> guidances;
+  if (asked == choices.end()) {
+    for (const auto& kind : guidance_kinds()) {
+      if (kind.off && !choices.contains(kind.off)) guidances.push_back(decide(kind, choices, site));
+    }
+    return guidances;
+  }
+  const auto& where = asked->second.where;
+  std::set<std::string> keys;
+  for (const auto& text : guidance_options().decide(choices).guidances) {
+    auto guidance = guidance_of(text, where, choices, site);
+    if (!keys.insert(guidance.key).second) {
+      throw UsageError(fmt::format("{} {} is given twice.", where, guidance.key));
+    }
+    // Turned off on the command line, in model.json's list.
+    const auto* off = find_kind(guidance.key, where).off;
+    if (!off || !choices.contains(off)) guidances.push_back(std::move(guidance));
+  }
+  check_named(keys, choices);
   return guidances;
 }
 

@@ -24,8 +24,10 @@ struct Guidance {
   std::string summary = {};
   /// Whether it does nothing without an unconditional prediction.
   bool needs_uncond = false;
-  /// The self-attentions that it looks into.
-  std::vector<std::string> sites = {};
+  /// The self-attentions that it looks into, and the transformer blocks.
+  std::vector<std::string> sites = {}, blocks = {};
+  /// Whether it looks into all cross-attentions.
+  bool needs_cross_attention = false;
   /// The header of its masks on a sheet; empty: it has none.
   std::string mask_header = {};
   /// What was decided, for the report.
@@ -59,8 +61,8 @@ struct GuidanceChoice {
 };
 const OptionTable<GuidanceChoice>& guidance_options();
 
-/// Returns all guidances that the command knows. To add one: describe it in guidances.cpp or in
-/// further_guidances.cpp, and name it in the list in guidances.cpp.
+/// Returns all guidances that the command knows. To add one: describe it in network_guidances.cpp
+/// or in cfg_guidances.cpp, and name it in the list in guidances.cpp.
 std::span<const GuidanceKind> guidance_kinds();
 
 /// Returns the guidances of a run, in the order in which they are applied. Throws UsageError.

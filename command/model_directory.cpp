@@ -28,7 +28,7 @@ void choose(Choices& choices, const Option& option, const Given& given) {
 void read_options(JsonObject& object, const OptionGroup& group, Choices& choices) {
   for (const auto& option : group.options) {
     if (option.in_model && !option.key.empty() && object.has(option.key)) {
-      choose(choices, option, object.given(option.key));
+      choose(choices, option, option.repeats ? object.texts(option.key) : object.given(option.key));
     }
   }
 }
@@ -133,6 +133,7 @@ void read_defaults(JsonObject defaults, Choices& choices) {
   read_options(defaults, sampling_options(), choices);
   read_options(defaults, guider_options(), choices);
   read_options(defaults, further_options(), choices);
+  read_options(defaults, guidance_options(), choices);
   for (const auto& kind : guidance_kinds()) {
     if (!kind.off || !defaults.has(kind.key)) continue;
     auto object = defaults.object(kind.key);

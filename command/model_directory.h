@@ -51,6 +51,7 @@ struct NetworkInputs {
 ///      "inputs": {"concat": {"channels": 5, "kind": "inpaint", "scale": 1.0},
 ///                 "class_labels": {"classes": 10}, "timestep_cond": {"size": 256}},
 ///      "defaults": {"sampler": "euler", "schedule": "karras", "steps": 20, "cfg": 2.0,
+///                   "guidance": ["sag", "pag:scale=2"],
 ///                   "sag": {"scale": 1.0, "blur_sigma": 2.0}}}
 ///
 /// "unet" is a TorchScript archive, a compiled package (*.pt2) or a folder of packages. "format",

@@ -9,6 +9,7 @@
 #include <torch/cuda.h>
 
 #include "errors.h"
+#include "guidance_rows.h"
 #include "guidances.h"
 #include "sag/samplers.h"
 #include "sag/schedules.h"
@@ -264,11 +265,22 @@ const OptionTable<sag::SampleOptions>& sampling_options() {
 
 const OptionTable<sag::CfgGuiderOptions>& guider_options() {
   using G = sag::CfgGuiderOptions;
+  using W = sag::GuidanceWindow;
   static const OptionTable<G> table(
       kSampling,
       {number("--cfg", "cfg", &G::cond_scale, kFinite, "X", "Scale of classifier-free guidance")
            .from_model()
            .and_by_default("; 1 without an unconditional prediction"),
+       bound("--cfg-start", "cfg_start", &G::cfg_window, &W::sigma_start, kSigma, "SIGMA",
+             "With this scale from this noise level on, before with 1, which takes one row")
+           .from_model(),
+       bound("--cfg-end", "cfg_end", &G::cfg_window, &W::sigma_end, kSigma, "SIGMA",
+             "With this scale down to this noise level, then with 1")
+           .from_model(),
+       bound("--cfg-start-percent", "cfg_start_percent", &G::cfg_window, &W::start_percent, kShare,
+             "X", "The same as a share of the model's timesteps, 0 ... 1"),
+       bound("--cfg-end-percent", "cfg_end_percent", &G::cfg_window, &W::end_percent, kShare, "X",
+             "The same as a share of the model's timesteps, 0 ... 1"),
        number("--max-rows", "max_rows", &G::max_rows, whole(0, 65536), "N",
               "At most N rows (a picture takes two with cfg) go through the UNet at a time; 0: no "
               "limit")},

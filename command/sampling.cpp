@@ -112,8 +112,9 @@ sag::SampleOptions options_for(const Batch& batch, const SamplingPlan& plan) {
 // Samples one batch into its places in `all`.
 void sample_batch(const GuidedModel& model, const Batch& batch, const SamplingPlan& plan,
                   Progress& progress, Sampled& all) {
-  sag::CfgGuider guider(model.model, batch.positive, batch.negative,
-                        {.cond_scale = batch.cfg, .max_rows = plan.max_rows});
+  sag::CfgGuider guider(
+      model.model, batch.positive, batch.negative,
+      {.cond_scale = batch.cfg, .cfg_window = plan.cfg_window, .max_rows = plan.max_rows});
   auto options = options_for(batch, plan);
   Watch watch(model.model.unet().device());
   options.evaluated = [&](const sag::EvaluationReport&) { watch.look(); };

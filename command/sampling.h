@@ -10,6 +10,7 @@
 #include "inputs.h"
 #include "progress.h"
 #include "report.h"
+#include "sag/guidance_window.h"
 #include "sag/model_patcher.h"
 #include "sag/sample.h"
 
@@ -27,6 +28,7 @@ struct SamplingPlan {
   /// Without the batch's own tensors and seeds.
   sag::SampleOptions options = {};
   std::int64_t max_rows = 0;
+  sag::GuidanceWindow cfg_window = {};
   double latent_scale = 1.0;
   /// The noise levels of the run.
   std::vector<double> sigmas = {};

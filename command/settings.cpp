@@ -1,6 +1,7 @@
 #include "settings.h"
 
 #include <filesystem>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -83,6 +84,11 @@ Settings decide_settings(const Choices& command_line, const ModelDirectory* dire
   refuse_foreign_options(command_line, network.prediction);
   auto unet = unet_options().decide(choices);
   unet.rows = network.unet_rows;
+  auto guidances = decide_guidances(choices, network.site);
+  const auto output = output_options().decide(choices);
+  if (output.compare && guidances.empty()) {
+    throw UsageError("--compare needs a guidance, but all are turned off.");
+  }
   return {.source = source,
           .checkpoint = checkpoint_options().decide(choices),
           .network = decide_network(choices, source, directory),
@@ -92,9 +98,9 @@ Settings decide_settings(const Choices& command_line, const ModelDirectory* dire
           .guider = guider_options().decide(choices),
           .further = further_options().decide(choices),
           .guidance = guidance_options().decide(choices),
-          .guidances = decide_guidances(choices, network.site),
+          .guidances = std::move(guidances),
           .device = device_options().decide(choices),
-          .output = output_options().decide(choices)};
+          .output = output};
 }
 
 void check_size_is_in_cells(const Network& network) {

@@ -51,10 +51,12 @@ sag::UNetInput probe_input(const PictureOptions& pictures, const Network& networ
   return input;
 }
 
+using Shapes = std::vector<sag::AttentionSiteShape>;
+
 // What the sites of a UNet work on, and which one "middle" is.
 struct Sites {
   // Without sizes where the UNet did not run.
-  std::vector<sag::AttentionSiteShape> shapes = {};
+  Shapes self = {}, cross = {};
   // Why there are no sizes.
   std::string not_run = {};
   // Nothing: none was found.
@@ -62,18 +64,26 @@ struct Sites {
   std::string no_middle = {};
 };
 
+Shapes without_sizes(const std::vector<sag::AttentionSiteInfo>& sites) {
+  Shapes shapes;
+  for (const auto& site : sites) shapes.push_back({.site = site});
+  return shapes;
+}
+
 Sites find_sites(const sag::UNet& unet, const sag::UNetInput& input) {
   Sites sites;
   try {
-    sites.shapes = sag::probe_attention_sites(unet, input);
+    sites.self = sag::probe_attention_sites(unet, input);
+    sites.cross = sag::probe_cross_attention_sites(unet, input);
   } catch (const c10::Error& error) {
     sites.not_run = sentence_of(error);
-    for (const auto& site : unet.attention_sites()) sites.shapes.push_back({.site = site});
+    sites.self = without_sizes(unet.attention_sites());
+    sites.cross = without_sizes(unet.cross_attention_sites());
   }
   try {
     sites.middle = sag::find_middle_attention(unet);
     if (!sites.middle && sites.not_run.empty()) {
-      sites.middle = sag::find_middle_attention(std::span(std::as_const(sites.shapes)));
+      sites.middle = sag::find_middle_attention(std::span(std::as_const(sites.self)));
     }
   } catch (const c10::ValueError&) {
     sites.no_middle = "Several could be the middle block's: choose one with --site.";
@@ -81,58 +91,104 @@ Sites find_sites(const sag::UNet& unet, const sag::UNetInput& input) {
   return sites;
 }
 
-std::string size_text(const sag::AttentionSiteShape& shape, std::int64_t fewest) {
-  const auto& [site, heads, tokens, head_dim] = shape;
-  if (fewest == 0) return "";
-  if (tokens == 0) return fmt::format("  {:<34}", "did not run");
-  return fmt::format("  {:>3} heads x {:>5} tokens x {:>3}{}", heads, tokens, head_dim,
-                     tokens == fewest ? "  fewest" : "        ");
+std::int64_t fewest_tokens(const Shapes& shapes) {
+  std::int64_t fewest = 0;
+  for (const auto& shape : shapes) {
+    if (shape.tokens > 0) fewest = fewest > 0 ? std::min(fewest, shape.tokens) : shape.tokens;
+  }
+  return fewest;
 }
 
-void print_sites(const Sites& sites, std::ostream& out) {
+std::string size_text(const sag::AttentionSiteShape& shape, std::int64_t fewest) {
+  if (fewest == 0) return "";
+  if (shape.tokens == 0) return fmt::format("  {:<34}", "did not run");
+  return fmt::format("  {:>3} heads x {:>5} tokens x {:>3}{}", shape.heads, shape.tokens,
+                     shape.head_dim, shape.tokens == fewest ? "  fewest" : "        ");
+}
+
+// `chosen`: the site that gets a mark; null: none.
+void print_sites(const Shapes& shapes, const sag::SiteChoice* chosen, std::ostream& out) {
   std::size_t width = 0;
-  std::int64_t fewest = 0;
-  for (const auto& [site, heads, tokens, head_dim] : sites.shapes) {
-    width = std::max(width, site.name.size());
-    if (tokens > 0) fewest = fewest > 0 ? std::min(fewest, tokens) : tokens;
-  }
-  for (const auto& shape : sites.shapes) {
+  for (const auto& shape : shapes) width = std::max(width, shape.site.name.size());
+  const auto fewest = fewest_tokens(shapes);
+  for (const auto& shape : shapes) {
     const auto& site = shape.site;
-    const bool is_middle =
-        sites.middle && (sites.middle->site == site.name || sites.middle->site == site.path);
+    const bool is_chosen = chosen && (chosen->site == site.name || chosen->site == site.path);
     const std::string ordinal = site.ordinal >= 0 ? fmt::format("#{}", site.ordinal) : "";
     std::string line =
-        fmt::format("{} {:<{}}  {:<4}", is_middle ? '*' : ' ', site.name, width, ordinal);
+        fmt::format("{} {:<{}}  {:<4}", is_chosen ? '*' : ' ', site.name, width, ordinal);
     line += size_text(shape, fewest) + "  " + (site.path == site.name ? "" : site.path);
     line.erase(line.find_last_not_of(' ') + 1);
     out << line << '\n';
   }
 }
 
-}  // namespace
+// What other guidances look into.
+void print_others(const Sites& sites, const std::vector<sag::AttentionSiteInfo>& blocks,
+                  std::ostream& out) {
+  if (!sites.cross.empty()) {
+    out << "\nCross-attentions, for --guidance nag, which looks into all of them:\n";
+    print_sites(sites.cross, nullptr, out);
+  }
+  if (!blocks.empty()) {
+    out << "\nTransformer blocks, for --guidance slg and tpg:\n";
+    print_sites(without_sizes(blocks), nullptr, out);
+  }
+}
+
+// Throws the library's sentence about a name that is not there, with the nearest one that is.
+[[noreturn]] void refuse_name(const c10::ValueError& error, const std::string& name,
+                              const std::vector<sag::AttentionSiteInfo>& known) {
+  std::vector<std::string> names;
+  for (const auto& site : known) {
+    names.push_back(site.name);
+    names.push_back(site.path);
+  }
+  auto sentence = sentence_of(error);
+  if (const auto hint = suggestion(name, names); sentence.ends_with('.')) {
+    sentence.replace(sentence.size() - 1, 1, hint);
+  }
+  throw UsageError(sentence);
+}
+
+torch::Tensor leave_as_it_is(const sag::AttentionCall& call, const sag::Pass& /*pass*/,
+                             const sag::NextAttention& next) {
+  return next(call);
+}
 
 void check_site(const sag::UNet& unet, const std::string& site) {
   if (site == "middle") return;
   try {
     static_cast<void>(sag::resolve_attention_site(unet, site));
   } catch (const c10::ValueError& error) {
-    std::vector<std::string> names;
-    for (const auto& known : unet.attention_sites()) {
-      names.push_back(known.name);
-      names.push_back(known.path);
+    refuse_name(error, site, unet.attention_sites());
+  }
+}
+
+}  // namespace
+
+void check_sites(const sag::ModelPatcher& model, const Guidance& guidance) {
+  for (const auto& site : guidance.sites) check_site(model.unet(), site);
+  for (const auto& block : guidance.blocks) {
+    try {
+      model.clone().set_block_replace(leave_as_it_is, block);
+    } catch (const c10::ValueError& error) {
+      refuse_name(error, block, model.unet().block_sites());
     }
-    auto sentence = sentence_of(error);
-    if (const auto hint = suggestion(site, names); sentence.ends_with('.')) {
-      sentence.replace(sentence.size() - 1, 1, hint);
-    }
-    throw UsageError(sentence);
+  }
+  if (guidance.needs_cross_attention && model.unet().cross_attention_sites().empty()) {
+    const auto note = model.unet().note_on_sites();
+    throw UsageError(fmt::format(
+        "--guidance {} needs the cross-attentions of the UNet, but their names do not tell which "
+        "they are.{}{}",
+        guidance.key, note.empty() ? "" : " ", note));
   }
 }
 
 void list_sites(const PictureOptions& pictures, const Network& network, const sag::UNet& unet,
                 std::ostream& out) {
   const auto sites = find_sites(unet, probe_input(pictures, network, unet));
-  print_sites(sites, out);
+  print_sites(sites.self, sites.middle ? &*sites.middle : nullptr, out);
   if (sites.middle) {
     out << fmt::format("* what --site middle chooses: {}\n", sites.middle->reason);
   } else if (!sites.no_middle.empty()) {
@@ -141,6 +197,7 @@ void list_sites(const PictureOptions& pictures, const Network& network, const sa
   if (!sites.not_run.empty()) {
     out << "Their sizes are not known, as the UNet did not run: " << sites.not_run << '\n';
   }
+  print_others(sites, unet.block_sites(), out);
 }
 
 }  // namespace sag_sample

@@ -282,6 +282,10 @@ TEST_F(SampleCommand, ListsTheSites) {
   EXPECT_THAT(finished.out, HasSubstr("middle.0.0"));
   EXPECT_THAT(finished.out, HasSubstr("#6"));
   EXPECT_THAT(finished.out, HasSubstr("middle_block.1.transformer_blocks.0.attn1"));
+  EXPECT_THAT(finished.out, ContainsRegex("Cross-attentions, [^\n]*nag[^\n]*:\n(  [^\n]*\n)*  "
+                                          "middle.0.0 +#7 [^\n]*attn2\n"));
+  EXPECT_THAT(finished.out,
+              ContainsRegex("Transformer blocks, [^\n]*:\n(  [^\n]*\n)*  middle.0.0 "));
   EXPECT_THAT(finished.out,
               HasSubstr("did not run: The file's argument \"context\" must be given"));
 }
@@ -339,6 +343,101 @@ TEST_F(SampleCommand, DrawsASheetOfPromptsAndUnconditionalPictures) {
       }
     }
   }
+}
+
+TEST_F(SampleCommand, ComparesEachGuidanceAloneAndAllTogether) {
+  const auto model = make_model();
+  const auto draw = [&](const std::string& name, std::vector<std::string> more) {
+    more.insert(more.begin(), {"--model", model, "--prompt", "cat", "--zoom", "1", "--out",
+                               path(name + ".png"), "--json", path(name + ".json")});
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+  };
+  draw("one", {"--compare", "--guidance", "pag"});
+  draw("two", {"--compare", "--guidance", "pag", "--guidance", "rescale"});
+  const auto runs = report("two.json")["runs"];
+  ASSERT_EQ(runs.size(), 4u);
+  const auto name_of = [](const char* key) { return std::vector<std::string>{key}; };
+  EXPECT_EQ(runs[0]["guidances"], std::vector<std::string>());
+  EXPECT_EQ(runs[1]["guidances"], name_of("perturbed_attention_guidance"));
+  EXPECT_EQ(runs[2]["guidances"], name_of("rescale_cfg"));
+  EXPECT_EQ(runs[3]["guidances"].size(), 2u);
+  // Two pictures of 32 pixels more than the sheet with "unguided" and "guided by PAG".
+  EXPECT_GE(picture("two.png").width, picture("one.png").width + 2 * 32);
+}
+
+TEST_F(SampleCommand, TakesTheGuidancesOfAModel) {
+  const auto model = make_model();
+  const auto describe = [&](const std::string& list) {
+    std::ofstream(model + "/model.json")
+        << R"({"format": 1, "prediction": "eps", "sample": {"shape": [4, 16, 16], "multiple": 8},
+      "files": {"unet": "unet.ts", "text_encoder": "text_encoder.ts", "decoder": "decoder.ts"},
+      "defaults": {"steps": 3, "cfg": 3.0, "sag": {"scale": 0.5}, "guidance": )"
+        << list << "}}";
+  };
+  const auto guided_by = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"--model", model, "--prompt", "cat", "--save-latent", path("l.pt"),
+                               "--json", path("report.json")});
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    return report("report.json")["runs"][0]["guidances"].get<std::vector<std::string>>();
+  };
+  const std::string sag = "self_attention_guidance", pag = "perturbed_attention_guidance";
+  describe(R"(["pag:scale=2", "sag"])");
+  EXPECT_EQ(guided_by({}), (std::vector<std::string>{pag, sag}));
+  EXPECT_EQ(report("report.json")["options"]["sag"]["scale"], 0.5);
+  EXPECT_EQ(guided_by({"--no-sag"}), std::vector<std::string>{pag});
+  EXPECT_EQ(guided_by({"--guidance", "rescale"}), std::vector<std::string>{"rescale_cfg"});
+  describe(R"(["pag"])");
+  EXPECT_EQ(guided_by({}), std::vector<std::string>{pag});
+  const auto fails = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"--model", model, "--prompt", "cat", "--save-latent", path("l.pt")});
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 1);
+    return finished.err;
+  };
+  EXPECT_THAT(fails({"--sag-scale", "1"}), HasSubstr("--sag-scale needs --guidance sag"));
+  describe(R"(["pagg"])");
+  EXPECT_THAT(fails({}), HasSubstr("model.json: \"defaults\": \"guidance\" must be one of sag"));
+  for (const auto* wrong : {R"("pag")", "[]", "[1]", R"({"pag": 1})"}) {
+    describe(wrong);
+    EXPECT_THAT(fails({}), HasSubstr("must be an array of one text or more")) << wrong;
+  }
+}
+
+TEST_F(SampleCommand, SteersAwayFromTheNegativeInOneRow) {
+  const auto model = make_model();
+  const auto draw = [&](const std::string& name, std::vector<std::string> more) {
+    more.insert(more.begin(),
+                {"--model", model, "--prompt", "cat", "--negative", "dog", "--cfg", "1",
+                 "--save-latent", path(name + ".pt"), "--json", path(name + ".json")});
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    EXPECT_EQ(report(name + ".json")["rows"], 3) << "one a step";
+    return latent(name + ".pt");
+  };
+  const auto plain = draw("plain", {"--no-sag"});
+  const auto guided = draw("nag", {"--guidance", "nag:scale=4"});
+  EXPECT_GT((guided - plain).abs().max().item<double>(), 1e-3);
+  EXPECT_EQ(report("nag.json")["guided_steps"], 3);
+}
+
+TEST_F(SampleCommand, KeepsCfgInsideItsWindow) {
+  const auto model = make_model();
+  const auto rows = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"--model", model, "--prompt", "cat", "--no-sag", "--save-latent",
+                               path("l.pt"), "--json", path("report.json")});
+    const auto finished = run(more);
+    EXPECT_EQ(finished.code, 0) << finished.err;
+    std::vector<int> rows_of;
+    const auto json = report("report.json");
+    for (const auto& step : json["runs"][0]["steps"]) rows_of.push_back(step["rows"]);
+    return rows_of;
+  };
+  EXPECT_EQ(rows({}), (std::vector<int>{2, 2, 2}));
+  EXPECT_EQ(rows({"--cfg-start", "5"}), (std::vector<int>{1, 2, 2}));
+  EXPECT_EQ(rows({"--cfg-end", "5"}), (std::vector<int>{2, 1, 1}));
+  EXPECT_EQ(rows({"--cfg-start-percent", "0.5"})[0], 1);
 }
 
 TEST_F(SampleCommand, AppliesGuidancesInTheirOrder) {

@@ -428,6 +428,30 @@ TEST(SampleSettings, GuidanceSaysWhatGuidesAndInWhichOrder) {
   const auto rescaled =
       decide_settings(tensors_with({"--guidance", "cfg_zero", "--guidance", "rescale"}), nullptr);
   EXPECT_EQ(rescaled.guidances.at(1).summary, "rescale 0.7");
+  const auto further =
+      decide_settings(tensors_with({"--guidance", "momentum:momentum=0.25,ema=0.9", "--guidance",
+                                    "self_guidance:scale=3,start_percent=0.5", "--guidance",
+                                    "dynamic_threshold:mimic_scale=5,threshold_percentile=0.95"}),
+                      nullptr)
+          .guidances;
+  ASSERT_EQ(further.size(), 3u);
+  EXPECT_EQ(further[0].summary, "momentum 0.25");
+  EXPECT_EQ(option_of(further[0], "ema"), Value(0.9));
+  EXPECT_EQ(further[1].summary, "SG-prev scale 3");
+  EXPECT_EQ(option_of(further[1], "start_percent"), Value(0.5));
+  EXPECT_EQ(further[2].summary, "dynamic threshold 5");
+  EXPECT_EQ(option_of(further[2], "threshold_percentile"), Value(0.95));
+  const auto inside =
+      decide_settings(tensors_with({"--guidance", "nag:scale=4,tau=1.5,alpha=0.25", "--guidance",
+                                    "tpg:blocks=middle+input.8.0,seed=7", "--guidance", "slg"}),
+                      nullptr)
+          .guidances;
+  ASSERT_EQ(inside.size(), 3u);
+  EXPECT_TRUE(inside[0].needs_cross_attention);
+  EXPECT_EQ(option_of(inside[0], "tau"), Value(1.5));
+  EXPECT_THAT(inside[1].blocks, ElementsAre("middle", "input.8.0"));
+  EXPECT_EQ(option_of(inside[1], "seed"), Value(std::uint64_t{7}));
+  EXPECT_EQ(option_of(inside[2], "end_percent"), Value(0.15)) << "its default";
 }
 
 TEST(SampleSettings, GuidanceRefusesWhatItDoesNotKnow) {
@@ -436,8 +460,8 @@ TEST(SampleSettings, GuidanceRefusesWhatItDoesNotKnow) {
     return mistake(arguments);
   };
   EXPECT_EQ(said({"--guidance", "pagg"}),
-            "--guidance must be one of sag, pag, seg, apg, cfg_zero, rescale, got \"pagg\"; do you "
-            "mean pag?");
+            "--guidance must be one of sag, pag, seg, tpg, slg, nag, apg, cfg_zero, rescale, "
+            "dynamic_threshold, momentum, self_guidance, got \"pagg\"; do you mean pag?");
   EXPECT_EQ(said({"--guidance", "pag:scalee=2"}),
             "--guidance pag has no option \"scalee\"; do you mean scale?");
   EXPECT_THAT(said({"--guidance", "pag:scale=much"}),
@@ -459,7 +483,7 @@ TEST(SampleSettings, GuidanceHelpListsAllWithTheirOptions) {
   std::ostringstream out;
   EXPECT_FALSE(parse_command_line({"--guidance", "help"}, out));
   for (const auto& kind : guidance_kinds()) {
-    EXPECT_THAT(out.str(), HasSubstr(fmt::format("\n{:<12}", kind.key).substr(kind.off ? 1 : 0)));
+    EXPECT_THAT(out.str(), HasSubstr(fmt::format("\n{:<20}", kind.key).substr(kind.off ? 1 : 0)));
     for (const auto& option : kind.options->options) {
       if (option.key.empty()) continue;
       EXPECT_THAT(out.str(), HasSubstr("\n    " + option.key));

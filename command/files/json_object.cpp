@@ -1,5 +1,6 @@
 #include "files/json_object.h"
 
+#include <algorithm>
 #include <fstream>
 #include <sstream>
 #include <utility>
@@ -69,6 +70,18 @@ std::vector<Given> JsonObject::array(const std::string& key, std::size_t size, c
   std::vector<Given> values;
   for (const auto& entry : found) values.push_back(given_of(entry, name(key)));
   return values;
+}
+
+Given JsonObject::texts(const std::string& key) {
+  const json& found = value(key);
+  auto given = given_of(found, name(key));
+  const auto is_text = [](const json& entry) { return entry.is_string(); };
+  if (!found.is_array() || found.empty() || !std::all_of(found.begin(), found.end(), is_text)) {
+    throw UsageError(
+        fmt::format("{} must be an array of one text or more, got {}.", name(key), given.shown));
+  }
+  for (const auto& entry : found) given.words.push_back(entry.get<std::string>());
+  return given;
 }
 
 void JsonObject::refuse_unknown_keys() const {

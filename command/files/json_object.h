@@ -24,6 +24,9 @@ class JsonObject {
   JsonObject object(const std::string& key);
   /// Throws UsageError, too, when it is not an array of `size` values; `what` says what it must be.
   std::vector<Given> array(const std::string& key, std::size_t size, const char* what);
+  /// Throws UsageError, too, when it is not an array of texts; their words are those of an option
+  /// that was given for each.
+  Given texts(const std::string& key);
   /// Throws UsageError when there is a key that was not asked for.
   void refuse_unknown_keys() const;
 
