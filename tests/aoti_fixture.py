@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sag_export.attention import self_attentions
+from sag_export.attention import cross_attentions, self_attentions
 from sag_export.package import add_record, write_package, write_weights
 
 WIDTH, HEADS, CONTEXT, FEATURES = 16, 2, 6, 5
@@ -146,6 +146,21 @@ def write_folder(folder, unet, device):
     write_weights(unet, folder / "weights.pt")
 
 
+def write_cross(path, unet):
+    """A package whose cross-attentions can be hooked, too, for contexts of one prompt or two."""
+    inputs = example()
+    inputs["context"] = torch.cat([inputs["context"]] * 2, 1)
+    given = tuple(inputs.values())
+    write_package(
+        unet,
+        inputs,
+        path,
+        sites=[path for _, path in self_attentions(unet, given)],
+        cross_sites=cross_attentions(unet, given),
+        dims={**ranges(), "context": [ROWS, (3, 6, 3), CONTEXT]},
+    )
+
+
 def write_plain(path):
     module = Plain().eval().to(torch.bfloat16)
     inputs = {
@@ -201,6 +216,7 @@ def write_foreign(folder, package, unet):
     edited(
         package, folder / "one_site.pt2", sag__sites="2 middle_block.1.transformer_blocks.0.attn1"
     )
+    edited(package, folder / "odd_cross_sites.pt2", sag__cross_sites="1 middle_block.1.attn1")
     edited(package, folder / "other_model.pt2", sag__model="0123456789abcdef")
     whole = package.read_bytes()
     (folder / "truncated.pt2").write_bytes(whole[: len(whole) // 2])
@@ -242,6 +258,7 @@ def main():
         torch.jit.trace(unet, tuple(inputs.values()), check_trace=False).save(target / "unet.ts")
         torch.save({**inputs, "out": unet(*inputs.values())}, target / "call.pt")
     write_package(unet, inputs, target / "unet.pt2", sites=sites, dims=ranges())
+    write_cross(target / "cross.pt2", unet)
     write_folder(target / "folder", unet, "cpu")
     write_other_weights(target / "folder", unet)
     write_skeleton(target / "skeleton", target / "folder")

@@ -23,6 +23,7 @@
 #include "sag/cfg_guider.h"
 #include "sag/cuda_graph_unet.h"
 #include "sag/model_patcher.h"
+#include "sag/normalized_attention_guidance.h"
 #include "sag/samplers.h"
 #include "sag/self_attention_guidance.h"
 #include "sag/step_context.h"
@@ -673,6 +674,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Foreign{"foreign/ppc.pt2", "compiled for ppc64le"},
                       Foreign{"foreign/no_inputs.pt2", "no \"sag.inputs\""},
                       Foreign{"foreign/odd_inputs.pt2", "\"six\" in place of a number"},
+                      Foreign{"foreign/odd_cross_sites.pt2", "cross-attentions that make no sense"},
                       Foreign{"foreign/truncated.pt2", "truncated or damaged"},
                       Foreign{"foreign/zip.pt2", "cannot be read as one"},
                       Foreign{"foreign/tensors.pt2", "a file of torch.save"},
@@ -742,6 +744,34 @@ TEST(AotiUNet, SelfAttentionGuidanceGivesATorchScriptUNetsRun) {
     const auto unguided = sample(reference(), {.scale = 0});
     EXPECT_GT(difference(unguided.latent, expected.latent), 1e-3);
   }
+}
+
+TEST(AotiUNet, NormalizedAttentionGuidanceGivesATorchScriptUNetsRun) {
+  const auto listed = load("cross.pt2")->cross_attention_sites(),
+             expected_sites = reference()->cross_attention_sites();
+  ASSERT_EQ(listed.size(), 2u);
+  for (std::size_t i = 0; i < listed.size(); ++i) {
+    EXPECT_EQ(listed[i].name, expected_sites[i].name);
+    EXPECT_EQ(listed[i].path, expected_sites[i].path);
+    EXPECT_EQ(listed[i].ordinal, expected_sites[i].ordinal);
+  }
+  const auto prompt = [](double phase) {
+    return Conditioning{.context = fill({1, 3, 6}, 0.7, phase, 1.0),
+                        .y = fill({1, 5}, 0.3, phase, 1.0)};
+  };
+  const auto x = fill({1, 4, 12, 16}, 0.7, 0.3, 15.0);
+  const auto denoise = [&](const std::shared_ptr<const UNet>& unet, double cond_scale) {
+    const auto model = apply_normalized_attention_guidance({unet, ModelSampling::discrete()});
+    CfgGuider guider(model, {prompt(0.1)}, {prompt(0.8)}, {.cond_scale = cond_scale});
+    const auto denoised = guider(x, 4);
+    EXPECT_EQ(guider.report().guided(), 1);
+    return denoised;
+  };
+  for (const double cond_scale : {1.0, 3.0})
+    EXPECT_LT(difference(denoise(load("cross.pt2"), cond_scale), denoise(reference(), cond_scale)),
+              2e-5);
+  EXPECT_THAT(error_of<c10::ValueError>([&] { denoise(load("unet.pt2"), 1); }),
+              HasSubstr("--cross-attention for all cross-attentions"));
 }
 
 TEST(AotiUNet, ServesSeveralThreads) {

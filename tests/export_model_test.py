@@ -27,6 +27,7 @@ from sag_export import archive, compiled, export, text
 from sag_export.cli import parse
 from sag_export.description import from_scheduler
 from sag_export.mistake import Mistake
+from sag_export.network import Network
 from sag_export.sites import short_name
 from sag_export.source import open_source
 from sag_export.tokenizer import ClipTokenizer
@@ -128,6 +129,31 @@ MODULES = """
             tokens = h.flatten(2).transpose(1, 2)
             tokens = tokens + self.mid_block(tokens) + self.text(context).mean(1, keepdim=True)
             return self.out(tokens.transpose(1, 2).unflatten(2, h.shape[2:]))
+
+    class Cross(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_kv = torch.nn.Linear(6, 16)
+
+        def forward(self, tokens, context):
+            k, v = self.to_kv(context).unflatten(-1, (2, 2, 4)).permute(2, 0, 3, 1, 4)
+            q = tokens.unflatten(-1, (2, 4)).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    class Prompted(Net):
+        def __init__(self):
+            super().__init__()
+            self.attn2 = Cross()
+
+        def forward(self, x, timesteps, context):
+            h = self.into(x) + (timesteps / 1000)[:, None, None, None]
+            tokens = h.flatten(2).transpose(1, 2)
+            tokens = tokens + self.mid_block(tokens) + self.attn2(tokens, context)
+            return self.out(tokens.transpose(1, 2).unflatten(2, h.shape[2:]))
+
+    class Leaky(Prompted):
+        def forward(self, x, timesteps, context):
+            return super().forward(x, timesteps, context) + context.mean()
 
     class Branching(Net):
         def forward(self, x, timesteps, context):
@@ -874,6 +900,16 @@ class OwnModules(Case):
         said = self.mistake(f"{self.name}:BareAndUnfused", *bare, "--site", "#0")
         self.assertIn("its number would not be certain", said)
 
+    def test_cross_attention_is_marked_where_nothing_else_reads_the_context(self):
+        aoti = (*self.ARGUMENTS, "--format", "aoti", "--rows", "2", "--size", "8x8")
+        marks = (*aoti, "--cross-attention")
+        self.assertIn("modules called attn2", self.mistake(f"{self.name}:Net", *marks))
+        self.assertIn("reads it elsewhere", self.mistake(f"{self.name}:Leaky", *marks))
+        import own_modules
+
+        network = Network(own_modules.Prompted().eval(), (4, 8, 8), (5, 6), None)
+        self.assertEqual(network.cross_sites(), ["attn2"])
+
     def test_modules_of_pytorchs_own_keep_their_attention(self):
         """In eval mode their fast path calls one op for everything."""
         for made, site, count in (
@@ -1123,6 +1159,7 @@ class Compiled(Case):
             "1-3",
             "--size",
             "16x24",
+            "--cross-attention",
         )
         self.assertEqual(model["files"]["unet"], "unet.pt2")
         self.assertEqual(model["sample"], {"shape": [4, 16, 24], "multiple": 2})
@@ -1131,6 +1168,12 @@ class Compiled(Case):
         expected = self.latent(traced, "traced.pt", "--width", "24")
         self.assertLessEqual((got - expected).abs().max(), 5e-5 * expected.abs().max())
         self.assertEqual(struct.unpack(">II", picture.read_bytes()[16:24]), (24 * 8, 16 * 8))
+        nag = ("--cfg", "1", "--negative", "a dog", "--guidance", "nag")
+        got = self.latent(package, "compiled.pt", *nag)
+        without = expected
+        expected = self.latent(traced, "traced.pt", "--width", "24", *nag)
+        self.assertLessEqual((got - expected).abs().max(), 5e-5 * expected.abs().max())
+        self.assertGreater((expected - without).abs().max(), 1e-3 * expected.abs().max())
 
     def test_packages_that_share_their_weights(self):
         name = self.module("own_modules", MODULES)

@@ -107,6 +107,36 @@ def self_attentions(module, inputs):
     return found
 
 
+def cross_attentions(module, inputs):
+    """Runs the module once. Returns the dotted paths of its cross-attentions in order of execution:
+    the attentions of modules called attn2 that do not attend to themselves."""
+    found = {}
+
+    def attention(plain, ordinal, path, inputs, args, kwargs):
+        if path.rpartition(".")[2] == "attn2" and args[0].shape[-2] != args[1].shape[-2]:
+            found[path] = ordinal
+        return plain(*args, **kwargs)
+
+    with torch.no_grad(), _every_attention(module, attention):
+        module(*inputs)
+    return list(found)
+
+
+def without_second_prompt(module, inputs, paths):
+    """Runs the module once, on a context of two prompts of the same length, and lets the attentions
+    at these paths see the keys and values of the first one alone."""
+
+    def attention(plain, ordinal, path, _, args, kwargs):
+        if path in paths:
+            query, key, value, *rest = args
+            tokens = key.shape[-2] // 2
+            args = (query, key[..., :tokens, :], value[..., :tokens, :], *rest)
+        return plain(*args, **kwargs)
+
+    with torch.no_grad(), _every_attention(module, attention):
+        return module(*inputs)
+
+
 def _is_self_attention(path, inputs, query, key):
     name = path.rpartition(".")[2]
     if name in ("attn1", "attn2"):

@@ -233,6 +233,12 @@ def parse(arguments):
         help="layout of the convolutions. auto: on if it is compiled for CUDA in half precision "
         "and convolutions hold 5 %% of the parameters [auto]",
     )
+    group.add_argument(
+        "--cross-attention",
+        action="store_true",
+        help="all cross-attentions can be hooked later, too, and the context may "
+        "hold two prompts, as NAG needs",
+    )
     options = parser.parse_args(arguments)
     needed = {"SOURCE or --skeleton": options.source or options.skeleton, "--out": options.out}
     if missing := [name for name, given in needed.items() if not given]:

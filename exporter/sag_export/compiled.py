@@ -23,17 +23,20 @@ def text_of(dim):
 
 
 def tried(dim):
-    """Two small values of a dim, greater than 1 if possible. A fixed dim gives its value twice."""
+    """Two small values of a dim, greater than its multiple if possible: what is once that would be
+    taken for a constant. A fixed dim gives its value twice."""
     low, high, multiple = bounds(dim)
-    first = low if low > 1 else min(low + multiple, high)
+    first = low if low > multiple else min(low + multiple, high)
     return first, min(first + multiple, high)
 
 
-def dims_of(network, rows, height, width):
-    """Name → dims, in the order of forward."""
+def dims_of(network, rows, height, width, prompts=1):
+    """Name → dims, in the order of forward. The context may hold up to that many prompts."""
     dims = {"x": [rows, network.channels(), height, width], "timesteps": [rows]}
     if network.context:
-        dims["context"] = [rows, *network.context]
+        tokens, width_of_token = network.context
+        tokens = (tokens, prompts * tokens, tokens) if prompts > 1 else tokens
+        dims["context"] = [rows, tokens, width_of_token]
     if network.features:
         dims["y"] = [rows, network.features]
     if network.classes is not None:
@@ -41,6 +44,11 @@ def dims_of(network, rows, height, width):
     if network.guidance:
         dims["timestep_cond"] = [rows, network.guidance]
     return dims
+
+
+def prompts_of(marks):
+    """How many prompts a context may hold: hooks on all cross-attentions can tell two apart."""
+    return 2 if marks.cross_sites else 1
 
 
 def variants_of(rows, sizes):
@@ -51,52 +59,54 @@ def variants_of(rows, sizes):
     ]
 
 
-def write_unet(network, folder, rows, sizes, sites, say):
+def write_unet(network, folder, rows, sizes, marks, say):
     """Compiles for all `rows` (dims) and `sizes` (pairs of dims). Returns the name for model.json:
     unet.pt2, or unet, a folder."""
     variants = variants_of(rows, sizes)
     if len(variants) == 1:
         path = folder / "unet.pt2"
-        compile_package(network, path, variants[0][0], sites, say)
-        check_package(network, path, variants[0][0], None, say)
+        compile_package(network, path, variants[0][0], marks, say)
+        check_package(network, path, variants[0][0], None, marks, say)
         return "unet.pt2"
     (folder / "unet").mkdir()
     weights = folder / "unet" / "weights.pt"
     write_weights(network.module, weights)
     for dims, name in variants:
         path = folder / "unet" / name
-        compile_package(network, path, dims, sites, say, weights=True)
-        check_package(network, path, dims, weights, say)
+        compile_package(network, path, dims, marks, say, weights=True)
+        check_package(network, path, dims, weights, marks, say)
     return "unet"
 
 
-def write_skeleton(network, folder, rows, sizes, sites, skeleton, say):
+def write_skeleton(network, folder, rows, sizes, marks, skeleton, say):
     """Compiles a network of random weights without them, and changes them. `skeleton`: as
     write_package takes it."""
     variants = variants_of(rows, sizes)
     for dims, name in variants:
-        compile_package(network, folder / name, dims, sites, say, skeleton=skeleton)
+        compile_package(network, folder / name, dims, marks, say, skeleton=skeleton)
     # A package that holds a part of the weights that it was compiled with fails with others.
     randomize(network.module, seed=1)
     weights = folder / "weights.pt"
     write_weights(network.module, weights)
     for dims, name in variants:
-        check_package(network, folder / name, dims, weights, say)
+        check_package(network, folder / name, dims, weights, marks, say)
     weights.unlink()
 
 
-def compile_package(network, path, dims, sites, say, **options):
+def compile_package(network, path, dims, marks, say, **options):
     """`options`: of write_package."""
     rows, height, width = dims
     say(f"compiling {path.name} for {text_of(rows)} rows of {text_of(height)} x {text_of(width)}")
-    example = network.example(tried(rows)[0], tried(height)[0], tried(width)[1])
+    size = tried(rows)[0], tried(height)[0], tried(width)[1]
+    example = network.example(*size, prompts=prompts_of(marks))
     try:
         write_package(
             network.module,
             example,
             path,
-            sites=sites,
-            dims=dims_of(network, *dims),
+            sites=marks.sites,
+            cross_sites=marks.cross_sites,
+            dims=dims_of(network, *dims, prompts=prompts_of(marks)),
             **options,
         )
     # The module and the compiler are not ours: they may raise anything.
@@ -106,11 +116,15 @@ def compile_package(network, path, dims, sites, say, **options):
         ) from error
 
 
-def check_package(network, path, dims, weights, say):
+def check_package(network, path, dims, weights, marks, say):
     """Compares a package with the network. `weights`: the file for one that holds none."""
     say(f"checking {path.name}")
     sizes = {tuple(bounds(dim)[0] for dim in dims), tuple(tried(dim)[1] for dim in dims)}
-    calls = [tuple(network.example(*size, seed=1).values()) for size in sorted(sizes)]
+    calls = [
+        tuple(network.example(*size, seed=1, prompts=prompts).values())
+        for size in sorted(sizes)
+        for prompts in range(1, 1 + prompts_of(marks))
+    ]
     check_calls(
         path.name, OtherProcess(path, weights, calls), network.module, calls, calls[0][0].dtype
     )

@@ -24,7 +24,7 @@ def random_network(family, concat, device, dtype):
     return unet.wrap(module, skeleton.TOKENS)
 
 
-def write(family, network, folder, rows, sizes, sites, say):
+def write(family, network, folder, rows, sizes, marks, say):
     """Writes the packages into a folder. `rows` and `sizes`: as compiled.write_unet takes them."""
     names = skeleton.unet_names(network.module)
-    compiled.write_skeleton(network, folder, rows, sizes, sites, (family.name, names), say)
+    compiled.write_skeleton(network, folder, rows, sizes, marks, (family.name, names), say)

@@ -31,11 +31,13 @@ def complete(options):
     options.dtype = options.dtype or ("fp16" if options.device == "cuda" else "fp32")
     options.torch_dtype = getattr(torch, DTYPES[options.dtype])
     options.note = say
-    for_packages = options.rows or options.size or options.channels_last != "auto"
+    for_packages = (
+        options.rows or options.size or options.channels_last != "auto" or options.cross_attention
+    )
     if options.format == "torchscript" and for_packages:
         raise Mistake(
-            "--rows, --size and --channels-last are for --format aoti; "
-            "TorchScript takes any rows and sizes."
+            "--rows, --size, --channels-last and --cross-attention are for --format aoti; "
+            "TorchScript takes any rows and sizes, and all its attentions can be hooked."
         )
     if options.skeleton:
         check_skeleton_options(options)
@@ -135,10 +137,19 @@ def rows_and_sizes(network, options):
     return rows, sizes
 
 
-def write_compiled(network, folder, options, sites):
+def marks_of(network, options):
+    """What hooks can be set on in the compiled network."""
+    sites = sites_of.choose(options.site, network.sites())
+    if not options.cross_attention:
+        return sites_of.Marks(sites)
+    return sites_of.Marks(sites, network.cross_sites())
+
+
+def write_compiled(network, folder, options):
     """Compiles the UNet. Returns its name and what height and width must be multiples of."""
     rows, sizes = rows_and_sizes(network, options)
-    name = compiled.write_unet(network, folder, rows, sizes, sites, say)
+    marks = marks_of(network, options)
+    name = compiled.write_unet(network, folder, rows, sizes, marks, say)
     network.shape = (network.shape[0], *fitting(network.shape[1:], sizes))
     step = network.fastest_multiple
     sides = [side for pair in sizes for dim in pair for side in compiled.tried(dim)]
@@ -168,10 +179,10 @@ def write_skeleton(family, folder, options):
         family, options.concat, options.device, options.torch_dtype
     )
     network.check()
-    sites = sites_of.choose(options.site, network.sites())
+    marks = marks_of(network, options)
     say_unet(network, options)
     rows, sizes = rows_and_sizes(network, options)
-    compiled_skeleton.write(family, network, folder, rows, sizes, sites, say)
+    compiled_skeleton.write(family, network, folder, rows, sizes, marks, say)
 
 
 def write(source, folder, options):
@@ -181,7 +192,7 @@ def write(source, folder, options):
     sites = sites_of.choose(options.site, found)
     say_unet(network, options)
     if options.format == "aoti":
-        name, multiple = write_compiled(network, folder, options, sites)
+        name, multiple = write_compiled(network, folder, options)
     else:
         name, multiple = "unet.ts", network.multiple
         torchscript.write_unet(network, folder / name)

@@ -4,7 +4,12 @@ import dataclasses
 
 import torch
 
-from sag_export.attention import scripted_attentions, self_attentions
+from sag_export.attention import (
+    cross_attentions,
+    scripted_attentions,
+    self_attentions,
+    without_second_prompt,
+)
 from sag_export.mistake import Mistake
 
 
@@ -44,10 +49,10 @@ class Network:
     # How many numbers timestep_cond, the embedded scale of guidance, holds; None: it takes none.
     guidance: int | None = None
 
-    def example(self, rows, height, width, seed=0):
+    def example(self, rows, height, width, seed=0, prompts=1):
         """Name → random tensor, in the order of forward, with the device and dtype of the module's
-        weights. With a seed the timesteps rise, without one they fall, so that a branch on them
-        goes another way than in the trace."""
+        weights. The context holds that many prompts, one after the other. With a seed the timesteps
+        rise, without one they fall, so that a branch on them goes another way than in the trace."""
         weight = next(p for p in self.module.parameters() if p.is_floating_point())
         random = torch.Generator().manual_seed(seed)
 
@@ -61,7 +66,8 @@ class Network:
             first, last, rows, dtype=torch.float32, device=weight.device
         )
         if self.context:
-            inputs["context"] = tensor(rows, *self.context)
+            tokens, width_of_token = self.context
+            inputs["context"] = tensor(rows, prompts * tokens, width_of_token)
         if self.features:
             inputs["y"] = tensor(rows, self.features)
         if self.classes is not None:
@@ -93,6 +99,26 @@ class Network:
                 'the whole as TorchScript yourself (docs/models.md, "Files you already have").'
             )
         return self_attentions(self.module, tuple(self.example(1, *self.small_sizes()[0]).values()))
+
+    def cross_sites(self):
+        """The dotted paths of all cross-attentions. Throws Mistake if there are none, or if
+        something else reads the context: it would see both prompts where there are two."""
+        size = self.small_sizes()[0]
+        paths = cross_attentions(self.module, tuple(self.example(1, *size).values()))
+        if not paths or not self.context:
+            raise Mistake("--cross-attention needs modules called attn2, and the network has none.")
+        two = self.example(1, *size, prompts=2)
+        one = {**two, "context": two["context"][:, : self.context[0]]}
+        with torch.no_grad():
+            expected = self.module(*one.values())
+        got = without_second_prompt(self.module, tuple(two.values()), paths)
+        tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
+        if (got - expected).abs().max() > tolerance * expected.abs().max():
+            raise Mistake(
+                "--cross-attention needs a network whose context is read by modules called attn2 "
+                "alone, and this one reads it elsewhere, too."
+            )
+        return paths
 
     def convolution_share(self):
         """The share of parameters with four dimensions, which channels last lays out differently.

@@ -14,6 +14,7 @@ The compiled code does not check its inputs, so the metadata of a package says w
                  the same for all inputs
     sag.sites    a line for each marked attention: <its place among all attentions of a forward>
                  <dotted path>
+    sag.cross_sites  the same for all cross-attentions, or nothing
     sag.weights  a line for each tensor that weights.pt must hold: <name> <dtype> <sizes> <strides>,
                  the last two with commas between the numbers; empty if the package has its weights
 
@@ -35,7 +36,16 @@ NAMES = "extra/names.json"
 
 
 def write_package(
-    module, example, out, *, sites, dims, weights=None, skeleton=None, inductor_configs=None
+    module,
+    example,
+    out,
+    *,
+    sites,
+    dims,
+    cross_sites=(),
+    weights=None,
+    skeleton=None,
+    inductor_configs=None,
 ):
     """Compiles a module and writes the package, whole or not at all.
 
@@ -43,9 +53,10 @@ def write_package(
         weights.
     example: name -> tensor, in the order of forward. The names are those of UNetInput (x,
         timesteps, context, y), and the argument's name for other inputs. A dimension that may vary
-        must be at least 2 here.
+        must be at least 2 here, and twice what it is a multiple of.
     out: the path of the package, *.pt2.
     sites: the dotted paths of the attentions that hooks may be set on.
+    cross_sites: the dotted paths of all cross-attentions (attn2), if hooks may be set on them, too.
     dims: name -> what each dimension may be: a number, (low, high), or (low, high, multiple). The
         first dimension is the rows, the same for every input.
     weights: None puts them into the package. True leaves them out, for packages that share one
@@ -58,12 +69,12 @@ def write_package(
     """
     out = pathlib.Path(out)
     example = {name: tensor.contiguous() for name, tensor in example.items()}
-    _check(module, example, out, dims, sites)
+    _check(module, example, out, dims, [*sites, *cross_sites])
     left_out = bool(weights or skeleton)
     with torch.no_grad():
-        with marked(module, sites) as ordinals:
+        with marked(module, [*sites, *cross_sites]) as ordinals:
             program = _export(module, example, dims)
-        metadata = _metadata(example, dims, ordinals)
+        metadata = _metadata(example, dims, ordinals, cross_sites)
         metadata["sag.model"] = _fingerprint(module, with_values=not skeleton)
         metadata["sag.weights"] = "\n".join(_describe_weights(module, program)) if left_out else ""
         if skeleton:
@@ -144,12 +155,12 @@ def _check(module, example, out, dims, sites):
         if tensor.dim() != len(dims[name]) or not all(map(_fits, tensor.shape, dims[name])):
             raise ValueError(f"the example's {name} must be [{text}], got {list(tensor.shape)}")
         if any(
-            not isinstance(spec, int) and size < 2
+            not isinstance(spec, int) and size < 2 * bounds(spec)[2]
             for size, spec in zip(tensor.shape, dims[name], strict=True)
         ):
             raise ValueError(
-                f"the example's {name} must be at least 2 where it may vary, "
-                f"got {list(tensor.shape)}"
+                f"the example's {name} must be at least 2 where it may vary, and twice what it is "
+                f"a multiple of, got {list(tensor.shape)}"
             )
 
 
@@ -198,8 +209,13 @@ def _export(module, example, dims):
         raise ValueError(f"the module cannot be exported with these dims: {reason}") from error
 
 
-def _metadata(example, dims, ordinals):
+def _metadata(example, dims, ordinals, cross_sites):
     device = next(iter(example.values())).device
+    marked_paths = sorted(ordinals.items(), key=lambda site: site[1])
+
+    def lines(wanted):
+        return "\n".join(f"{ordinal} {path}" for path, ordinal in marked_paths if wanted(path))
+
     metadata = {
         "sag.format": "1",
         "sag.device": device.type,
@@ -208,10 +224,8 @@ def _metadata(example, dims, ordinals):
             " ".join([name, _dtype_name(tensor.dtype), *map(_spec_text, dims[name])])
             for name, tensor in example.items()
         ),
-        "sag.sites": "\n".join(
-            f"{ordinal} {path}"
-            for path, ordinal in sorted(ordinals.items(), key=lambda site: site[1])
-        ),
+        "sag.sites": lines(lambda path: path not in cross_sites),
+        "sag.cross_sites": lines(lambda path: path in cross_sites),
     }
     if device.type == "cuda":
         metadata["sag.gpu"] = "{}.{}".format(*torch.cuda.get_device_capability(device))

@@ -2,6 +2,7 @@
 them."""
 
 import re
+import typing
 
 from sag_export.mistake import Mistake
 
@@ -64,6 +65,14 @@ def choose(wanted, sites):
         found = middle[:1] + [path for _, path in sites] if name == "all" else named(name, sites)
         paths += [path for path in dict.fromkeys(found) if path not in paths]
     return paths
+
+
+class Marks(typing.NamedTuple):
+    """What hooks can be set on in a compiled network: dotted paths."""
+
+    sites: list
+    # All cross-attentions, or none.
+    cross_sites: list = ()
 
 
 def unique_name(path, sites):
