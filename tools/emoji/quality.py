@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Measures what SAG, its cheaper forms and its controls do to the pictures of models/emoji, and
-prints a Markdown table.
+"""Measures what the guidances, cheaper forms of SAG and SAG's controls do to the pictures of
+models/emoji, and prints Markdown tables.
 
 sag-sample draws every picture; this program only judges them. In a noise set all rows share noise
 and names, so their differences are paired. It needs what tools/emoji/requirements.txt names. The
-glyphs and the judge are made if they do not exist. Finished rows stay in --work, and a second call
-continues from there.
+glyphs and the judge are made if they do not exist. Finished rows stay in --results, and a second
+call continues from there, with the same judge and glyphs.
 
     tools/emoji/quality.py --minutes 9 --doc docs/quality.md    # on a GPU
+    tools/emoji/quality.py --list                               # the rows, in their order
+    tools/emoji/quality.py --only-tables                        # of what is in --results
     tools/emoji/quality.py --smoke                              # a try on a CPU, in a minute or two
 """
 
@@ -20,60 +22,60 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import torch
 
 import judge as judging
+import tables
 from gallery import Gallery, distance, gaussian
+from variants import WORDLESS, all_variants, planned_calls, price_list
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-# The table goes between these two lines of a document.
-MARKS = "<!-- measured -->", "<!-- end of measured -->"
 
 # A noise set is cut into so many parts for the standard errors.
 PARTS = 20
-BASES = ("unconditional", "cfg 1", "cfg 2")
-# What one call of the command draws, the most telling call first. Pictures without words do not
-# depend on --cfg, so they need no call of their own.
-CALLS = (("2", ("unconditional", "cfg 2")), ("1", ("cfg 1",)))
 
 
-def variants(scale):
-    """The command's arguments for each row of a base."""
-    sag, twice = ["--sag-scale", f"{scale:g}"], ["--sag-scale", f"{2 * scale:g}"]
-    return {
-        "none": ["--no-sag"],
-        "exact": sag,
-        "interval 2, twice the scale": [*twice, "--sag-interval", "2"],
-        "one pass": [*sag, "--sag-one-pass"],
-        "window 0.3 ≤ σ ≤ 5": [*sag, "--sag-start", "5", "--sag-end", "0.3"],
-        "one pass, interval 2, twice the scale": [*twice, "--sag-one-pass", "--sag-interval", "2"],
-        "control: mask everywhere": [*sag, "--sag-threshold", "-1"],
-        "control: random mask": [*sag, "--sag-shuffle"],
-        "control: negative scale": ["--sag-scale", f"{-scale:g}"],
-    }
+class Results:
+    """The finished rows, in one file."""
 
+    def __init__(self, path):
+        self.path, self.lock = path, threading.Lock()
+        held = json.loads(path.read_text()) if path.exists() else {}
+        self.settings, self.facts = held.get("settings"), held.get("facts")
+        self.rows = held.get("rows", {})
 
-class Rows:
-    """The finished rows, one file each. A row counts if it was measured with the same settings."""
+    def begin(self, settings, facts):
+        """Rows of other settings cannot stand beside these."""
+        for key, value in settings.items():
+            if self.settings and self.settings.get(key) != value:
+                sys.exit(
+                    f"{self.path} holds rows that were measured with another {key}: "
+                    f"{self.settings.get(key)}, now {value}. Name another file with --results."
+                )
+        self.settings, self.facts = settings, facts
 
-    def __init__(self, folder, settings):
-        self.folder, self.settings = folder, settings
+    def has(self, base, variant):
+        row = self.rows.get(f"{base}, {variant.name}", {})
+        return row.get("arguments") == [*variant.arguments, "--steps", str(variant.steps)]
 
-    def path(self, base, variant):
-        return self.folder / (re.sub(r"[^a-z0-9]+", "-", f"{base} {variant}".lower()) + ".json")
-
-    def find(self, base, variant):
-        path = self.path(base, variant)
-        row = json.loads(path.read_text()) if path.exists() else {}
-        return row if row.get("settings") == self.settings else None
+    def of_base(self, base):
+        """Its rows by their variants' names."""
+        start = f"{base}, "
+        return {key[len(start) :]: row for key, row in self.rows.items() if key.startswith(start)}
 
     def keep(self, base, variant, row):
-        path = self.path(base, variant)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"settings": self.settings, **row}, indent=1) + "\n")
-        part.rename(path)
+        with self.lock:
+            self.rows[f"{base}, {variant.name}"] = {
+                "arguments": [*variant.arguments, "--steps", str(variant.steps)],
+                **row,
+            }
+            part = self.path.with_suffix(".part")
+            held = {"settings": self.settings, "facts": self.facts, "rows": self.rows}
+            part.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
+            part.rename(self.path)
 
 
 def digest(path):
@@ -118,52 +120,35 @@ class Sampler:
         self.names = [
             gallery.glyphs.captions[glyph][0] for glyphs in self.glyphs for glyph in glyphs.tolist()
         ]
-        self.files = {}
+        # One set of noise for each base of a call.
+        self.noise_files = {copies: options.work / f"noise-{copies}.pt" for copies in (1, 2)}
+        for copies, file in self.noise_files.items():
+            torch.save(torch.cat([noise.cpu() for noise in self.noise] * copies), file)
 
-    def noise_file(self, copies):
-        if copies not in self.files:
-            self.files[copies] = self.options.work / f"noise-{copies}.pt"
-            torch.save(
-                torch.cat([noise.cpu() for noise in self.noise] * copies), self.files[copies]
-            )
-        return self.files[copies]
-
-    def draw(self, arguments, cfg, bases, number):
-        """The pictures of each base, and the command's report. An empty prompt draws without
-        words."""
+    def draw(self, variant, bases, number):
+        """The file of the pictures of each base, and the command's report. An empty prompt draws
+        without words."""
         options = self.options
         prompts = [
-            f"--prompt={'' if base == 'unconditional' else name}"
-            for base in bases
-            for name in self.names
+            f"--prompt={'' if base == WORDLESS else name}" for base in bases for name in self.names
         ]
-        files = [options.work / f"pictures-{number % 2}.pt", options.work / "report.json"]
+        pictures, report = (options.work / f"{number}.{kind}" for kind in ("pt", "json"))
+        # Without words there is no cfg.
+        cfg = bases[-1].removeprefix("cfg ") if bases[-1] != WORDLESS else "1"
         command = [
-            options.sag_sample,
-            "--model",
-            options.model,
-            "--noise",
-            self.noise_file(len(bases)),
-            "--cfg",
-            cfg,
-            "--sampler",
-            "euler",
-            "--schedule",
-            "karras",
-            "--steps",
-            options.steps,
-            "--max-rows",
-            options.max_rows,
-            "--no-cuda-graph",
-            "--quiet",
-            "--save-latent",
-            files[0],
-            "--json",
-            files[1],
+            *(options.sag_sample, "--model", options.model),
+            *("--noise", self.noise_files[len(bases)], "--cfg", cfg),
+            *("--sampler", "euler", "--schedule", "karras", "--steps", variant.steps),
+            *("--max-rows", options.max_rows, "--no-cuda-graph", "--quiet"),
+            *("--save-latent", pictures, "--json", report),
+            *variant.arguments,
         ]
-        if subprocess.run([*map(str, command), *arguments, *prompts]).returncode:
-            sys.exit(f"{options.sag_sample} failed with {' '.join(arguments)}")
-        return files[0], json.loads(files[1].read_text())
+        try:
+            if subprocess.run([*map(str, command), *prompts]).returncode:
+                raise RuntimeError(f"{options.sag_sample} failed with {variant.arguments}")
+            return pictures, json.loads(report.read_text())
+        finally:
+            report.unlink(missing_ok=True)
 
 
 def costs(run, pictures):
@@ -175,15 +160,22 @@ def costs(run, pictures):
     }
 
 
+def idle_guidances(run):
+    """Those that never guided, with their reasons."""
+    notes = [note for step in run["steps"] for note in step["guidances"]]
+    idle = set(run["guidances"]) - {note["guidance"] for note in notes if note["guided"]}
+    return {note["guidance"]: note["reason"] for note in notes if note["guidance"] in idle}
+
+
 def device_name():
     return f"one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "a CPU"
 
 
 class Judgement:
-    """Turns pictures into rows, while the next ones are sampled."""
+    """Turns pictures into rows."""
 
-    def __init__(self, gallery, sampler, rows):
-        self.gallery, self.sampler, self.rows = gallery, sampler, rows
+    def __init__(self, gallery, sampler, results):
+        self.gallery, self.sampler, self.results = gallery, sampler, results
         self.real = gaussian(gallery.real.cpu())
 
     def distances(self, features):
@@ -196,137 +188,85 @@ class Judgement:
         return whole, without
 
     def judge(self, base, pictures):
-        result = {"fd": [], "fd_without": [], "top1": None if base == "unconditional" else []}
+        result = {"fd": [], "fd_without": [], "top1": None if base == WORDLESS else []}
         sets = self.sampler.glyphs
         for glyphs, of_set in zip(sets, pictures.chunk(len(sets)), strict=True):
             features, named = judging.look(self.gallery.judge, of_set.to(glyphs.device))
             whole, without = self.distances(features.cpu())
             result["fd"].append(whole)
             result["fd_without"].append(without)
-            if base != "unconditional":
+            if base != WORDLESS:
                 result["top1"].append((named == glyphs).float().mean().item())
         return result
 
     @torch.no_grad()
-    def __call__(self, variant, bases, file, command_report):
+    def __call__(self, variant, bases, file, report):
         pictures = torch.load(file, weights_only=True).chunk(len(bases))
         for place, base in enumerate(bases):
-            run = next(
-                run
-                for run in command_report["runs"]
-                if run["pictures"][0] == place * len(pictures[0])
-            )
+            first, count = place * len(pictures[0]), len(pictures[0])
+            run = next(run for run in report["runs"] if run["pictures"][0] == first)
+            if idle := idle_guidances(run):
+                raise RuntimeError(f"{base}, {variant.name}: not guided: {idle}")
             row = {
                 "date": datetime.date.today().isoformat(),
                 "device": device_name(),
+                "pictures": count,
                 **self.judge(base, pictures[place]),
-                **costs(run, len(pictures[0])),
+                **costs(run, count),
             }
-            self.rows.keep(base, variant, row)
-            print(
-                f"{base}, {variant}: FD {sum(row['fd']) / len(row['fd']):.3f}",
-                file=sys.stderr,
-                flush=True,
+            self.results.keep(base, variant, row)
+            fd = sum(row["fd"]) / len(row["fd"])
+            say(f"{base}, {variant.name}: FD {fd:.3f}, {row['unet_rows']:.0f} rows")
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+class Measurement:
+    """Draws and judges one call after the other."""
+
+    def __init__(self, options, sampler, judgement):
+        self.options, self.sampler, self.judgement = options, sampler, judgement
+        self.failures = []
+
+    def missing(self, results):
+        """Calls for the rows that --rows asks for and that are not finished."""
+        variants = all_variants(self.options.steps, self.options.scale)
+        for name, bases in planned_calls():
+            left = tuple(
+                base
+                for base in bases
+                if self.options.wanted(base, name) and not results.has(base, variants[name])
             )
+            if left:
+                yield variants[name], left
 
+    def measure(self, number, variant, bases):
+        file = None
+        try:
+            file, report = self.sampler.draw(variant, bases, number)
+            self.judgement(variant, bases, file, report)
+        except Exception as error:
+            # Other rows do not depend on this one.
+            self.failures.append(f"{' and '.join(bases)}, {variant.name}: {str(error)[:500]}")
+            say(f"failed: {self.failures[-1]}")
+        finally:
+            if file:
+                file.unlink(missing_ok=True)
 
-def measure(options, sampler, judgement, rows):
-    """Measures the rows that --rows asks for and that are not finished, until --minutes are
-    over."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        judged = []
-        for variant, arguments in variants(options.scale).items():
-            for cfg, of_call in CALLS:
-                bases = [
-                    base
-                    for base in of_call
-                    if re.search(options.rows, f"{base}, {variant}")
-                    and not rows.find(base, variant)
-                ]
-                if not bases or time.time() - options.started > 60 * options.minutes:
-                    continue
-                drawn = sampler.draw(arguments, cfg, bases, len(judged))
-                for earlier in judged[-1:]:
-                    # Its file is the next one to be overwritten.
-                    earlier.result()
-                judged.append(pool.submit(judgement, variant, bases, *drawn))
-        for last in judged[-1:]:
-            last.result()
+    def in_time(self, numbered):
+        number, (variant, bases) = numbered
+        passed = time.time() - self.options.started
+        if passed < 60 * self.options.minutes:
+            say(f"{passed:.0f} s: {' and '.join(bases)}, {variant.name}")
+            self.measure(number, variant, bases)
 
-
-def spread(row, other=None):
-    """The mean over the sets, of a row or of its difference from another one, and the standard
-    error: the jackknife over the parts of every set."""
-    whole, without = (torch.tensor(row[key], dtype=torch.double) for key in ("fd", "fd_without"))
-    if other:
-        whole, without = (
-            value - torch.tensor(other[key], dtype=torch.double)
-            for value, key in ((whole, "fd"), (without, "fd_without"))
-        )
-    variances = (without.shape[1] - 1) * without.var(1, correction=0)
-    return whole.mean().item(), variances.sum().sqrt().item() / len(whole)
-
-
-def number(pair, digits, sign=""):
-    mean, error = pair
-    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def insert(table, document):
-    between = re.compile(re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1]), re.S)
-    document.write_text(
-        between.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", document.read_text())
-    )
-
-
-def line(base, variant, row, none, exact):
-    def against(other, itself):
-        return number(spread(row, other), 3, "+") if other and variant not in itself else ""
-
-    top1 = ""
-    if row["top1"]:
-        mean, count = (
-            sum(row["top1"]) / len(row["top1"]),
-            row["settings"]["sets"] * row["settings"]["pictures"],
-        )
-        top1 = number((mean, (mean * (1 - mean) / count) ** 0.5), 3)
-    cells = [
-        f"{base}, {variant}",
-        number(spread(row), 2),
-        against(none, ("none",)),
-        against(exact, ("none", "exact")),
-        top1,
-        f"{row['unet_rows']:.0f}",
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def table(options, rows, facts):
-    found = [
-        (base, variant, row)
-        for base in BASES
-        for variant in variants(options.scale)
-        if (row := rows.find(base, variant))
-    ]
-    dates, devices = (
-        " and ".join(sorted({row[key] for _, _, row in found})) for key in ("date", "device")
-    )
-    lines = [
-        f"Measured {dates} on {devices}: {options.sets} noise sets of {options.pictures} pictures, "
-        f"Euler, {options.steps} steps, scale {options.scale:g}, ± one standard error. The judge "
-        f"names {facts['judge_top1_on_real_glyphs']:.1%} of the real glyphs. Real pictures "
-        f"measured in the same way have FD {number(facts['floors']['named'], 2)} where each is "
-        f"named, as in the rows with cfg, and {number(facts['floors']['at_random'], 2)} where "
-        "glyphs come at random, as in the unconditional rows.",
-        "",
-        "| row | FD | change | minus exact | top-1 | UNet rows a picture |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        line(base, variant, row, rows.find(base, "none"), rows.find(base, "exact"))
-        for base, variant, row in found
-    ]
-    return "\n".join(lines)
+    def run(self, results):
+        """Several calls at a time keep the GPU busy while one of them starts or is judged."""
+        calls = list(self.missing(results))
+        with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
+            list(pool.map(self.in_time, enumerate(calls)))
 
 
 def read_options():
@@ -339,19 +279,18 @@ def read_options():
     add("--glyphs", type=pathlib.Path, default=ROOT / "build/emoji/glyphs.npz")
     add("--judge", type=pathlib.Path, help="default: judge.pt next to the glyphs")
     add("--font", default="/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-    add("--work", type=pathlib.Path, help="where finished rows stay (default: build/quality)")
-    add("--doc", type=pathlib.Path, help="put the table between the marks of this document, too")
-    add("--rows", default="", metavar="REGEX", help="only these, as in 'cfg 1|none'")
+    add("--work", type=pathlib.Path, help="for files that are made (default: build/quality)")
+    add("--results", type=pathlib.Path, help="finished rows (default: rows.json in --work)")
+    add("--doc", type=pathlib.Path, help="put the tables between the marks of this document, too")
+    add("--list", action="store_true", help="print the rows with their prices, and stop")
+    add("--only-tables", action="store_true", help="print the tables of --results, and stop")
+    add("--jobs", type=int, default=2, help="calls of the command at a time")
+    add("--rows", metavar="REGEX", help="only these, as in 'cfg 1|none'")
     add("--sets", type=int, default=3)
     add("--pictures", type=int, default=2000, help="in a noise set")
-    add(
-        "--minutes",
-        type=float,
-        default=float("inf"),
-        help="begin no row after this time; 0: print what is there",
-    )
+    add("--minutes", type=float, default=float("inf"), help="begin no row after this time")
     add("--steps", type=int, default=20)
-    add("--scale", type=float, default=1.0)
+    add("--scale", type=float, default=1.0, help="of SAG")
     add("--real", type=int, default=20000, help="pictures that stand for the real distribution")
     add("--max-rows", type=int, default=1000)
     add("--seed", type=int, default=2, help="of the real pictures")
@@ -366,29 +305,48 @@ def read_options():
             4,
             1000,
         )
+        options.rows = options.rows or "cfg 2, (none$|SAG|PAG|APG)"
     options.work = options.work or ROOT / (
         "build/quality-smoke" if options.smoke else "build/quality"
     )
+    options.results = options.results or options.work / "rows.json"
     options.judge = options.judge or (
         options.work / "judge.pt" if options.smoke else options.glyphs.with_name("judge.pt")
     )
+    options.wanted = lambda base, name: re.search(options.rows or "", f"{base}, {name}")
     return options
+
+
+def measure(options):
+    options.work.mkdir(parents=True, exist_ok=True)
+    make_judge(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gallery, results = Gallery(options, device), Results(options.results)
+    results.begin(settings_of(options), gallery.facts)
+    sampler = Sampler(options, gallery)
+    measurement = Measurement(options, sampler, Judgement(gallery, sampler, results))
+    measurement.run(results)
+    return results, measurement.failures
+
+
+def show(results, document):
+    for title, text in tables.all_tables(results).items():
+        print(f"{title}\n\n{text}\n")
+        if document:
+            tables.insert(title, text, document)
 
 
 @torch.no_grad()
 def main():
     options = read_options()
-    options.work.mkdir(parents=True, exist_ok=True)
-    make_judge(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gallery = Gallery(options, device)
-    rows = Rows(options.work, settings_of(options))
-    sampler = Sampler(options, gallery)
-    measure(options, sampler, Judgement(gallery, sampler, rows), rows)
-    text = table(options, rows, gallery.facts)
-    print(text)
-    if options.doc:
-        insert(text, options.doc)
+    if options.list:
+        pictures = options.sets * options.pictures
+        print(*price_list(options.steps, options.scale, options.wanted, pictures), sep="\n")
+        return
+    results, failures = (Results(options.results), []) if options.only_tables else measure(options)
+    show(results, options.doc)
+    if failures:
+        sys.exit("These rows could not be measured:\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":
