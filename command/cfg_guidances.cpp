@@ -39,7 +39,7 @@ const OptionTable<Apg>& apg_options() {
 }
 
 Guidance decide_apg(const Choices& choices, const std::string& /*site*/) {
-  const auto apg = apg_options().decide(choices);
+  const auto apg = decide_windowed(apg_options(), choices);
   return {.name = "adaptive_projected_guidance",
           .title = "adaptive projected guidance",
           .label = "APG",
@@ -63,7 +63,7 @@ const OptionTable<Zero>& cfg_zero_options() {
 }
 
 Guidance decide_cfg_zero(const Choices& choices, const std::string& /*site*/) {
-  const auto zero = cfg_zero_options().decide(choices);
+  const auto zero = decide_windowed(cfg_zero_options(), choices);
   return {.name = "cfg_zero_star",
           .title = "CFG-Zero*",
           .label = "CFG-Zero*",
@@ -86,7 +86,7 @@ const OptionTable<Rescale>& rescale_options() {
 }
 
 Guidance decide_rescale(const Choices& choices, const std::string& /*site*/) {
-  const auto rescale = rescale_options().decide(choices);
+  const auto rescale = decide_windowed(rescale_options(), choices);
   return {.name = "rescale_cfg",
           .title = "CFG rescale",
           .label = "rescale",
@@ -111,7 +111,7 @@ const OptionTable<Threshold>& dynamic_threshold_options() {
 }
 
 Guidance decide_dynamic_threshold(const Choices& choices, const std::string& /*site*/) {
-  const auto threshold = dynamic_threshold_options().decide(choices);
+  const auto threshold = decide_windowed(dynamic_threshold_options(), choices);
   return {.name = "dynamic_thresholding",
           .title = "dynamic thresholding",
           .label = "dynamic threshold",
@@ -137,7 +137,7 @@ const OptionTable<Momentum>& momentum_options() {
 }
 
 Guidance decide_momentum(const Choices& choices, const std::string& /*site*/) {
-  const auto momentum = momentum_options().decide(choices);
+  const auto momentum = decide_windowed(momentum_options(), choices);
   return {.name = "momentum_guidance",
           .title = "momentum guidance",
           .label = "momentum",
@@ -159,7 +159,7 @@ const OptionTable<SelfGuidance>& self_guidance_options() {
 }
 
 Guidance decide_self_guidance(const Choices& choices, const std::string& /*site*/) {
-  const auto self = self_guidance_options().decide(choices);
+  const auto self = decide_windowed(self_guidance_options(), choices);
   return {.name = "self_guidance",
           .title = "self-guidance",
           .label = "SG-prev",
@@ -175,39 +175,53 @@ Guidance decide_self_guidance(const Choices& choices, const std::string& /*site*
 GuidanceKind apg_kind() {
   return {"apg",
           "Adaptive projected guidance, a form of CFG: no row; arXiv 2410.02416, ComfyUI's APG",
-          &apg_options(), decide_apg};
+          &apg_options(),
+          decide_apg,
+          {"AdaptiveProjectedGuidance", "adaptive_projected_guidance"}};
 }
 
 GuidanceKind cfg_zero_kind() {
-  return {"cfg_zero", "CFG-Zero*, a form of CFG: no row; arXiv 2503.18886, ComfyUI's CFGZeroStar",
-          &cfg_zero_options(), decide_cfg_zero};
+  return {"cfg_zero",
+          "CFG-Zero*, a form of CFG: no row; arXiv 2503.18886, ComfyUI's CFGZeroStar",
+          &cfg_zero_options(),
+          decide_cfg_zero,
+          {"CFGZeroStar", "cfg_zero_star"}};
 }
 
 GuidanceKind rescale_kind() {
   return {"rescale",
           "CFG rescale, acts on the result so far: no row; arXiv 2305.08891, ComfyUI's RescaleCFG",
-          &rescale_options(), decide_rescale};
+          &rescale_options(),
+          decide_rescale,
+          {"RescaleCFG", "rescale_cfg"}};
 }
 
 GuidanceKind dynamic_threshold_kind() {
   return {"dynamic_threshold",
           "Dynamic thresholding, bounds the result so far: no row; ComfyUI's "
           "DynamicThresholdingFull",
-          &dynamic_threshold_options(), decide_dynamic_threshold};
+          &dynamic_threshold_options(),
+          decide_dynamic_threshold,
+          {"DynamicThresholdingFull", "DynamicThresholdingSimple", "DynamicThresholding",
+           "dynamic_thresholding"}};
 }
 
 GuidanceKind momentum_kind() {
   return {"momentum",
           "Momentum guidance, away from the average of the steps before: no row; arXiv 2602.20360, "
           "ComfyUI's MomentumGuidance",
-          &momentum_options(), decide_momentum};
+          &momentum_options(),
+          decide_momentum,
+          {"MomentumGuidance", "momentum_guidance"}};
 }
 
 GuidanceKind self_guidance_kind() {
   return {"self_guidance",
           "Self-guidance (SG-prev), away from the prediction of the step before: no row; arXiv "
           "2412.05827",
-          &self_guidance_options(), decide_self_guidance};
+          &self_guidance_options(),
+          decide_self_guidance,
+          {"SG", "sg_prev", "SG-prev"}};
 }
 
 }  // namespace sag_sample

@@ -20,6 +20,7 @@
 #include "files/output_file.h"
 #include "files/tensor_file.h"
 #include "further_inputs.h"
+#include "guidance_rows.h"
 #include "input_tensors.h"
 #include "inputs.h"
 #include "model_networks.h"
@@ -124,6 +125,13 @@ std::vector<std::string> notes_on(const Settings& settings) {
                     "swapped?",
                     pictures.cond));
   }
+  const bool steers_away = std::any_of(
+      settings.guidances.begin(), settings.guidances.end(), [](const Guidance& guidance) {
+        return guidance.needs_uncond || guidance.needs_cross_attention;
+      });
+  if (!pictures.negative.empty() && settings.guider.cond_scale == 1 && !steers_away) {
+    notes.push_back("--negative is not used at cfg 1; --guidance nag steers away from it there");
+  }
   if (pictures.cond.empty() || !pictures.uncond.empty()) return notes;
   for (const auto& guidance : settings.guidances) {
     if (!guidance.needs_uncond) continue;
@@ -172,7 +180,10 @@ std::string describe_run(const Settings& settings, const SamplingPlan& plan, con
   if (plan.options.sigmas.empty()) text += fmt::format(", {}", plan.options.schedule);
   const auto prompted = std::find_if(inputs.batches.begin(), inputs.batches.end(),
                                      [](const Batch& batch) { return !batch.positive.empty(); });
-  if (prompted != inputs.batches.end()) text += fmt::format(", cfg {:g}", prompted->cfg);
+  if (prompted != inputs.batches.end()) {
+    text += fmt::format(", cfg {:g}{}", prompted->cfg,
+                        is_everywhere(settings.guider.cfg_window) ? "" : " in a window");
+  }
   for (const auto& guidance : settings.guidances) text += ", " + guidance.summary;
   return text;
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
-#include <cmath>
 #include <filesystem>
 #include <ostream>
 #include <string_view>
@@ -14,6 +13,7 @@
 #include <CLI/CLI.hpp>
 
 #include "errors.h"
+#include "guidance_rows.h"
 #include "guidances.h"
 #include "options.h"
 #include "sag/version.h"
@@ -257,9 +257,7 @@ void check_cfg_window(const Choices& choices) {
         fmt::format("--cfg-start-percent must be at most --cfg-end-percent ({}), got {}.",
                     window.end_percent.value_or(1.0), *window.start_percent));
   }
-  const bool windowed = std::isfinite(window.sigma_start) || window.sigma_end > 0 ||
-                        window.start_percent || window.end_percent;
-  never_both(windowed, further_options().decide(choices).image_cfg != 1,
+  never_both(!is_everywhere(window), further_options().decide(choices).image_cfg != 1,
              "--cfg-start and --cfg-end cannot be given together with --image-cfg.");
 }
 

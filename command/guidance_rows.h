@@ -1,7 +1,12 @@
 #pragma once
 
+#include <cmath>
+#include <optional>
 #include <vector>
 
+#include <fmt/format.h>
+
+#include "errors.h"
 #include "guidances.h"
 #include "sag/guidance_window.h"
 #include "sag/token_grid.h"
@@ -46,6 +51,47 @@ void add_window(std::vector<Row<T>>& rows) {
       "The same as a share of the model's timesteps, 0 ... 1");
   add("end_percent", &W::end_percent, kShare, "X",
       "The same as a share of the model's timesteps, 0 ... 1");
+}
+
+/// Returns whether the window holds all noise levels.
+inline bool is_everywhere(const sag::GuidanceWindow& window) {
+  return std::isinf(window.sigma_start) && window.sigma_end <= 0 && !window.start_percent &&
+         !window.end_percent;
+}
+
+/// Returns the options of a guidance that has a window. A noise level that was chosen takes the
+/// place of a share that is the default. Throws UsageError where both were chosen, and
+/// on a window that ends before it begins.
+template <typename T>
+T decide_windowed(const OptionTable<T>& table, const Choices& choices) {
+  auto options = table.decide(choices);
+  const auto prefer_level = [&](const char* level, const char* share,
+                                std::optional<double> sag::GuidanceWindow::*field) {
+    const auto given = choices.find(level);
+    if (given == choices.end()) return;
+    if (choices.contains(share)) {
+      throw UsageError(
+          fmt::format("{} and {} cannot be given together.", given->second.where, share));
+    }
+    options.window.*field = std::nullopt;
+  };
+  using W = sag::GuidanceWindow;
+  prefer_level("sigma_start", "start_percent", &W::start_percent);
+  prefer_level("sigma_end", "end_percent", &W::end_percent);
+  const auto& window = options.window;
+  const auto refuse = [&](const char* start, const char* end, double from, double to) {
+    const auto given = choices.contains(start) ? choices.find(start) : choices.find(end);
+    throw UsageError(fmt::format("{}: {} and {} must enclose a noise level, got {} and {}.",
+                                 given->second.where, start, end, from, to));
+  };
+  if (window.sigma_start < window.sigma_end) {
+    refuse("sigma_start", "sigma_end", window.sigma_start, window.sigma_end);
+  }
+  if (window.start_percent.value_or(0.0) > window.end_percent.value_or(1.0)) {
+    refuse("start_percent", "end_percent", window.start_percent.value_or(0.0),
+           window.end_percent.value_or(1.0));
+  }
+  return options;
 }
 
 }  // namespace sag_sample

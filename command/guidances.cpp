@@ -1,7 +1,9 @@
 #include "guidances.h"
 
 #include <algorithm>
+#include <cctype>
 #include <set>
+#include <string_view>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -129,41 +131,62 @@ Guidance decide_sag(const Choices& choices, const std::string& site) {
 
 // --guidance.
 
+bool same_word(std::string_view a, std::string_view b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](unsigned char c, unsigned char d) {
+    return std::tolower(c) == std::tolower(d);
+  });
+}
+
+// "; do you mean pag?", also for the names of ComfyUI's nodes; else ".".
+std::string suggested_kind(const std::string& name) {
+  std::vector<std::string> known;
+  for (const auto& kind : guidance_kinds()) {
+    for (const auto& other : kind.others) {
+      if (same_word(name, other)) return fmt::format("; do you mean {}?", kind.key);
+    }
+    known.emplace_back(kind.key);
+  }
+  return suggestion(name, known);
+}
+
 const GuidanceKind& find_kind(const std::string& name, const std::string& where) {
   std::vector<std::string> known;
   for (const auto& kind : guidance_kinds()) {
     if (kind.key == name) return kind;
     known.emplace_back(kind.key);
   }
-  throw UsageError(fmt::format("{} must be one of {}, got \"{}\"{}", where, fmt::join(known, ", "),
-                               name, suggestion(name, known)));
+  throw UsageError(fmt::format("{} must be none or of {}, got \"{}\"{}", where,
+                               fmt::join(known, ", "), name, suggested_kind(name)));
 }
 
 // `where`: what messages call the guidance, "--guidance pag".
 const Option& find_option(const GuidanceKind& kind, const std::string& key,
                           const std::string& where) {
   std::vector<std::string> known;
+  bool has_sites = false;
   for (const auto& option : kind.options->options) {
     if (option.key.empty()) continue;
     if (option.key == key) return option;
     known.push_back(option.key);
+    has_sites = has_sites || option.type == "SITE+SITE";
   }
-  throw UsageError(fmt::format("{} has no option \"{}\"{}", where, key, suggestion(key, known)));
+  auto hint = suggestion(key, known);
+  if (hint == ".") {
+    hint = fmt::format("; it has {}.{}", fmt::join(known, ", "),
+                       has_sites ? " (Several sites have + between them.)" : "");
+  }
+  throw UsageError(fmt::format("{} has no option \"{}\"{}", where, key, hint));
 }
 
-// Adds what follows the name, KEY=VALUE,KEY=VALUE. A flag needs no value.
-void add_chosen(const GuidanceKind& kind, const std::string& text, const std::string& where,
-                Choices& choices) {
-  std::set<std::string> given;
+// What follows the name, KEY=VALUE,KEY=VALUE. A flag needs no value.
+Choices read_chosen(const GuidanceKind& kind, const std::string& text, const std::string& where) {
+  Choices choices;
   for (std::size_t begin = 0; begin <= text.size();) {
     const auto end = std::min(text.find(',', begin), text.size());
     const auto word = text.substr(begin, end - begin);
     const auto equals = std::min(word.find('='), word.size());
     const auto key = word.substr(0, equals);
     const auto& option = find_option(kind, key, where);
-    if (!given.insert(key).second) {
-      throw UsageError(fmt::format("{}: {} is given twice.", where, key));
-    }
     Given value = {.where = fmt::format("{}:{}", where, key)};
     if (option.type.empty()) {
       value.value = true;
@@ -174,9 +197,12 @@ void add_chosen(const GuidanceKind& kind, const std::string& text, const std::st
       throw UsageError(fmt::format("{} {}.", value.where,
                                    option.type.empty() ? "takes no value" : "needs a value"));
     }
-    choices[option.id()] = std::move(value);
+    if (!choices.emplace(option.id(), std::move(value)).second) {
+      throw UsageError(fmt::format("{}: {} is given twice.", where, key));
+    }
     begin = end + 1;
   }
+  return choices;
 }
 
 Guidance decide(const GuidanceKind& kind, const Choices& choices, const std::string& site) {
@@ -192,8 +218,15 @@ Guidance guidance_of(const std::string& text, const std::string& where, const Ch
   const auto& kind = find_kind(text.substr(0, colon), where);
   // Its options on the command line and in model.json count, too, if it has any.
   Choices own = kind.off ? choices : Choices();
-  if (colon < text.size()) {
-    add_chosen(kind, text.substr(colon + 1), fmt::format("{} {}", where, kind.key), own);
+  if (colon == text.size()) return decide(kind, own, site);
+  auto chosen = read_chosen(kind, text.substr(colon + 1), fmt::format("{} {}", where, kind.key));
+  if (kind.check) kind.check(chosen);
+  for (auto& [id, given] : chosen) {
+    const auto other = own.find(id);
+    if (other != own.end() && other->second.where == id) {
+      throw UsageError(fmt::format("{} and {} cannot be given together.", given.where, id));
+    }
+    own[id] = std::move(given);
   }
   return decide(kind, own, site);
 }
@@ -223,7 +256,8 @@ const OptionTable<GuidanceChoice>& guidance_options() {
   static const OptionTable<GuidanceChoice> table = [] {
     auto row = several("--guidance", "guidance", &GuidanceChoice::guidances, "NAME[:KEY=VALUE,...]",
                        "Guidance to apply, in place of self-attention guidance alone; several are "
-                       "applied in their order. --guidance help lists all with their options")
+                       "applied in their order. none: no guidance. --guidance help lists all with "
+                       "their options")
                    .from_model()
                    .by_default("sag");
     row.listed.assign(help_lines().begin(), help_lines().end());
@@ -237,7 +271,11 @@ std::span<const GuidanceKind> guidance_kinds() {
       {"sag",
        "Self-attention guidance: 1 row more an image; arXiv 2210.00939, ComfyUI's "
        "SelfAttentionGuidance",
-       &sag_options(), decide_sag, "--no-sag", check_sag},
+       &sag_options(),
+       decide_sag,
+       {"SelfAttentionGuidance"},
+       "--no-sag",
+       check_sag},
       pag_kind(),
       seg_kind(),
       tpg_kind(),
@@ -285,7 +323,9 @@ std::vector<Guidance> decide_guidances(const Choices& choices, const std::string
   }
   const auto& where = asked->second.where;
   std::set<std::string> keys;
-  for (const auto& text : guidance_options().decide(choices).guidances) {
+  const auto texts = guidance_options().decide(choices).guidances;
+  if (texts == std::vector<std::string>{"none"}) return {};
+  for (const auto& text : texts) {
     auto guidance = guidance_of(text, where, choices, site);
     if (!keys.insert(guidance.key).second) {
       throw UsageError(fmt::format("{} {} is given twice.", where, guidance.key));

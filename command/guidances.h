@@ -47,6 +47,8 @@ struct GuidanceKind {
   const OptionGroup* options;
   /// Returns the guidance, watching the self-attention `site` where its options name none.
   Guidance (*decide)(const Choices& choices, const std::string& site);
+  /// What else it is called: ComfyUI's node, and other spellings. --guidance hints at `key` then.
+  std::vector<std::string> others = {};
   /// The option that turns it off, "--no-sag"; null: it guides only where --guidance names it.
   const char* off = nullptr;
   /// Throws UsageError when its options of the command line do not go together.

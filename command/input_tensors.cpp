@@ -57,7 +57,7 @@ torch::Tensor read_mask(const std::string& where) {
 
 // White is 1. The grey of a colour is PIL's, and so diffusers'.
 torch::Tensor read_mask_picture(const std::string& file) {
-  const auto picture = (from_image(read_png("--mask", file, Transparent::kRefused)) + 1) / 2;
+  const auto picture = (from_image(read_png("--mask", file, Transparent::refused)) + 1) / 2;
   const auto grey = torch::tensor({0.299, 0.587, 0.114}).view({1, 3, 1, 1});
   return (picture * grey).sum(1, true).clamp(0, 1);
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -76,7 +75,7 @@ void add_sites(std::vector<Row<T>>& rows) {
 // Without a choice, the model's site.
 template <typename T>
 T decide_sites(const OptionTable<T>& table, const Choices& choices, const std::string& site) {
-  auto options = table.decide(choices);
+  auto options = decide_windowed(table, choices);
   if (!choices.contains("sites")) options.sites = {site};
   return options;
 }
@@ -135,7 +134,6 @@ Guidance decide_seg(const Choices& choices, const std::string& site) {
 }
 
 const OptionTable<Tpg>& tpg_options() {
-  constexpr Range<std::uint64_t> kSeed = {0, std::numeric_limits<std::uint64_t>::max()};
   static const OptionTable<Tpg> table = [] {
     std::vector<Row<Tpg>> rows = {
         number("", "scale", &Tpg::scale, kFinite, "X", "How strongly to steer; 0 is off"),
@@ -148,7 +146,7 @@ const OptionTable<Tpg>& tpg_options() {
 }
 
 Guidance decide_tpg(const Choices& choices, const std::string& /*site*/) {
-  const auto tpg = tpg_options().decide(choices);
+  const auto tpg = decide_windowed(tpg_options(), choices);
   return {.name = "token_perturbation_guidance",
           .title = "token perturbation guidance",
           .label = "TPG",
@@ -172,7 +170,7 @@ const OptionTable<Slg>& slg_options() {
 }
 
 Guidance decide_slg(const Choices& choices, const std::string& /*site*/) {
-  const auto slg = slg_options().decide(choices);
+  const auto slg = decide_windowed(slg_options(), choices);
   return {.name = "skip_layer_guidance",
           .title = "skip-layer guidance",
           .label = "SLG",
@@ -199,7 +197,7 @@ const OptionTable<Nag>& nag_options() {
 }
 
 Guidance decide_nag(const Choices& choices, const std::string& /*site*/) {
-  const auto nag = nag_options().decide(choices);
+  const auto nag = decide_windowed(nag_options(), choices);
   return {.name = "normalized_attention_guidance",
           .title = "normalized attention guidance",
           .label = "NAG",
@@ -217,33 +215,45 @@ GuidanceKind pag_kind() {
   return {"pag",
           "Perturbed-attention guidance: 1 row more an image; arXiv 2403.17377, ComfyUI's "
           "PerturbedAttentionGuidance",
-          &pag_options(), decide_pag};
+          &pag_options(),
+          decide_pag,
+          {"PerturbedAttentionGuidance", "perturbed_attention_guidance"}};
 }
 
 GuidanceKind seg_kind() {
-  return {"seg", "Smoothed-energy guidance: 1 row more an image; arXiv 2408.00760", &seg_options(),
-          decide_seg};
+  return {"seg",
+          "Smoothed-energy guidance: 1 row more an image; arXiv 2408.00760",
+          &seg_options(),
+          decide_seg,
+          {"SmoothedEnergyGuidance", "SmoothedEnergyGuidanceAdvanced", "smoothed_energy_guidance"}};
 }
 
 GuidanceKind tpg_kind() {
   return {"tpg",
           "Token perturbation guidance: 1 row more an image; arXiv 2506.10036, "
           "TokenPerturbationGuidance of a ComfyUI extension",
-          &tpg_options(), decide_tpg};
+          &tpg_options(),
+          decide_tpg,
+          {"TokenPerturbationGuidance", "token_perturbation_guidance"}};
 }
 
 GuidanceKind slg_kind() {
   return {"slg",
           "Skip-layer guidance (STG): 1 row more an image; arXiv 2411.18664, ComfyUI's "
           "SkipLayerGuidanceDiT",
-          &slg_options(), decide_slg};
+          &slg_options(),
+          decide_slg,
+          {"SkipLayerGuidanceDiT", "SkipLayerGuidance", "SkipLayerGuidanceSD3", "STG",
+           "skip_layer_guidance"}};
 }
 
 GuidanceKind nag_kind() {
   return {"nag",
           "Normalized attention guidance, away from the negative prompt also at cfg 1: no row; "
           "arXiv 2505.21179, ComfyUI's NAGuidance",
-          &nag_options(), decide_nag};
+          &nag_options(),
+          decide_nag,
+          {"NAGuidance", "NormalizedAttentionGuidance", "normalized_attention_guidance"}};
 }
 
 }  // namespace sag_sample

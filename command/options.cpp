@@ -2,7 +2,6 @@
 
 #include <array>
 #include <charconv>
-#include <limits>
 #include <string_view>
 
 #include <fmt/format.h>
@@ -99,8 +98,8 @@ const OptionTable<SourceOptions>& source_options() {
             "TorchScript UNet, compiled package (*.pt2) or folder of packages, to be used with "
             "tensors"),
        flag("--list-sites", "", &S::list_sites,
-            "Print the self-attentions of the UNet, and exit; with their sizes where the text "
-            "encoder or --cond tells how to run it"),
+            "Print the UNet's attentions and transformer blocks that guidances can look into, and "
+            "exit; with sizes where the text encoder or --cond tells how to run it"),
        flag("--describe", "", &S::describe, "Print what --checkpoint is, and exit")});
   return table;
 }
@@ -203,7 +202,6 @@ const OptionTable<LatentSize>& latent_size_options() {
 
 const OptionTable<PictureOptions>& picture_options() {
   using P = PictureOptions;
-  constexpr Range<std::uint64_t> kSeed = {0, std::numeric_limits<std::uint64_t>::max()};
   static const OptionTable<P> table(
       kPictures,
       {texts("--prompt", &P::prompts, "TEXT",

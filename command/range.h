@@ -32,6 +32,7 @@ inline constexpr Range<double> kPositive = {0.0, Limits::max(), "a number greate
 inline constexpr Range<double> kNotNegative = {0.0, Limits::max(), "a number of at least 0"};
 /// Messages of the command line add ", or inf": JSON has no infinity.
 inline constexpr Range<double> kSigma = {0.0, Limits::infinity(), "a number of at least 0"};
+inline constexpr Range<std::uint64_t> kSeed = {0, std::numeric_limits<std::uint64_t>::max()};
 inline constexpr Range<double> kShare = {0.0, 1.0, "a number between 0 and 1"};
 
 constexpr Range<std::int64_t> whole(std::int64_t low, std::int64_t high) {

@@ -126,7 +126,11 @@ void print_sites(const Shapes& shapes, const sag::SiteChoice* chosen, std::ostre
 // What other guidances look into.
 void print_others(const Sites& sites, const std::vector<sag::AttentionSiteInfo>& blocks,
                   std::ostream& out) {
-  if (!sites.cross.empty()) {
+  if (sites.cross.empty()) {
+    out << "\nNo cross-attentions for --guidance nag: they have other names than LDM's and "
+           "diffusers', "
+           "or something else reads the context, too.\n";
+  } else {
     out << "\nCross-attentions, for --guidance nag, which looks into all of them:\n";
     print_sites(sites.cross, nullptr, out);
   }
@@ -137,9 +141,10 @@ void print_others(const Sites& sites, const std::vector<sag::AttentionSiteInfo>&
 }
 
 // Throws the library's sentence about a name that is not there, with the nearest one that is.
-[[noreturn]] void refuse_name(const c10::ValueError& error, const std::string& name,
+[[noreturn]] void refuse_name(const c10::ValueError& error, const std::string& title,
+                              const std::string& name,
                               const std::vector<sag::AttentionSiteInfo>& known) {
-  std::vector<std::string> names;
+  std::vector<std::string> names = {"middle"};
   for (const auto& site : known) {
     names.push_back(site.name);
     names.push_back(site.path);
@@ -148,7 +153,7 @@ void print_others(const Sites& sites, const std::vector<sag::AttentionSiteInfo>&
   if (const auto hint = suggestion(name, names); sentence.ends_with('.')) {
     sentence.replace(sentence.size() - 1, 1, hint);
   }
-  throw UsageError(sentence);
+  throw UsageError(fmt::format("{}: {}", title, sentence));
 }
 
 torch::Tensor leave_as_it_is(const sag::AttentionCall& call, const sag::Pass& /*pass*/,
@@ -156,32 +161,32 @@ torch::Tensor leave_as_it_is(const sag::AttentionCall& call, const sag::Pass& /*
   return next(call);
 }
 
-void check_site(const sag::UNet& unet, const std::string& site) {
+void check_site(const sag::UNet& unet, const Guidance& guidance, const std::string& site) {
   if (site == "middle") return;
   try {
     static_cast<void>(sag::resolve_attention_site(unet, site));
   } catch (const c10::ValueError& error) {
-    refuse_name(error, site, unet.attention_sites());
+    refuse_name(error, guidance.title, site, unet.attention_sites());
   }
 }
 
 }  // namespace
 
 void check_sites(const sag::ModelPatcher& model, const Guidance& guidance) {
-  for (const auto& site : guidance.sites) check_site(model.unet(), site);
+  for (const auto& site : guidance.sites) check_site(model.unet(), guidance, site);
   for (const auto& block : guidance.blocks) {
     try {
       model.clone().set_block_replace(leave_as_it_is, block);
     } catch (const c10::ValueError& error) {
-      refuse_name(error, block, model.unet().block_sites());
+      refuse_name(error, guidance.title, block, model.unet().block_sites());
     }
   }
   if (guidance.needs_cross_attention && model.unet().cross_attention_sites().empty()) {
     const auto note = model.unet().note_on_sites();
     throw UsageError(fmt::format(
-        "--guidance {} needs the cross-attentions of the UNet, but their names do not tell which "
-        "they are.{}{}",
-        guidance.key, note.empty() ? "" : " ", note));
+        "{} needs cross-attentions of which is known that they alone read the context: this UNet's "
+        "have other names than LDM's and diffusers', or something else reads it, too.{}{}",
+        guidance.title, note.empty() ? "" : " ", note));
   }
 }
 

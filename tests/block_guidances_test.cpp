@@ -209,6 +209,10 @@ TEST(BlockGuidances, RefuseBlocksThatAreNotThere) {
               HasSubstr("must list its transformer blocks, got none"));
   EXPECT_THROW(apply_skip_layer_guidance(model, {.scale = NAN}), c10::ValueError);
   EXPECT_THROW(apply_skip_layer_guidance(model, {.blocks = {}}), c10::ValueError);
+  EXPECT_THAT(error_of<c10::ValueError>([&] {
+                apply_skip_layer_guidance(model, {.blocks = {"middle", "blocks.0"}});
+              }),
+              HasSubstr("each site must be named once"));
 }
 
 TEST(Blocks, AreNoAttentionsOfTheSameName) {

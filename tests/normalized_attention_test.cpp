@@ -305,6 +305,8 @@ TEST(Nag, SaysWhyItDoesNothing) {
     EXPECT_THAT(guider.report().skipped(), testing::ElementsAre(testing::Pair(reason, 1)));
   };
   check({.window = {.sigma_start = 3}}, {positive}, {negative}, "sigma is outside the window");
+  check({.scale = 0}, {positive}, {negative}, "scale is 0");
+  check({.alpha = 0}, {positive}, {negative}, "alpha is 0");
   check({}, {positive}, {}, "there is no negative prompt");
   check({}, {positive}, {negative, negative}, "there are several negative prompts");
   check({}, {positive}, {with_area}, "the negative prompt has an area or a mask");

@@ -398,7 +398,8 @@ TEST_F(SampleCommand, TakesTheGuidancesOfAModel) {
   };
   EXPECT_THAT(fails({"--sag-scale", "1"}), HasSubstr("--sag-scale needs --guidance sag"));
   describe(R"(["pagg"])");
-  EXPECT_THAT(fails({}), HasSubstr("model.json: \"defaults\": \"guidance\" must be one of sag"));
+  EXPECT_THAT(fails({}),
+              HasSubstr("model.json: \"defaults\": \"guidance\" must be none or of sag"));
   for (const auto* wrong : {R"("pag")", "[]", "[1]", R"({"pag": 1})"}) {
     describe(wrong);
     EXPECT_THAT(fails({}), HasSubstr("must be an array of one text or more")) << wrong;

@@ -452,6 +452,12 @@ TEST(SampleSettings, GuidanceSaysWhatGuidesAndInWhichOrder) {
   EXPECT_THAT(inside[1].blocks, ElementsAre("middle", "input.8.0"));
   EXPECT_EQ(option_of(inside[1], "seed"), Value(std::uint64_t{7}));
   EXPECT_EQ(option_of(inside[2], "end_percent"), Value(0.15)) << "its default";
+  EXPECT_TRUE(decide_settings(tensors_with({"--guidance", "none"}), nullptr).guidances.empty());
+  const auto by_level =
+      decide_settings(tensors_with({"--guidance", "slg:sigma_end=2"}), nullptr).guidances;
+  EXPECT_EQ(option_of(by_level.at(0), "sigma_end"), Value(2.0));
+  EXPECT_EQ(option_of(by_level[0], "end_percent"), Value()) << "a level takes the share's place";
+  EXPECT_EQ(option_of(by_level[0], "start_percent"), Value(0.01));
 }
 
 TEST(SampleSettings, GuidanceRefusesWhatItDoesNotKnow) {
@@ -460,7 +466,7 @@ TEST(SampleSettings, GuidanceRefusesWhatItDoesNotKnow) {
     return mistake(arguments);
   };
   EXPECT_EQ(said({"--guidance", "pagg"}),
-            "--guidance must be one of sag, pag, seg, tpg, slg, nag, apg, cfg_zero, rescale, "
+            "--guidance must be none or of sag, pag, seg, tpg, slg, nag, apg, cfg_zero, rescale, "
             "dynamic_threshold, momentum, self_guidance, got \"pagg\"; do you mean pag?");
   EXPECT_EQ(said({"--guidance", "pag:scalee=2"}),
             "--guidance pag has no option \"scalee\"; do you mean scale?");
@@ -469,6 +475,32 @@ TEST(SampleSettings, GuidanceRefusesWhatItDoesNotKnow) {
   EXPECT_EQ(said({"--guidance", "pag:scale"}), "--guidance pag:scale needs a value.");
   EXPECT_EQ(said({"--guidance", "sag:one_pass=1"}), "--guidance sag:one_pass takes no value.");
   EXPECT_THAT(said({"--guidance", "pag:"}), HasSubstr("has no option \"\""));
+  EXPECT_THAT(said({"--guidance", "rescale:strength=2"}),
+              HasSubstr("has no option \"strength\"; it has multiplier, sigma_start"));
+  EXPECT_THAT(said({"--guidance", "slg:blocks=7,8"}), HasSubstr("have + between them"));
+  for (const auto& [node, key] : {std::pair("PerturbedAttentionGuidance", "pag"),
+                                  {"NAGuidance", "nag"},
+                                  {"stg", "slg"},
+                                  {"CFGZeroStar", "cfg_zero"},
+                                  {"SelfAttentionGuidance", "sag"},
+                                  {"sg_prev", "self_guidance"}})
+    EXPECT_THAT(said({"--guidance", node}), HasSubstr(std::string("do you mean ") + key + "?"));
+  EXPECT_EQ(
+      said({"--guidance", "slg:start_percent=0.9"}),
+      "--guidance slg:start_percent: start_percent and end_percent must enclose a noise level, "
+      "got 0.9 and 0.15.");
+  EXPECT_EQ(said({"--guidance", "sag:scale=2", "--sag-scale", "3"}),
+            "--guidance sag:scale and --sag-scale cannot be given together.");
+  EXPECT_THAT(said({"--guidance", "sag:sigma_start=4,start_percent=0.5"}),
+              HasSubstr("cannot be given together"));
+  EXPECT_EQ(said({"--guidance", "seg:sigma_end=1,end_percent=0.5"}),
+            "--guidance seg:sigma_end and end_percent cannot be given together.");
+  EXPECT_EQ(said({"--cfg-start", "1", "--cfg-end", "2"}),
+            "--cfg-start must be at least --cfg-end (2), got 1.");
+  EXPECT_EQ(said({"--cfg-end", "1", "--cfg-end-percent", "0.5"}),
+            "--cfg-end and --cfg-end-percent cannot be given together.");
+  EXPECT_THAT(said({"--prompt", "a", "--cfg-end", "1", "--image-cfg", "2"}),
+              HasSubstr("with --image-cfg"));
   EXPECT_EQ(said({"--guidance", "seg:scale=1,scale=2"}), "--guidance seg: scale is given twice.");
   EXPECT_THAT(said({"--guidance", "seg:sites=middle+"}), HasSubstr("with + between them"));
   EXPECT_EQ(said({"--guidance", "apg", "--guidance", "apg:eta=1"}),

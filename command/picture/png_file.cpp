@@ -153,7 +153,7 @@ Image read_png(const std::string& option, const std::string& path, Transparent t
   refuse_other_pictures(option, path);
   try {
     auto image = decode_png(bytes);
-    if (transparent == Transparent::kRefused && has_transparency(bytes)) {
+    if (transparent == Transparent::refused && has_transparency(bytes)) {
       throw UsageError(fmt::format(
           "{}: \"{}\" has transparent pixels: paint them white or black, and save it without an "
           "alpha channel.",

@@ -19,12 +19,12 @@ bool is_png(const std::string& path);
 /// `option` is what messages call it.
 void refuse_other_pictures(const std::string& option, const std::string& path);
 
-enum class Transparent { kWhite, kRefused };
+enum class Transparent { white, refused };
 
 /// Reads a PNG file that the user names. `option` is what messages call it. Throws UsageError when
 /// there is no such file, it is another kind of picture, it has more than 2^26 pixels, or some of
 /// them are transparent and that is refused.
 Image read_png(const std::string& option, const std::string& path,
-               Transparent transparent = Transparent::kWhite);
+               Transparent transparent = Transparent::white);
 
 }  // namespace sag_sample

@@ -36,9 +36,8 @@ SAG_API torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k,
 
 /// Runs a transformer block so that hooks may change what it returns
 /// (`ModelPatcher::set_block_replace`). A UNet written in C++ calls its blocks through it, and
-/// lists them by these
-/// paths (`UNet::block_sites`). x: [rows, tokens, channels], what the block adds to; `block`
-/// returns the same shape and must not write into x. Without a hook, block(x).
+/// lists them by these paths (`UNet::block_sites`). x: [rows, tokens, channels], what the block
+/// adds to; `block` returns the same shape and must not write into x. Without a hook, block(x).
 SAG_API torch::Tensor transformer_block(
     const torch::Tensor& x, const std::function<torch::Tensor(const torch::Tensor&)>& block,
     std::string_view path);

@@ -35,17 +35,15 @@ class SAG_API ModelPatcher {
   ModelPatcher& set_attn1_replace(AttentionHook hook, const AttentionSite& site,
                                   AttentionHookOptions options = {});
   /// Appends `hook` to the chain of a cross-attention, by the same rules; its name is that of the
-  /// self-attention beside it ("middle.0.0", of which "middle" is short), its
-  /// path or its #ordinal. Throws
-  /// ValueError, with the list of cross-attentions, when the UNet has no such site. ComfyUI:
+  /// self-attention beside it ("middle.0.0", of which "middle" is short), its path or "#ordinal".
+  /// Throws ValueError, with the list of cross-attentions, when the UNet has no such site. ComfyUI:
   /// `set_model_attn2_replace`.
   ModelPatcher& set_attn2_replace(AttentionHook hook, const AttentionSite& site,
                                   AttentionHookOptions options = {});
   /// Appends `hook` to the chain of a transformer block (`AttentionCall` says what it gets), by the
-  /// same rules; its name is that of its first self-attention ("middle.0.0", of which
-  /// "middle" is short), or its path. Throws ValueError, with
-  /// the list of blocks, when the UNet has no such block. ComfyUI: `set_model_patch_replace` with
-  /// "dit", which UNets do not have.
+  /// same rules; its name is that of its first self-attention ("middle.0.0", of which "middle" is
+  /// short), or its path. Throws ValueError, with the list of blocks, when the UNet has no such
+  /// block. ComfyUI: `set_model_patch_replace` with "dit", which UNets do not have.
   ModelPatcher& set_block_replace(AttentionHook hook, const AttentionSite& block,
                                   AttentionHookOptions options = {});
   /// Appends a function that sees and may change the prompts of an evaluation before the UNet runs.

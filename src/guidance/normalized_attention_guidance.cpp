@@ -212,10 +212,16 @@ void join(Conditioning& positive, const torch::Tensor& negative) {
       {own.expand({images, -1, -1}), negative.to(own.options()).expand({images, -1, -1})}, 1);
 }
 
+// Returns why it does nothing at `sigma`; null if it may.
+const char* idle_reason(const Options& options, double sigma) {
+  if (!contains(options.window, sigma)) return kOutsideWindow;
+  if (options.scale == 0) return "scale is 0";
+  return options.alpha == 0 ? "alpha is 0" : nullptr;
+}
+
 Conditionings join_prompts(const Owner& owner, const Options& options, Conditionings prompts,
                            StepContext& step) {
-  const char* reason = nullptr;
-  if (!contains(options.window, step.sigma())) reason = kOutsideWindow;
+  const char* reason = idle_reason(options, step.sigma());
   const bool conditional = std::any_of(
       prompts.positive.begin(), prompts.positive.end(),
       [&](const auto& cond) { return cond.context.defined() && is_active(cond, step.sigma()); });
@@ -268,8 +274,7 @@ ModelPatcher apply_normalized_attention_guidance(const ModelPatcher& model, cons
                     model.unet().note_on_sites());
   const Owner owner("normalized_attention_guidance");
   const AttentionHookOptions hook_options{
-      .active = [window = options.window](
-                    const StepContext& step) { return contains(window, step.sigma()); },
+      .active = [options](const StepContext& step) { return !idle_reason(options, step.sigma()); },
       .capturable = true};
   auto patched = model.clone();
   std::vector<std::string> sites;

@@ -1,6 +1,9 @@
 #include "perturbation.h"
 
 #include <cmath>
+#include <set>
+#include <span>
+#include <string>
 
 #include <ATen/ops/new_empty.h>
 
@@ -69,6 +72,14 @@ torch::Tensor guide(const Perturbation& perturbation, const std::vector<Owner>& 
   return args.denoised + perturbation.scale(args.sigma) * (prediction - perturbed);
 }
 
+// Two names may mean one site.
+void check_named_once(const ModelPatcher& patched, std::size_t before, const Owner& owner) {
+  std::set<std::string> sites;
+  for (const auto& hook : std::span(patched.attention_hooks()).subspan(before))
+    TORCH_CHECK_VALUE(hook.site.empty() || sites.insert(hook.site).second, "[", owner.name(),
+                      "] each site must be named once, but \"", hook.site, "\" is named twice.");
+}
+
 }  // namespace
 
 ModelPatcher guide_by_perturbation(const ModelPatcher& model, const Perturbation& perturbation) {
@@ -92,6 +103,7 @@ ModelPatcher guide_by_perturbation(const ModelPatcher& model, const Perturbation
     else
       patched.set_attn1_replace(hook, site, options);
   }
+  check_named_once(patched, model.attention_hooks().size(), perturbation.owner);
   PostCfgOptions post_cfg;
   post_cfg.early = [perturbation](const EarlyArgs& args) -> std::optional<EarlyRows> {
     if (idle_reason(perturbation, args.sigma)) return std::nullopt;

@@ -122,9 +122,10 @@ AttentionSiteInfo only_one(const UNet& unet, const std::vector<AttentionSiteInfo
   TORCH_CHECK_VALUE(!sites.empty(), "[", caller, "] the UNet must list its ", kind, "s, got none.",
                     note.empty() ? "" : " ", note);
   const auto found = sites_called(sites, site.name() == kMiddle ? "middle.0.0" : site.name());
-  TORCH_CHECK_VALUE(found.size() == 1, "[", caller, "] site must name one ", kind,
-                    " of this UNet, but \"", site.name(), "\" matches ", found.size(), ". ",
-                    list_sites(sites, kind));
+  TORCH_CHECK_VALUE(!found.empty(), "[", caller, "] site must be a ", kind, " of this UNet, got \"",
+                    site.name(), "\". ", list_sites(sites, kind));
+  TORCH_CHECK_VALUE(found.size() == 1, "[", caller, "] site must name one ", kind, ", but \"",
+                    site.name(), "\" matches ", found.size(), ". ", list_sites(sites, kind));
   return found.front();
 }
 

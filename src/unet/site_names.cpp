@@ -56,13 +56,13 @@ AttentionSiteInfo make_site(const std::string& path, std::int64_t ordinal) {
 AttentionSiteInfo make_cross_site(const std::string& path, std::int64_t ordinal) {
   auto beside = path;
   beside.replace(beside.rfind('.') + 1, std::string::npos, "attn1");
-  auto name = short_site_name(beside);
-  return {name.empty() ? path : std::move(name), path, ordinal};
+  const auto name = short_site_name(beside);
+  return {name.empty() ? path : name, path, ordinal};
 }
 
 AttentionSiteInfo make_block_site(const std::string& path) {
-  auto name = short_site_name(path + ".attn1");
-  return {.name = name.empty() ? path : std::move(name), .path = path};
+  const auto name = short_site_name(path + ".attn1");
+  return {.name = name.empty() ? path : name, .path = path};
 }
 
 AttentionSiteInfo hooked_site(const std::vector<AttentionSiteInfo>& sites,
