@@ -23,6 +23,7 @@ import make_golden_skeletons
 from export_ldm_names_test import as_file
 from export_skeleton_test import names_of
 from sag_export import compiled_skeleton, ldm_names, skeleton, text, vae
+from sag_export.sites import Marks
 
 SAMPLE = os.environ.get("SAG_SAMPLE_COMMAND")
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -426,8 +427,8 @@ class Command(Case):
         out = self.folder / "compiled"
         out.mkdir()
         network = compiled_skeleton.random_network(family, None, "cpu", torch.float32)
-        sites = [path for _, path in network.sites() if "mid_block" in path]
-        compiled_skeleton.write(family, network, out, [2], [(8, 8)], sites, lambda text: None)
+        marks = Marks([path for _, path in network.sites() if "mid_block" in path])
+        compiled_skeleton.write(family, network, out, [2], [(8, 8)], marks, lambda text: None)
         run = ("--prompt", "the red cat", "--steps", 2, "--height", 8, "--width", 8)
         for seed in (1, 2):
             torch.manual_seed(seed)

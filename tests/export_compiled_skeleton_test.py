@@ -22,6 +22,7 @@ from sag_export.check import check_calls
 from sag_export.cli import parse
 from sag_export.mistake import Mistake
 from sag_export.random_weights import randomize
+from sag_export.sites import Marks
 
 TINY = {
     "block_out_channels": (16, 32),
@@ -185,7 +186,7 @@ class CompiledSkeletons(unittest.TestCase):
             self.assertRaisesRegex(Mistake, "differs from the network"),
         ):
             compiled_skeleton.write(
-                FAMILIES["sd1"], network, self.folder, [2], [(8, 8)], [], lambda text: None
+                FAMILIES["sd1"], network, self.folder, [2], [(8, 8)], Marks([]), lambda text: None
             )
 
 

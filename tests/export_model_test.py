@@ -1057,7 +1057,7 @@ class Command(Case):
                 self.assertGreater(height, 2 * 16 * 8)
                 self.assertEqual(json.loads(report.read_text())["guided_steps"], 2)
 
-    def test_its_self_attentions_are_the_exporters(self):
+    def test_its_attentions_are_the_exporters(self):
         """The exporter finds them by what modules are given, the library by projections in the
         graph."""
         name = self.module("own_modules", MODULES)
@@ -1066,13 +1066,17 @@ class Command(Case):
         for source, rest in arguments.items():
             options = parse([str(source), "--out", "x", *rest])
             export.complete(options)
-            found = open_source(options).network.sites()
+            network = open_source(options).network
+            found = network.sites()
             out, _ = self.export(source, f"sites-{len(found)}", *rest, "--site", f"#{found[0][0]}")
-            listed = re.findall(
-                r"^[* ] (\S+) +#(\d+)", self.sample("--model", out, "--list-sites"), re.M
-            )
+            said = self.sample("--model", out, "--list-sites")
+            own, _, cross = said.partition("ross-attentions")
+            listed = re.findall(r"^[* ] (\S+) +#(\d+)", own, re.M)
             wanted = [(short_name(path), str(ordinal)) for ordinal, path in found]
             self.assertEqual(listed, wanted, source)
+            paths = re.findall(r"\S+\.attn2\b", cross)
+            wanted = [] if rest == OwnModules.ARGUMENTS else network.cross_sites()
+            self.assertEqual(paths, wanted, source)
 
     def test_it_starts_from_a_picture(self):
         model, _ = self.export(self.pipeline("flow"), "flow")
